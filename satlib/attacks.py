@@ -1,0 +1,346 @@
+"""One heap PGD loop: image-dependent (s = 1), shared (s) and universal (s = d) attacks follow from it."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from satlib.errors import SatlibError
+from satlib.precision import autocast
+
+IGNORE = 255  # segmentation label of pixels that count for nothing
+
+
+def attack_loss(
+    logits: Tensor, labels: Tensor, *, loss_threshold: float | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """L_adv of section 4.3: min(L(theta, x, y), kappa) for each sample (each pixel, in segmentation).
+
+    logits (d, classes) or (d, classes, H, W), labels (d,) or (d, H, W); returns losses shaped like labels.
+    The cap acts on every sample by itself: a sample beyond kappa has zero gradient, the others keep theirs.
+    """
+    ignored = IGNORE if labels.ndim > 1 else -100  # class 255 of a classifier is a class like any other
+    losses = F.cross_entropy(
+        logits.float(), labels, reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
+    )
+    return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
+
+
+def broadcast(perturbations: Tensor, sharedness: int, count: int) -> Tensor:
+    """Repeat each heap's perturbation `sharedness` times (Figure 2): (heaps, C, H, W) -> (count, C, H, W)."""
+    heaps, *shape = perturbations.shape
+    if heaps != (expected := -(-count // sharedness)):
+        raise SatlibError(
+            f"{heaps} perturbations: expected {expected}, one a heap of {count} images with sharedness={sharedness}"
+        )
+    return perturbations.unsqueeze(1).expand(heaps, sharedness, *shape).reshape(-1, *shape)[:count]
+
+
+def perturb(images: Tensor, perturbations: Tensor, sharedness: int) -> Tensor:
+    """x + xi as every model sees it, in training, attack and evaluation alike: clamped to [0, 255]."""
+    return (images + broadcast(perturbations, sharedness, len(images))).clamp(0, 255)
+
+
+def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
+    """alpha_k = beta * eps * gamma^k / sum_j gamma^j of section 5.2, k = 0 .. steps - 1; their sum is beta * eps."""
+    weights = [gamma**k for k in range(steps)]
+    return [beta * eps * weight / math.fsum(weights) for weight in weights]
+
+
+def check_annealing(beta: float, gamma: float) -> None:
+    """Raises SatlibError where beta or gamma of `annealed_step_sizes` is not a positive number."""
+    for name, value in (("beta", beta), ("gamma", gamma)):
+        if not (math.isfinite(value) and value > 0):
+            raise SatlibError(f"{name}={value!r}: expected a positive number")
+
+
+@contextlib.contextmanager
+def attackable(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as attacks see it: eval mode, weights frozen, batch norm folded where the model can do so.
+
+    A model with a `folded()` method yields that copy. Any other model is switched to eval mode and frozen for
+    the duration; its modules' modes and its parameters' `requires_grad` are restored afterwards.
+    """
+    if hasattr(model, "folded"):
+        yield model.folded()
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield model.eval().requires_grad_(False)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.enable_grad()
+def ascend(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    xi: Tensor,
+    *,
+    eps: Tensor,
+    alpha: Tensor,
+    sharedness: int,
+    targeted: bool = False,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One PGD iteration for every heap at once (section 3.2, with L_uni of section 4.2 as each heap's loss).
+
+    xi <- clip(xi + alpha * sign(grad_xi sum_{i in heap} L_adv(x_i + xi, y_i)), -eps, eps); a targeted attack
+    descends instead. eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and the losses at the old.
+    """
+    xi = xi.detach().requires_grad_()
+    with autocast(images.device):
+        logits = model(perturb(images, xi, sharedness))
+    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+    (gradient,) = torch.autograd.grad(losses.sum(), xi)
+    step = -alpha if targeted else alpha
+    return torch.clamp(xi.detach() + step * gradient.sign(), -eps, eps), losses.detach()
+
+
+def heap_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Sequence[float] | Tensor,
+    sharedness: int,
+    steps: int,
+    step_size: float | Sequence[float] | Tensor,
+    targeted: bool = False,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    keep_best: bool = False,
+) -> Tensor:
+    """The heap adversary of section 4.2: one perturbation for every `sharedness` consecutive images.
+
+    images (d, C, H, W) float32 in 0..255; labels (d,), or (d, H, W) with 255 = ignore (for a targeted attack:
+    the targets). Returns (ceil(d / sharedness), C, H, W) with |xi| <= eps in pixel units. sharedness 1 is the
+    image-dependent attack, sharedness d the universal one on these images.
+
+    eps: a number in [0, 255], or one for each heap. step_size: a number, or one for each step, or a tensor
+    (steps, heaps). start: initial perturbations (projected on eps); otherwise uniform in [-eps, eps] from
+    `generator`. keep_best: for each heap return the iterate of highest loss (lowest, when targeted) instead of
+    the last, for one more forward pass.
+
+    Raises SatlibError on eps outside [0, 255], steps < 1, sharedness outside 1..d, mismatched shapes, and a
+    loss_threshold that is not positive, or is given to a targeted attack: high losses are where that starts, and
+    capped ones have no gradient.
+    """
+    count = len(images)
+    _check_pair(images, labels)
+    _check_threshold(loss_threshold, targeted)
+    if not 1 <= sharedness <= count:
+        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
+    heaps = -(-count // sharedness)
+    eps = _per_heap("eps", eps, heaps, images.device, top=255.0)
+    alphas = _per_step(step_size, steps, heaps, images.device)
+    xi = _start(start, (heaps, *images.shape[1:]), eps, generator)
+    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "targeted": targeted}
+    best, best_loss = xi, torch.full((heaps,), -math.inf, device=images.device)
+
+    def better(xi: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        loss = heap_means(losses.flatten(1).mean(1) if losses.ndim > 1 else losses, sharedness)
+        loss = -loss if targeted else loss
+        won = loss > best_loss
+        return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, loss, best_loss)
+
+    with attackable(model) as net:
+        for alpha in alphas:
+            previous = xi
+            xi, losses = ascend(net, images, labels, xi, eps=eps, alpha=alpha, sharedness=sharedness, **options)
+            if keep_best:
+                best, best_loss = better(previous, losses)
+        if not keep_best:
+            return xi
+        with torch.no_grad(), autocast(images.device):
+            logits = net(perturb(images, xi, sharedness))
+        losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+        return better(xi, losses)[0]
+
+
+def universal_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Sequence[float],
+    steps: int = 200,
+    batch_size: int = 16,
+    beta: float = 4.0,
+    gamma: float = 0.975,
+    targeted: bool = False,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    snapshots: int = 4,
+    score_images: int = 256,
+) -> Tensor:
+    """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
+
+    images (n, C, H, W), uint8 or float32 in 0..255, from which every iteration takes a mini-batch of
+    `batch_size`, without repetition until all have been seen; labels (n,) or (n, H, W). `eps` may be a
+    sequence: every entry gets its own perturbation, all of them advanced by one pass over the same mini-batch
+    (repeat a value for restarts). Returns (number of eps, C, H, W), |xi| <= eps.
+
+    The last iterate is not always the best: `snapshots` iterates spread over the second half of the steps are
+    scored on `score_images` of the crafting images, and for each eps the most successful one is returned.
+
+    Raises SatlibError on bad eps, steps, batch_size, beta, gamma, loss_threshold or mismatched shapes.
+    """
+    _check_pair(images, labels)
+    _check_threshold(loss_threshold, targeted)
+    epsilons = [float(e) for e in eps] if isinstance(eps, Sequence) else [float(eps)]
+    if not epsilons:
+        raise SatlibError(f"eps={eps!r}: expected a number, or at least one")
+    check_annealing(beta, gamma)
+    if not 1 <= batch_size <= len(images):
+        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
+    if snapshots < 1 or score_images < 1:
+        raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
+    heaps, device = len(epsilons), images.device
+    bound = _per_heap("eps", epsilons, heaps, device, top=255.0)
+    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma)) if steps > 0 else 1.0
+    alphas = _per_step(relative, steps, 1, device)
+    xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
+    marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
+    kept = []
+    with attackable(model) as net:
+        stream = _minibatches(len(images), batch_size, steps, generator)
+        for step, (chosen, alpha) in enumerate(zip(stream, alphas, strict=True), start=1):
+            chosen = chosen.to(device)
+            x, y = images[chosen].float(), labels[chosen]
+            xi, _ = ascend(
+                net,
+                x.repeat(heaps, 1, 1, 1).contiguous(memory_format=torch.channels_last),
+                y.repeat(heaps, *[1] * (y.ndim - 1)),
+                xi,
+                eps=bound,
+                alpha=alpha * bound,
+                sharedness=batch_size,
+                targeted=targeted,
+                loss_threshold=loss_threshold,
+                label_smoothing=label_smoothing,
+            )
+            if step in marks:
+                kept.append(xi)
+        if len(kept) == 1:
+            return xi
+        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
+        scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
+    best = scores.flip(0).argmax(0)  # of equal scores the latest
+    return torch.stack(kept[::-1])[best, torch.arange(heaps, device=device)]
+
+
+@torch.no_grad()
+def success_rates(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    perturbations: Tensor,
+    *,
+    targeted: bool = False,
+    batch_size: int = 512,
+) -> Tensor:
+    """Share of decisions that each perturbation wins over all the images: (heaps, C, H, W) -> (heaps,).
+
+    Untargeted: the misclassification rate against `labels`; targeted: the accuracy with respect to `labels` as
+    targets. Decisions are images, or in segmentation pixels whose label is not 255. The model is used as given:
+    pass it through `attackable`, or in eval mode.
+    """
+    wins = torch.zeros(len(perturbations), device=images.device)
+    total = torch.zeros((), device=images.device)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        counted = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
+        total += counted.sum()
+        x = x.float().contiguous(memory_format=torch.channels_last)
+        for heap, xi in enumerate(perturbations):
+            with autocast(images.device):
+                predicted = model((x + xi).clamp(0, 255)).argmax(1)
+            wins[heap] += (((predicted == y) if targeted else (predicted != y)) & counted).sum()
+    return wins / total
+
+
+def heap_means(values: Tensor, sharedness: int) -> Tensor:
+    """Mean of (d,) values over each heap of `sharedness` consecutive ones; the last heap may be smaller."""
+    heaps = -(-len(values) // sharedness)
+    padded = F.pad(values, (0, heaps * sharedness - len(values)))
+    sizes = torch.full((heaps,), sharedness, device=values.device)
+    sizes[-1] = len(values) - (heaps - 1) * sharedness
+    return padded.view(heaps, sharedness).sum(1) / sizes
+
+
+def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Iterable[Tensor]:
+    """`steps` index batches, drawn without repetition from one shuffled pass after another."""
+    order = torch.empty(0, dtype=torch.long)
+    for _ in repeat(None, steps):
+        if len(order) < batch_size:
+            order = torch.randperm(count, generator=generator)
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def _check_pair(images: Tensor, labels: Tensor) -> None:
+    if images.ndim != 4 or not len(images):
+        raise SatlibError(f"images of shape {tuple(images.shape)}: expected (d, C, H, W) with d at least 1")
+    if len(labels) != len(images) or labels.ndim not in (1, 3) or labels.dtype != torch.long:
+        raise SatlibError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape"
+            f" ({len(images)},), or ({len(images)}, H, W) for segmentation"
+        )
+
+
+def _check_threshold(loss_threshold: float | None, targeted: bool) -> None:
+    if loss_threshold is not None and targeted:
+        raise SatlibError(f"loss_threshold={loss_threshold!r} in a targeted attack: it knows no cap; pass None")
+    if loss_threshold is not None and not loss_threshold > 0:
+        raise SatlibError(f"loss_threshold={loss_threshold!r}: expected a positive number, or None for no cap")
+
+
+def _per_heap(name: str, value, heaps: int, device: torch.device, *, top: float) -> Tensor:
+    """A number, or one for each heap, as a (heaps or 1, 1, 1, 1) tensor on the device; checked on the host."""
+    tensor = torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+    if len(tensor) not in (1, heaps):
+        raise SatlibError(f"{name} has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
+    if not bool((right := (tensor >= 0) & (tensor <= top)).all()):
+        raise SatlibError(f"{name}={tensor[~right][0].item():g}: expected numbers from 0 to {top:g} (pixel units)")
+    return tensor.to(device).view(-1, 1, 1, 1)
+
+
+def _per_step(value, steps: int, heaps: int, device: torch.device) -> Iterable[Tensor]:
+    """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
+    if steps < 1:
+        raise SatlibError(f"steps={steps!r}: expected at least 1")
+    tensor = torch.as_tensor(value, dtype=torch.float32)
+    if not bool((right := tensor.isfinite() & (tensor >= 0)).all()):
+        wrong = tensor[~right].flatten()[0].item()
+        raise SatlibError(f"step_size={wrong:g}: expected finite numbers of at least 0 (pixel units)")
+    if tensor.ndim == 0:
+        tensor = tensor.expand(steps)
+    if tensor.shape not in ((steps,), (steps, heaps)):
+        raise SatlibError(
+            f"step_size of shape {tuple(tensor.shape)}: expected a number, ({steps},) or ({steps}, {heaps})"
+        )
+    return tensor.reshape(steps, -1, 1, 1, 1).to(device).unbind()
+
+
+def _start(start: Tensor | None, shape: tuple[int, ...], eps: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Initial perturbations: as given, projected on eps; otherwise uniform in [-eps, eps]."""
+    if start is None:
+        source = generator.device if generator is not None else "cpu"
+        return (torch.rand(shape, generator=generator, device=source).to(eps.device) * 2 - 1) * eps
+    if start.shape != shape:
+        raise SatlibError(f"start of shape {tuple(start.shape)}: expected {tuple(shape)}, one for each heap")
+    return torch.clamp(start.detach().to(eps.device, torch.float32), -eps, eps)

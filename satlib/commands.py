@@ -1,0 +1,185 @@
+"""The subcommands that read and fill the ledger: `sweep`, `results`, `verify`, `data` and `ledger`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from satlib.errors import SatlibError
+
+
+def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
+    """`sweep`: a profile's runs without notebooks."""
+    parser = commands.add_parser(
+        "sweep",
+        help="carry out a profile's runs without notebooks",
+        description="Carries out the runs of a profile that have no record yet, most important first. Needs no "
+        "Jupyter. Exit status: 0 when all are done, 3 when the budget was spent before; the next call goes on.",
+    )
+    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
+    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
+    parser.add_argument("--force", action="store_true", help="compute again what is already known")
+    parser.add_argument("--dry-run", action="store_true", help="only list the runs and what is known of them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.set_defaults(function=lambda arguments: _sweep(arguments, deadline(arguments.budget)))
+
+
+def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
+    from satlib import experiments
+    from satlib.lab import BudgetSpent, Lab
+
+    runs = experiments.profile_runs(arguments.profile)
+    lab = Lab(profile=arguments.profile, device=arguments.device, force=arguments.force, deadline=deadline)
+    if arguments.dry_run:
+        waiting = {lab.spec(run).id for run in lab.pending(runs)}
+        for key, run in {lab.spec(run).id: run for run in runs}.items():
+            print(f"{key[:12]}  {'waiting' if key in waiting else 'done':8}  {run.kind:22}  {run.title}")
+        return 0
+    try:
+        lab.carry_out(runs)
+    except BudgetSpent:
+        print(f"budget spent: {len(lab.pending(runs))} runs are left; the same call goes on from here")
+        return 3
+    print(f"all runs of the profile {arguments.profile!r} have a record")
+    return 0
+
+
+def add_results(commands: Any) -> None:
+    """`results`: the paper's numbers beside ours."""
+    parser = commands.add_parser("results", help="the paper's numbers beside ours, from the records")
+    parser.add_argument("--profile", help="only this profile's (default: for each number the weightiest profile)")
+    parser.add_argument("--json", action="store_true", help="a list of rows; numbers as numbers, null for none")
+    parser.set_defaults(function=_results)
+
+
+def _results(arguments: argparse.Namespace) -> int:
+    from satlib import results
+
+    if arguments.json:
+        print(json.dumps(results.as_json(results.rows(arguments.profile)), indent=1))
+    else:
+        print(results.table(arguments.profile))
+    return 0
+
+
+def add_verify(commands: Any) -> None:
+    """`verify`: do figures still show what the records say?"""
+    parser = commands.add_parser("verify", help="check figures against the records that they were drawn from")
+    parser.add_argument("folder", type=Path, nargs="?", help="default: figures/ of the project")
+    parser.set_defaults(function=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from satlib import figures
+    from satlib.paths import project_root
+
+    count, problems = figures.verify(arguments.folder or project_root() / "figures")
+    for problem in problems:
+        print(problem)
+    print(f"{count} figures checked, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def add_data(commands: Any) -> None:
+    """`data`: which data sets are here, and are they sound?"""
+    parser = commands.add_parser("data", help="which data sets are here; download CIFAR-10")
+    parser.add_argument("action", choices=("status", "verify", "download"))
+    parser.add_argument("name", nargs="?", default="cifar10", help="for download (default: cifar10)")
+    parser.set_defaults(function=_data)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from satlib import data
+    from satlib.paths import data_root
+
+    if arguments.action == "download":
+        data.download(arguments.name)
+        return 0
+    print(f"data root: {data_root()}")
+    status = 0
+    for name in data.NAMES:
+        try:
+            splits = data.load(name)
+        except SatlibError as error:
+            print(f"{name}: {error}")
+            status = 1 if arguments.action == "verify" else status
+            continue
+        sizes = ", ".join(f"{len(part)} {part.split}" for part in (splits.train, splits.val, splits.test))
+        print(f"{name}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
+    return status
+
+
+def add_ledger(commands: Any) -> None:
+    """`ledger`: carry runs between machines, and publish them."""
+    parser = commands.add_parser("ledger", help="status of the records; pack, merge and publish them")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    status = actions.add_parser("status", help="how many records there are, and what is damaged or in progress")
+    status.set_defaults(function=_ledger_status)
+    pack = actions.add_parser("pack", help="put runs into an archive to carry to another machine")
+    pack.add_argument("out", type=Path, metavar="OUT.tar")
+    pack.add_argument("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first")
+    pack.set_defaults(function=_ledger_pack)
+    merge = actions.add_parser("merge", help="take in archives; every entry is checked, none is trusted")
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    merge.set_defaults(function=_ledger_merge)
+    publish = actions.add_parser("publish", help="copy records into data/ledger, which is tracked")
+    publish.add_argument("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME")
+    publish.add_argument(
+        "--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"
+    )
+    publish.set_defaults(function=_ledger_publish)
+
+
+def _ledger_status(arguments: argparse.Namespace) -> int:
+    from satlib.ledger import Ledger
+
+    status = Ledger().status()
+    print(f"ledger: {status['root']}")
+    for name, what in (("runs", "computed here"), ("ledger", "published")):
+        print(f"  {what}: {status[name]['count']} records, {status[name]['bytes'] / 1e6:.1f} MB")
+    for entry in status["unfinished"]:
+        print(f"  {'running' if entry['running'] else 'interrupted'}: {entry['id'][:12]}")
+    for name in status["damaged"]:
+        print(f"  damaged, set aside: {name}")
+    return 0
+
+
+def _ledger_pack(arguments: argparse.Namespace) -> int:
+    from satlib.ledger import Ledger
+
+    packed = Ledger().pack(arguments.out, max_mb=arguments.max_mb)
+    for name, reason in packed.left_out:
+        print(f"left out: {name}: {reason}")
+    print(f"{arguments.out}: {len(packed.packed)} runs, {packed.bytes / 1e6:.1f} MB")
+    return 0
+
+
+def _ledger_merge(arguments: argparse.Namespace) -> int:
+    from satlib.ledger import Ledger
+
+    merged = Ledger().merge(arguments.files)
+    for name, reason in merged.refused:
+        print(f"refused: {name}: {reason}")
+    print(f"{len(merged.merged)} runs merged, {len(merged.present)} were already there, {len(merged.refused)} refused")
+    return 1 if merged.refused else 0
+
+
+def _ledger_publish(arguments: argparse.Namespace) -> int:
+    from satlib.ledger import Ledger
+
+    ledger = Ledger()
+    ids = []
+    for name in arguments.runs:
+        if profile := name.removeprefix("profile:") if name.startswith("profile:") else None:
+            found = [record.id for record in ledger.records() if record.labels.get("profile") == profile]
+            if not found:
+                raise SatlibError(
+                    f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`"
+                )
+            ids += found
+        else:
+            ids.append(name)
+    artefacts = [name for name in arguments.artefacts.split(",") if name]
+    published = ledger.publish(ids, artefacts)
+    print(f"{len(published)} records published in {ledger.ledger}")
+    return 0

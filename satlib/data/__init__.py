@@ -1,0 +1,37 @@
+"""Data sets by name: `load("cifar10")`, or `load("shapes32")` for the embedded synthetic stand-in."""
+
+from pathlib import Path
+
+from satlib.data import cifar10, shapes
+from satlib.data.imageset import ImageSet, Splits
+from satlib.errors import SatlibError
+from satlib.paths import data_root
+
+__all__ = ["NAMES", "ImageSet", "Splits", "download", "load"]
+
+_LOADERS = {"cifar10": cifar10.load, "shapes32": shapes.load}
+_DOWNLOADS = {"cifar10": cifar10.download}
+NAMES = tuple(_LOADERS)
+
+
+def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> Splits:
+    """The train, val and test sets of the data set `name`, on the CPU.
+
+    `root` is the folder of the data sets, by default `satlib.paths.data_root()`; embedded sets need none.
+    `progress` shows long decoding on stderr. Raises `SatlibError` for an unknown name, and for data that is
+    missing or damaged.
+    """
+    if name not in _LOADERS:
+        raise SatlibError(f"unknown data set {name!r}; expected one of {', '.join(_LOADERS)}")
+    return _LOADERS[name](_resolved(root), progress=progress)
+
+
+def download(name: str, *, root: str | Path | None = None) -> None:
+    """Fetch the data set `name` into `root` (as for `load`). Raises `SatlibError` where that is not possible."""
+    if name not in _DOWNLOADS:
+        raise SatlibError(f"cannot download {name!r}; expected one of {', '.join(_DOWNLOADS)}")
+    _DOWNLOADS[name](_resolved(root))
+
+
+def _resolved(root: str | Path | None) -> Path:
+    return data_root() if root is None else Path(root).resolve()

@@ -1,0 +1,99 @@
+"""Decoded image sets on disk: one safetensors file per data set, keyed by the files that it came from."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from satlib.data.imageset import ImageSet, Splits
+from satlib.errors import SatlibError
+from satlib.paths import project_root
+
+SPLITS = ("train", "val", "test")
+FORMAT = 1  # raise it when loaders or this file change what a cache should hold
+
+
+def cached_splits(name: str, sources: object, root: Path, build: Callable[[], Splits]) -> Splits:
+    """The splits that `build` makes, from the cache if they were built from the same `sources` before.
+
+    `sources` (JSON types) is everything that the result depends on, such as paths, sizes and times of files.
+    The cache is `root`/.cache/satlib, or `data/cache` of the project where `root` cannot be written. Of several
+    processes one builds and the others wait. A damaged file is named in a warning, and rebuilt; where nothing
+    can be written, a warning says so.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT, sources], sort_keys=True).encode()).hexdigest()[:16]
+    folders = (root / ".cache" / "satlib", project_root() / "data" / "cache")
+    paths = [folder / f"{name}-{key}.safetensors" for folder in folders]
+    for path in paths:
+        if splits := _load(path):
+            return splits
+    failures = []
+    for path in paths:
+        try:
+            lock = _locked(path.parent, name)
+        except (OSError, NotImplementedError) as error:
+            failures.append(str(error))
+            continue
+        with lock:
+            splits = _load(path)
+            if splits is None:
+                splits = build()
+                _save(splits, path, name)
+            return splits
+    warnings.warn(f"{name} is decoded anew each time, for no cache can be written: {'; '.join(failures)}", stacklevel=2)
+    return build()
+
+
+def _locked(folder: Path, name: str) -> AcquireReturnProxy:
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f".{name}.lock").acquire()
+
+
+def _load(path: Path) -> Splits | None:
+    """The sets in `path`; None if there is no such file, or if it is damaged, which a warning says."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = {split: json.loads(file.metadata()[split]) for split in SPLITS}
+            sets = {}
+            for split, about in described.items():
+                fingerprint = about.pop("fingerprint")
+                images = file.get_tensor(f"{split}.images").permute(0, 3, 1, 2)
+                sets[split] = ImageSet(images, file.get_tensor(f"{split}.labels"), split=split, **about)
+                if sets[split].fingerprint != fingerprint:
+                    raise SatlibError(f"{split} has the fingerprint {sets[split].fingerprint}, not {fingerprint}")
+            return Splits(**sets)
+    except (SafetensorError, SatlibError, OSError, KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"damaged cache {path} ({error}); the images are decoded again", stacklevel=3)
+        return None
+
+
+def _save(splits: Splits, path: Path, name: str) -> None:
+    """Write `path` whole or not at all, and drop the caches of older states of the files. Needs the lock."""
+    tensors, metadata = {}, {}
+    for split in SPLITS:
+        images = getattr(splits, split)
+        tensors[f"{split}.images"] = images.images.permute(0, 2, 3, 1).contiguous()
+        tensors[f"{split}.labels"] = images.labels
+        about = {"classes": images.classes, "name": images.name, "title": images.title}
+        metadata[split] = json.dumps({**about, "fingerprint": images.fingerprint})
+    partial = path.with_name(f".{name}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        warnings.warn(f"{name} is decoded anew each time, for {path} cannot be written: {error}", stacklevel=3)
+        return
+    for old in path.parent.glob(f"{name}-{'?' * 16}.safetensors"):
+        if old != path:
+            old.unlink(missing_ok=True)

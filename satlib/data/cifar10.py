@@ -1,0 +1,169 @@
+"""CIFAR-10 from the official python batches or from an image tree, split into train, val and test."""
+
+import hashlib
+import io
+import pickle
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from satlib.data.cache import cached_splits
+from satlib.data.imageset import ImageSet, Splits
+from satlib.data.imagetree import ImageTree, read_images, scan_tree
+from satlib.errors import SatlibError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIZE = (32, 32)
+VALIDATION_FRACTION = 0.1  # of the training images, class by class: 5,000 of CIFAR-10's 50,000
+SPLIT_SEED = 20190519
+BATCHES = "cifar-10-batches-py"
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
+
+
+def load(root: Path, *, progress: bool = True) -> Splits:
+    """CIFAR-10 below `root`: 45,000 train, 5,000 val and 10,000 test images of 3x32x32.
+
+    Read from `cifar-10-batches-py` in `root` or `root`/cifar10 (MD5 sums checked), else from the image tree
+    `root`/cifar10/{train,test}/<class>/*.{png,jpg,jpeg} (decoded once, then cached). Validation images are
+    taken from the training images. All sets are shuffled once, always alike. Raises `SatlibError` if neither
+    is there or what is there is damaged.
+    """
+    for folder in (root / BATCHES, root / "cifar10" / BATCHES):
+        if folder.is_dir():
+            return _split("CIFAR-10", read_batches(folder))
+    tree_folder = root / "cifar10"
+    if not (tree_folder / "train").is_dir() and not (tree_folder / "test").is_dir():
+        raise SatlibError(_missing(root))
+    tree = scan_tree(tree_folder, splits=("train", "test"), classes=CLASSES)
+    sources = {
+        "split": [VALIDATION_FRACTION, SPLIT_SEED],
+        "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
+    }
+
+    def build() -> Splits:
+        decoded = {split: read_images(tree, split, size=SIZE, progress=progress) for split in tree.files}
+        return _split(_title(tree), decoded)
+
+    return cached_splits("cifar10", sources, root, build)
+
+
+def download(root: Path) -> None:
+    """Fetch the official archive with torchvision, check it and unpack it to `root`/cifar-10-batches-py."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        torchvision.datasets.CIFAR10(root=str(root), download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise SatlibError(
+            f"could not download CIFAR-10 to {root}: {error}; check the network and the folder, "
+            f"or place the image tree {root / 'cifar10'}/{{train,test}}/<class>/*.png"
+        ) from error
+
+
+def _title(tree: ImageTree) -> str:
+    """Say so if any image went through JPEG: its pixels are not the official ones."""
+    lossless = all(file.path.lower().endswith(".png") for files in tree.files.values() for file in files)
+    return "CIFAR-10 (image tree)" if lossless else "CIFAR-10 (JPEG copy)"
+
+
+def _missing(root: Path) -> str:
+    """What was looked for, and what to do about it."""
+    for folder in (root, root / "cifar10"):
+        for path in sorted([*folder.glob("cifar-10*"), *folder.glob("cifar10*")]):
+            if path.is_file() and (path.name in (BATCHES, "cifar10") or path.name.endswith(ARCHIVE_SUFFIXES)):
+                return (
+                    f"{path} is a file, expected a folder; if it is an archive, unpack it so that "
+                    f"{root / BATCHES}/data_batch_1 or {root / 'cifar10'}/train/airplane/ is there"
+                )
+    return (
+        f"no CIFAR-10 in {root}: looked for {BATCHES}/, cifar10/{BATCHES}/ and "
+        "cifar10/{train,test}/<class>/*.{png,jpg,jpeg}; set SATLIB_DATA to the folder that holds one of them, "
+        "place it there, or run `python -m satlib data download cifar10`"
+    )
+
+
+def _split(title: str, decoded: dict[str, tuple[Tensor, Tensor]]) -> Splits:
+    images, labels = decoded["train"]
+    order = _shuffled(len(labels), SPLIT_SEED)
+    ordered = labels[order]
+    validation = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(CLASSES)):
+        members = torch.nonzero(ordered == label).flatten()
+        validation[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
+    chosen = {
+        "train": (images, labels, order[~validation]),
+        "val": (images, labels, order[validation]),
+        "test": (*decoded["test"], _shuffled(len(decoded["test"][1]), SPLIT_SEED + 1)),
+    }
+    return Splits(
+        **{
+            split: ImageSet(images[rows], labels[rows], CLASSES, "cifar10", title, split)
+            for split, (images, labels, rows) in chosen.items()
+        }
+    )
+
+
+def _shuffled(n: int, seed: int) -> Tensor:
+    """A fixed order of n rows. NumPy guarantees PCG64's raw stream (not what `Generator` makes of it)."""
+    keys = np.random.PCG64(seed).random_raw(n)
+    return torch.from_numpy(np.argsort(keys, kind="stable"))
+
+
+def read_batches(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The official python batches: for train and test, uint8 images (n, 3, 32, 32) and int64 labels (n,)."""
+    official = torchvision.datasets.CIFAR10
+    read = {}
+    for split, files in (("train", official.train_list), ("test", official.test_list)):
+        parts = [_read_batch(folder / name, md5) for name, md5 in files]
+        read[split] = tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+    return read
+
+
+def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    mend = "unpack the official cifar-10-python.tar.gz again, or run `python -m satlib data download cifar10`"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SatlibError(f"cannot read {path} ({error.strerror}); {mend}") from None
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise SatlibError(f"wrong file {path}: its MD5 is {found}, expected {md5}; {mend}")
+    try:
+        batch = _BatchUnpickler(data).load()
+        pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
+        images = pixels.reshape(-1, 3, *SIZE)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SatlibError(f"not a CIFAR-10 batch: {path} ({error!r}); {mend}") from None
+    if images.dtype != np.uint8 or labels.dtype.kind != "i" or len(labels) != len(images) or not len(labels):
+        raise SatlibError(
+            f"not a CIFAR-10 batch: {path} has {len(images)} images ({images.dtype}) and {len(labels)} labels "
+            f"({labels.dtype}); {mend}"
+        )
+    if labels.min() < 0 or labels.max() >= len(CLASSES):
+        raise SatlibError(f"labels in {path} range over {labels.min()}..{labels.max()}, expected 0..9; {mend}")
+    return images, labels.astype(np.int64)
+
+
+# The module of `_reconstruct` has two names: NumPy 1's, which the official files use, and NumPy 2's.
+_reconstruct = np.empty(0).__reduce__()[0]
+_BATCH_GLOBALS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+}
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Builds dictionaries, lists, numbers, bytes and NumPy arrays; refuses everything else by name."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _BATCH_GLOBALS:
+            raise pickle.UnpicklingError(f"refused to build {module}.{name}")
+        return _BATCH_GLOBALS[module, name]

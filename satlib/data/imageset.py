@@ -1,0 +1,207 @@
+"""Labelled images that live on one device as uint8 and leave it as augmented float batches."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from satlib.errors import SatlibError
+
+CROP_PADDING = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with labels, all on one device.
+
+    `images` is uint8 (n, C, H, W), held in channels_last order; `labels` is int64 (n,), each the index of a
+    name in `classes`. `name` is the key for `satlib.data.load`, `title` what figures and tables print,
+    `split` one of train, val and test. Raises `SatlibError` if these do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    title: str
+    split: str
+
+    def __post_init__(self) -> None:
+        images, labels, where = self.images, self.labels, f"{self.name}/{self.split}"
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise SatlibError(
+                f"{where}: images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (n, C, H, W)"
+            )
+        if len(images) == 0:
+            raise SatlibError(f"{where}: the set is empty; expected at least one image")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise SatlibError(
+                f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},)"
+            )
+        if labels.device != images.device:
+            raise SatlibError(f"{where}: labels are on {labels.device} but images on {images.device}; move one")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise SatlibError(
+                f"{where}: labels range over {low}..{high}; expected 0..{len(self.classes) - 1}, one per class name"
+            )
+        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        _, channels, height, width = self.images.shape
+        return (
+            f"ImageSet({self.title!r}, {self.split}, {len(self)} images {channels}x{height}x{width}, "
+            f"{len(self.classes)} classes, {self.images.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over shape and class names, then all pixels in (n, H, W, C) order, then all labels."""
+        header = json.dumps({"shape": list(self.images.shape), "classes": list(self.classes)})
+        digest = hashlib.sha256(header.encode())
+        digest.update(self.images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+        digest.update(self.labels.cpu().numpy().astype("<i8"))
+        return digest.hexdigest()
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        # Sums of integers are exact in any order, so every device and thread count gives the same floats.
+        values = torch.arange(256, device=self.device)
+        means, deviations = [], []
+        for channel in self.images.unbind(1):
+            counts = torch.bincount(channel.reshape(-1), minlength=256)
+            n, total, squares = channel.numel(), int((counts * values).sum()), int((counts * values**2).sum())
+            means.append(total / n)
+            deviations.append(((n * squares - total**2) / n**2) ** 0.5)
+        return tuple(means), tuple(deviations)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over all pixels, in 0..255."""
+        return self._moments[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel over all pixels, in units of 0..255."""
+        return self._moments[1]
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on `device`; what was already computed about it (fingerprint, mean, std) goes along."""
+        moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        for known in ("fingerprint", "_moments"):
+            if known in self.__dict__:
+                moved.__dict__[known] = self.__dict__[known]
+        return moved
+
+    def subset(self, indices: slice | Sequence[int] | Tensor) -> "ImageSet":
+        """The images at `indices` (a slice, a sequence of integers, or an int64 or bool tensor), in that order."""
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices, device=self.device)
+            if indices.ndim != 1 or indices.dtype not in (torch.bool, torch.int64):
+                raise SatlibError(
+                    f"indices are {indices.dtype} {tuple(indices.shape)}; expected one dimension of int64 or bool"
+                )
+        try:
+            return replace(self, images=self.images[indices], labels=self.labels[indices])
+        except IndexError:
+            raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}") from None
+
+    def first(self, n: int) -> "ImageSet":
+        """The first `n` images, 1 <= n <= len(self). Loaders shuffle once, so they are a fair sample."""
+        if not 1 <= n <= len(self):
+            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
+        return self.subset(slice(n))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
+
+        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,).
+        `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
+        is the set's own. `augment` crops at random from the image padded by 4 reflected pixels and flips
+        half of the images left to right; it needs a generator. `limit` stops after that many images; they
+        are exactly those that the pass without `limit` begins with.
+        """
+        if batch_size < 1:
+            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
+        if limit is not None and limit < 1:
+            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
+        if augment and generator is None:
+            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
+        if generator is not None and generator.device.type != "cpu":
+            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
+        if augment and min(self.images.shape[2:]) <= CROP_PADDING:
+            raise SatlibError(
+                f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
+                f"expected more than {CROP_PADDING} each way, or augment=False"
+            )
+        return self._batches(batch_size, generator, augment, limit)
+
+    def _batches(
+        self, batch_size: int, generator: torch.Generator | None, augment: bool, limit: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        # All draws of a pass are made, and moved to the device, at its start: they do not depend on
+        # batch_size or limit, and no batch waits for a copy from the host.
+        n = len(self)
+        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+        order = order[:limit].to(self.device)
+        if augment:
+            shifts = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (n, 2), generator=generator)
+            flips = torch.randint(2, (n,), generator=generator).bool()
+            shifts, flips = shifts[:limit].to(self.device), flips[:limit].to(self.device)
+        for start in range(0, len(order), batch_size):
+            part = slice(start, start + batch_size)
+            indices = order[part]
+            images = self._crop_flip(indices, shifts[part], flips[part]) if augment else self.images[indices]
+            yield images.to(torch.float32, memory_format=torch.channels_last), self.labels[indices]
+
+    def _crop_flip(self, indices: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+        """Images at `indices`, moved by `shifts` (b, 2) pixels with reflected borders, then flipped where `flips`.
+
+        One gather of whole pixels does all of it: each output pixel's source row and column follow by arithmetic.
+        """
+        n, channels, height, width = self.images.shape
+        rows = torch.arange(height, device=self.device) + shifts[:, :1]
+        columns = torch.arange(width, device=self.device).expand(len(indices), width)
+        columns = torch.where(flips[:, None], width - 1 - columns, columns) + shifts[:, 1:]
+        rows, columns = _reflect(rows, height), _reflect(columns, width)
+        source = (indices[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+        pixels = self.images.permute(0, 2, 3, 1).reshape(n * height * width, channels)
+        taken = pixels.index_select(0, source.reshape(-1))
+        return taken.view(len(indices), height, width, channels).permute(0, 3, 1, 2)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions -(size-1)..2(size-1), mirrored at the first and last pixel into 0..size-1."""
+    return (size - 1) - ((size - 1) - positions.abs()).abs()
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The three disjoint sets: `train` fits, `val` crafts and chooses, `test` reports."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+    def to(self, device: torch.device | str) -> "Splits":
+        """All three on `device`."""
+        return Splits(self.train.to(device), self.val.to(device), self.test.to(device))

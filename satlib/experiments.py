@@ -1,0 +1,270 @@
+"""What each section needs, as a list of runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+from satlib import profiles
+from satlib.lab import Run
+from satlib.paper import CIFAR10, METHOD, Cifar10, Method
+from satlib.training import Training
+
+Settings = TypeVar("Settings", Cifar10, Method)
+
+# Section 6.1
+
+
+@dataclass(frozen=True)
+class Cifar10Plan:
+    """The runs of section 6.1: the ERM model, a fine-tuned model for each (s, eps, sigma), and their robustness."""
+
+    erm: Run
+    models: dict[tuple[int, float, float], Run]
+    robustness: dict[Run, list[Run]]  # one search for each seed
+
+    @property
+    def runs(self) -> list[Run]:
+        """In order of importance: each model followed by its evaluation, the undefended one first."""
+        return [run for model in (self.erm, *self.models.values()) for run in (model, *self.robustness[model])]
+
+
+def cifar10(settings: Cifar10) -> Cifar10Plan:
+    """Plan of section 6.1 under the given settings."""
+    erm = erm_run(settings)
+    points = settings.points or [
+        (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
+    ]
+    models = {point: finetune_run(settings, erm, *point) for point in points}
+    searches = {
+        model: [robustness_run(settings, model, seed=seed) for seed in range(settings.search_seeds)]
+        for model in (erm, *models.values())
+    }
+    return Cifar10Plan(erm, models, searches)
+
+
+def erm_run(settings: Cifar10) -> Run:
+    """Pre-training by empirical risk minimisation (section 6.1)."""
+    training = Training(
+        epochs=settings.erm_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.erm_learning_rate,
+        schedule=settings.erm_schedule,
+        milestones=settings.erm_milestones,
+        weight_decay=settings.erm_weight_decay,
+        momentum=settings.momentum,
+        nesterov=True,
+        label_smoothing=settings.label_smoothing,
+        seed=settings.seed,
+    )
+    return _train_run(settings, training, "ERM", {})
+
+
+def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float) -> Run:
+    """Fine-tuning of the ERM model by (shared) adversarial training (section 6.1)."""
+    training = Training(
+        epochs=settings.finetune_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.finetune_learning_rate,
+        schedule=settings.finetune_schedule,
+        milestones=settings.finetune_milestones,
+        weight_decay=settings.finetune_weight_decay,
+        epoch_images=settings.finetune_epoch_images,
+        momentum=settings.momentum,
+        label_smoothing=settings.label_smoothing,
+        sigma=sigma,
+        eps=eps,
+        sharedness=sharedness,
+        steps=settings.steps,
+        relative_step_size=settings.relative_step_size,
+        loss_threshold=settings.loss_threshold,
+        seed=settings.seed,
+    )
+    return _train_run(settings, training, f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", {"init": erm})
+
+
+def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[str, Run]) -> Run:
+    passes = 1.5 if training.sigma == 0 else training.steps + 3
+    images = training.epoch_images or 45_000
+    return Run(
+        kind="train",
+        title=title,
+        dataset=settings.dataset,
+        config={
+            "dataset": settings.dataset,
+            "architecture": {"depth": settings.depth, "width": settings.width},
+            "training": training.config(),
+        },
+        parents=parents,
+        cost=passes * images * training.epochs,
+        labels={"section": "6.1"},
+    )
+
+
+def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
+    """eps_uni(delta) of a trained model by stochastic PGD (sections 5.2 and 6.1)."""
+    attack = {
+        "steps": settings.search_steps,
+        "batch_size": settings.search_batch,
+        "beta": settings.beta,
+        "gamma": settings.gamma,
+        "loss_threshold": settings.loss_threshold,
+        "label_smoothing": settings.label_smoothing,
+    }
+    return Run(
+        kind="universal_robustness",
+        title=f"eps_uni of {model.title}" + (f", seed {seed}" if seed else ""),
+        dataset=settings.dataset,
+        config={
+            "dataset": settings.dataset,
+            "delta": settings.delta,
+            "iterations": settings.search_iterations,
+            "attack": attack,
+            "images": {
+                "craft": settings.craft_images,
+                "choose": settings.choose_images,
+                "report": settings.report_images,
+            },
+            "seed": seed,
+        },
+        parents={"model": model},
+        cost=settings.search_iterations * settings.search_steps * settings.search_batch,
+        labels={"section": "6.1"},
+    )
+
+
+# Sections 3 to 5
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """The runs behind notebooks 01 to 03, on the undefended model and one defended by shared adversarial training."""
+
+    erm: Run
+    defended: Run
+    risks: dict[Run, Run]
+    sharing: dict[Run, Run]
+    loss_threshold: Run
+    trace: Run
+    universal: dict[Run, Run]
+    adversarial: dict[Run, Run]
+
+    def of(self, stem: str) -> list[Run]:
+        """The runs that the notebook `stem` draws from."""
+        return {
+            "01_preliminaries": [self.erm, self.risks[self.erm]],
+            "02_shared_adversarial_training": [
+                *(self.erm, self.defended, *self.risks.values(), *self.sharing.values()),
+                *(self.loss_threshold, self.trace),
+            ],
+            "03_quantifying_robustness": [
+                *(self.erm, self.defended, *self.universal.values(), *self.adversarial.values()),
+            ],
+        }[stem]
+
+
+def method(settings: Cifar10, choices: Method) -> MethodPlan:
+    """Plan of the measurements that accompany sections 3, 4 and 5; models as in section 6.1's plan."""
+    erm = erm_run(settings)
+    defended = finetune_run(settings, erm, *choices.defended)
+    heap = {"steps": choices.steps, "step_size": choices.relative_step_size * choices.eps}
+    capped = {"loss_threshold": settings.loss_threshold, "label_smoothing": settings.label_smoothing}
+    schedule = {"beta": settings.beta, "gamma": settings.gamma}
+    both = (erm, defended)
+
+    def measure(kind: str, what: str, section: str, model: Run, cost: float, **config) -> Run:
+        return Run(
+            kind=kind,
+            title=f"{what} of {model.title}",
+            dataset=settings.dataset,
+            config={"dataset": settings.dataset, "seed": choices.seed, **config},
+            parents={"model": model},
+            cost=cost,
+            labels={"section": section},
+        )
+
+    def risks(model: Run) -> Run:
+        universal = {"steps": choices.universal_steps, "batch_size": choices.universal_batch} | schedule
+        cost = choices.images * choices.steps * len(choices.sharedness)
+        cost += choices.universal_steps * choices.universal_batch
+        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.sharedness)}
+        return measure("risks", "risks", "4.1", model, cost, heap=heap, universal=universal, **options)
+
+    def sharing(model: Run) -> Run:
+        unseen = {"unseen_images": choices.unseen_images, "heaps_scored": choices.heaps_scored}
+        cost = choices.images * choices.steps * len(choices.sharedness)
+        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.sharedness)}
+        return measure("sharing", "sharing", "4.2", model, cost, heap=heap | capped, **unseen, **options)
+
+    threshold = measure(
+        "loss_threshold",
+        "loss threshold",
+        "4.3",
+        erm,
+        2 * choices.images * choices.steps,
+        heap=heap | {"label_smoothing": settings.label_smoothing},
+        loss_threshold=settings.loss_threshold,
+        eps=choices.eps,
+        images=choices.images,
+        unseen_images=choices.unseen_images,
+        sharedness=64,
+    )
+    trace = measure(
+        "heap_trace",
+        "Figure 2",
+        "4.2",
+        defended,
+        choices.trace_images * settings.steps,
+        images=choices.trace_images,
+        sharedness=choices.trace_sharedness,
+        eps=choices.trace_eps,
+        steps=settings.steps,
+        relative_step_size=settings.relative_step_size,
+        **capped,
+    )
+
+    def adversarial(model: Run) -> Run:
+        attack = {"steps": choices.adversarial_steps} | schedule | capped
+        cost = choices.adversarial_images * choices.adversarial_steps * settings.search_iterations
+        options = {"images": choices.adversarial_images, "iterations": settings.search_iterations}
+        return measure(
+            "adversarial_robustness", "eps_adv", "5", model, cost, delta=settings.delta, attack=attack, **options
+        )
+
+    return MethodPlan(
+        erm=erm,
+        defended=defended,
+        risks={model: risks(model) for model in both},
+        sharing={model: sharing(model) for model in both},
+        loss_threshold=threshold,
+        trace=trace,
+        universal={model: robustness_run(settings, model) for model in both},
+        adversarial={model: adversarial(model) for model in both},
+    )
+
+
+def parameters(profile: str, stem: str) -> dict[str, object]:
+    """What a profile sets for the notebook `stem`: its common parameters and the notebook's own."""
+    loaded = profiles.load(profile)
+    return loaded.common | loaded.notebooks.get(stem, {})
+
+
+def profile_runs(profile: str) -> list[Run]:
+    """Every run that a profile's notebooks need, in order of importance."""
+    sections = cifar10(with_parameters(CIFAR10, parameters(profile, "04_cifar10"))).runs
+    for stem in ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness"):
+        given = parameters(profile, stem)
+        sections += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
+    return sections
+
+
+def with_parameters(settings: Settings, parameters: Mapping[str, object]) -> Settings:
+    """The settings with those of the `parameters` (of a profile, or a notebook's globals()) that they have.
+
+    Lists become tuples. What the parameters do not name stays as in the paper.
+    """
+
+    def frozen(value: object) -> object:
+        return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+    names = {field.name for field in fields(settings)} & set(parameters)
+    return replace(settings, **{name: frozen(parameters[name]) for name in names})

@@ -1,0 +1,258 @@
+"""How each kind of run is computed: from its settings and parents to metrics and artefacts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from satlib.attacks import ascend, attack_loss, attackable, broadcast, heap_pgd, perturb, success_rates
+from satlib.ledger import Workspace
+from satlib.precision import autocast
+from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
+from satlib.robustness import adversarial_robustness, universal_robustness
+from satlib.training import Training, accuracy, train
+
+if TYPE_CHECKING:
+    from satlib.lab import Lab, Run
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How runs of one kind are computed. Bump `version` when the same settings would give another result."""
+
+    version: int
+    compute: Callable[["Lab", "Run", Workspace], dict]
+    artefacts: tuple[str, ...] = ()
+
+
+def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """ERM or (shared) adversarial training; continues from its last finished epoch."""
+    splits, settings = lab.splits(run.dataset), Training.from_config(run.config["training"])
+    model = lab.model(run.parents["init"]) if "init" in run.parents else lab.new_model(run)
+    state, history = None, []
+    if checkpoint := work.load_checkpoint():
+        state, info = checkpoint
+        history = info["history"]
+    began, first, fresh = time.monotonic(), len(history) / settings.epochs, len(history)
+
+    def after_epoch(state: dict, history: list[dict]) -> None:
+        work.save_checkpoint(state, {"history": history})
+        if len(history) < settings.epochs:
+            lab.check_budget((time.monotonic() - began) / (len(history) - fresh))
+
+    def progress(text: str, done: float) -> None:
+        lab.report(run, text, (done - first) / (1 - first), began)
+
+    history = train(
+        model,
+        splits.train,
+        settings,
+        state=state,
+        history=history,
+        after_epoch=after_epoch,
+        progress=progress,
+    )
+    work.save_tensors("weights", {name: value.cpu() for name, value in model.state_dict().items()})
+    return {
+        "accuracy": accuracy(model, splits.test),
+        "validation_accuracy": accuracy(model, splits.val),
+        "train_accuracy": accuracy(model, splits.train.first(min(5000, len(splits.train)))),
+        "test_images": len(splits.test),
+        "history": history,
+    }
+
+
+def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """The search of section 5.2: crafted on validation images, decided and reported on disjoint test images."""
+    config, splits = run.config, lab.splits(run.dataset)
+    wanted = config["images"]
+    craft = splits.val.first(min(wanted["craft"], len(splits.val)))
+    choose = splits.test.subset(slice(0, wanted["choose"]))
+    report = splits.test.subset(slice(wanted["choose"], wanted["choose"] + wanted["report"]))
+    model, began, steps = lab.model(run.parents["model"]), time.monotonic(), []
+
+    def progress(text: str) -> None:
+        steps.append(text)
+        lab.report(run, text, len(steps) / config["iterations"], began)
+        lab.check_budget((time.monotonic() - began) / len(steps))
+
+    found = universal_robustness(
+        model,
+        craft=(craft.images, craft.labels),
+        choose=(choose.images, choose.labels),
+        report=(report.images, report.labels),
+        delta=config["delta"],
+        iterations=config["iterations"],
+        generator=torch.Generator().manual_seed(config["seed"]),
+        progress=progress,
+        **config["attack"],
+    )
+    if found.perturbation is not None:
+        work.save_tensors("perturbation", {"perturbation": found.perturbation.cpu()})
+    return {
+        "eps_uni": found.epsilon,
+        "rate": found.rate,
+        "report_rate": found.report_rate,
+        "monotone": found.monotone,
+        "images": {"craft": len(craft), "choose": len(choose), "report": len(report)},
+        "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
+    }
+
+
+def compute_adversarial_robustness(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """eps_adv(delta) on test images, each with a search of its own."""
+    config, test = run.config, lab.splits(run.dataset).test
+    images = test.first(min(config["images"], len(test)))
+    found = adversarial_robustness(
+        lab.model(run.parents["model"]),
+        images.images,
+        images.labels,
+        delta=config["delta"],
+        iterations=config["iterations"],
+        generator=torch.Generator().manual_seed(config["seed"]),
+        **config["attack"],
+    )
+    work.save_arrays("epsilons", {"epsilons": found.epsilons.numpy()})
+    return {"eps_adv": found.epsilon, "images": len(images)}
+
+
+def compute_risks(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """The four risks of sections 3.1 and 4.2 on the same test images, and the attack's slack in their order.
+
+    The loss is neither capped nor smoothed here, in the attack as in the risk: the order is one of suprema of L.
+    """
+    config, splits = run.config, lab.splits(run.dataset)
+    test, craft = splits.test.first(config["images"]), splits.val
+    x, y = test.images.float(), test.labels
+    model, generator = lab.model(run.parents["model"]), torch.Generator().manual_seed(config["seed"])
+    universal = universal_risk(
+        model,
+        x,
+        y,
+        craft=(craft.images, craft.labels),
+        eps=config["eps"],
+        generator=generator,
+        **config["universal"],
+    )
+    heaps = [
+        heap_risk(model, x, y, sharedness=s, eps=config["eps"], generator=generator, **config["heap"])
+        for s in config["sharedness"]
+    ]
+    expected = expected_risk(model, x, y)
+    chain = [expected, universal, *heaps]  # sharedness is listed from the largest to 1
+    slack = max(0.0, *(low.loss - high.loss for low, high in pairwise(chain)))
+    return {
+        "expected": asdict(expected),
+        "universal": asdict(universal),
+        "heap": [{"sharedness": s} | asdict(risk) for s, risk in zip(config["sharedness"], heaps, strict=True)],
+        "slack": slack,
+        "images": len(test),
+    }
+
+
+def compute_sharing(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """How far the shared perturbations of a mini-batch fool their own heap, and images that they never saw."""
+    config, test = run.config, lab.splits(run.dataset).test
+    own, unseen = test.first(config["images"]), test.subset(slice(config["images"], None))
+    unseen = unseen.first(min(config["unseen_images"], len(unseen)))
+    model, generator = lab.model(run.parents["model"]), torch.Generator().manual_seed(config["seed"])
+    rows = []
+    for s in config["sharedness"]:
+        xi = heap_pgd(
+            model,
+            own.images.float(),
+            own.labels,
+            sharedness=s,
+            eps=config["eps"],
+            generator=generator,
+            **config["heap"],
+        )
+        rates = success_rates(model, unseen.images, unseen.labels, xi[: config["heaps_scored"]])
+        on_own = risk_under(model, own.images, own.labels, xi, s)
+        rows.append({"sharedness": s, "own_error": on_own.error, "unseen_error": rates.mean().item()})
+    clean = expected_risk(model, unseen.images, unseen.labels)
+    return {"rows": rows, "clean_error": clean.error, "images": len(own), "unseen_images": len(unseen)}
+
+
+def compute_loss_threshold(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Winner takes all (section 4.3): one perturbation for a heap, found with and without the loss threshold."""
+    config, test = run.config, lab.splits(run.dataset).test
+    own, unseen = test.first(config["images"]), test.subset(slice(config["images"], None))
+    unseen = unseen.first(min(config["unseen_images"], len(unseen)))
+    model, arrays, metrics = lab.model(run.parents["model"]), {}, {"images": len(own)}
+    for name, kappa in (("capped", config["loss_threshold"]), ("uncapped", None)):
+        xi = heap_pgd(
+            model,
+            own.images.float(),
+            own.labels,
+            sharedness=config["sharedness"],
+            eps=config["eps"],
+            loss_threshold=kappa,
+            generator=torch.Generator().manual_seed(config["seed"]),
+            **config["heap"],
+        )
+        with torch.no_grad():
+            logits = model(perturb(own.images.float(), xi, config["sharedness"]))
+        losses = attack_loss(logits, own.labels)
+        arrays[name] = losses.cpu().numpy()
+        fooled = logits.argmax(1) != own.labels
+        metrics[name] = {
+            "error": fooled.float().mean().item(),
+            "unseen_error": success_rates(model, unseen.images, unseen.labels, xi).mean().item(),
+            "mean_loss": losses.mean().item(),
+            "top_tenth_share": (losses.sort().values[-max(1, len(losses) // 10) :].sum() / losses.sum()).item(),
+        }
+    work.save_arrays("losses", arrays)
+    return metrics
+
+
+def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Everything that Figure 2 shows, from a real mini-batch: images, gradients, shared perturbations, broadcast."""
+    config, splits = run.config, lab.splits(run.dataset)
+    batch, s, eps = splits.test.first(config["images"]), config["sharedness"], config["eps"]
+    x, y = batch.images.float(), batch.labels
+    alpha = torch.tensor(config["relative_step_size"] * eps)
+    options = {"loss_threshold": config["loss_threshold"], "label_smoothing": config["label_smoothing"]}
+    with attackable(lab.model(run.parents["model"])) as net:
+        heaps, bound = -(-len(x) // s), torch.tensor(eps).view(1, 1, 1, 1)
+        xi = (torch.rand((heaps, *x.shape[1:]), generator=torch.Generator().manual_seed(config["seed"])) * 2 - 1) * eps
+        xi, bound = xi.to(x.device), bound.to(x.device)
+        each = broadcast(xi, s, len(x)).clone().requires_grad_()  # a copy for each image, so a gradient for each
+        with autocast(x.device):
+            logits = net(perturb(x, each, 1))
+        (gradients,) = torch.autograd.grad(attack_loss(logits, y, **options).sum(), each)
+        steps = [xi]
+        for _ in range(config["steps"]):
+            xi, _ = ascend(net, x, y, xi, eps=bound, alpha=alpha, sharedness=s, **options)
+            steps.append(xi)
+        adversarial = perturb(x, xi, s)
+        with torch.no_grad():
+            clean, fooled = net(x).argmax(1), net(adversarial).argmax(1)
+    arrays = {
+        "images": x,
+        "gradients": gradients,
+        "perturbations": torch.stack(steps),
+        "adversarial": adversarial,
+    }
+    work.save_arrays("trace", {name: value.detach().cpu().numpy() for name, value in arrays.items()})
+    names = batch.classes
+    return {
+        "labels": [names[i] for i in y.tolist()],
+        "clean_predictions": [names[i] for i in clean.tolist()],
+        "adversarial_predictions": [names[i] for i in fooled.tolist()],
+        "largest": xi.abs().max().item(),
+    }
+
+
+KINDS = {
+    "train": Kind(1, compute_train, ("weights",)),
+    "universal_robustness": Kind(1, compute_universal_robustness),
+    "adversarial_robustness": Kind(1, compute_adversarial_robustness, ("epsilons",)),
+    "risks": Kind(1, compute_risks),
+    "sharing": Kind(1, compute_sharing),
+    "loss_threshold": Kind(1, compute_loss_threshold, ("losses",)),
+    "heap_trace": Kind(1, compute_heap_trace, ("trace",)),
+}

@@ -1,0 +1,27 @@
+"""What notebooks need beside the kernels: a kernel's own code shown in place, and figures saved as they are shown."""
+
+import inspect
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+from IPython.display import Code, Image, display
+from matplotlib.figure import Figure
+
+from satlib import figures
+from satlib.ledger import Record
+
+
+def show_source(*functions: object) -> None:
+    """Display the code of satlib functions as it stands in the module: never a copy that could go stale."""
+    display(Code("\n\n".join(inspect.getsource(function).rstrip() for function in functions), language="python"))
+
+
+def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable[Record]) -> None:
+    """Save the figure under figures/<profile>/ with its provenance, and display what was saved.
+
+    alt: what the picture shows, in words, for readers who cannot see it.
+    """
+    path = figures.save(figure, name, profile=profile, records=records)
+    plt.close(figure)
+    width = int(figure.get_size_inches()[0] * 96)
+    display(Image(filename=path, embed=True, width=width, alt=alt))

@@ -1,0 +1,129 @@
+"""The paper as data: the settings of every section and every number that its text reports.
+
+Mummadi, Brox, Metzen: "Defending Against Universal Perturbations With Shared Adversarial Training", ICCV 2019.
+What the paper leaves open is marked "our choice". Its supplement was not available: no number is from there.
+"""
+
+import math
+from dataclasses import dataclass
+
+KAPPA = -math.log(0.2)  # section 4.3: loss threshold of the attack
+LABEL_SMOOTHING = 0.1  # section 4.3 says "label smoothing"; the amount is our choice
+EPSILONS = (2, 4, 6, 8, 10, 14, 18, 22, 26)  # sections 6.1 and 6.2, pixel units
+
+
+@dataclass(frozen=True)
+class Cifar10:
+    """Every setting of section 6.1. A profile replaces some of them; what it does not name stays the paper's."""
+
+    dataset: str = "cifar10"
+    depth: int = 20
+    width: int = 64
+    batch_size: int = 128
+    momentum: float = 0.9
+    seed: int = 0
+    # Pre-training by "standard regularized empirical risk minimization": the schedule is our choice.
+    erm_epochs: int = 164
+    erm_learning_rate: float = 0.1
+    erm_schedule: str = "step"
+    erm_milestones: tuple[int, ...] = (82, 123)
+    erm_weight_decay: float = 5e-4
+    # Fine-tuning.
+    finetune_epochs: int = 65
+    finetune_learning_rate: float = 0.0025
+    finetune_schedule: str = "step"
+    finetune_milestones: tuple[int, ...] = (50,)
+    finetune_weight_decay: float = 0.0  # not stated; our choice
+    finetune_epoch_images: int = 0  # 0: all training images in every epoch
+    sharedness: tuple[int, ...] = (1, 8, 64)
+    epsilons: tuple[float, ...] = EPSILONS
+    sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    points: tuple[tuple[int, float, float], ...] = ()  # (s, eps, sigma) instead of the whole grid; () means the grid
+    steps: int = 4  # K of training
+    relative_step_size: float = 0.5  # alpha_k / eps
+    loss_threshold: float = KAPPA
+    label_smoothing: float = LABEL_SMOOTHING
+    # Evaluation: eps_uni(delta) by the search of section 5.2.
+    delta: float = 0.75
+    search_iterations: int = 10  # b
+    search_steps: int = 200  # K
+    search_batch: int = 16  # the mini-batch size m_k
+    gamma: float = 0.975
+    beta: float = 4.0
+    craft_images: int = 5000
+    choose_images: int = 512  # our choice: decides the search, apart from the images that report
+    report_images: int = 512
+    search_seeds: int = 1  # our choice: searches that start from other random numbers
+
+
+CIFAR10 = Cifar10()
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number of the paper's text: where it stands, what it is, and for which model."""
+
+    key: str
+    section: str
+    quantity: str
+    unit: str
+    value: float
+
+
+REPORTED = (
+    Reported("cifar10/erm/accuracy", "6.1", "ERM: clean accuracy", "%", 93.25),
+    Reported("cifar10/erm/eps_uni", "6.1", "ERM: eps_uni(0.75)", "pixel units", 14.9),
+    Reported("cifar10/no-loss/eps_uni", "6.1", "s=64, no accuracy lost: eps_uni(0.75)", "pixel units", 22.7),
+    Reported("cifar10/90/eps_uni", "6.1", "s=64, accuracy of 90 % accepted: eps_uni(0.75)", "pixel units", 44.1),
+    Reported("cifar10/90/loss", "6.1", "s=64, accuracy of 90 % accepted: accuracy lost, less than", "points", 3.5),
+    Reported(
+        "cifar10/gain",
+        "6.1",
+        "s=64 against s=1 at equal accuracy: eps_uni(0.75) gained, about",
+        "pixel units",
+        5.0,
+    ),
+    Reported("cifar10/cost/shared", "6.1", "Shared adversarial training: time per epoch", "s", 189.0),
+    Reported("cifar10/cost/standard", "6.1", "Standard adversarial training: time per epoch", "s", 189.0),
+    Reported("cifar10/cost/uad", "6.1", "DeepFool UAD: time per epoch", "s", 3118.0),
+    Reported("cifar10/cost/fictitious-play", "6.1", "Fictitious play: time per epoch", "s", 3840.0),
+    Reported("imagenet/erm/accuracy", "6.2", "ERM: top-1 accuracy", "%", 77.57),
+    Reported("imagenet/erm/eps_uni", "6.2", "ERM: eps_uni(0.75)", "pixel units", 8.4),
+    Reported("imagenet/no-loss/eps_uni", "6.2", "s=32, no accuracy lost: eps_uni(0.75)", "pixel units", 15.0),
+    Reported("imagenet/good/accuracy", "6.2", "s=32, eps=10, sigma=1: top-1 accuracy", "%", 72.74),
+    Reported("imagenet/good/eps_uni", "6.2", "s=32, eps=10, sigma=1: eps_uni(0.75)", "pixel units", 25.64),
+    Reported("cityscapes/erm/iou", "6.3", "ERM: class-wise IoU", "%", 49.3),
+    Reported("cityscapes/erm/eps_uni_targeted", "6.3", "ERM: targeted eps_uni(0.95)", "pixel units", 19.92),
+    Reported("cityscapes/s1/eps_uni_targeted", "6.3", "s=1: targeted eps_uni(0.95)", "pixel units", 62.5),
+    Reported("cityscapes/s5/eps_uni_targeted", "6.3", "s=5: targeted eps_uni(0.95)", "pixel units", 111.7),
+    Reported("cityscapes/erm/eps_uni", "6.3", "ERM: untargeted eps_uni(0.95)", "pixel units", 8.5),
+    Reported("cityscapes/s1/eps_uni", "6.3", "s=1: untargeted eps_uni(0.95)", "pixel units", 25.0),
+    Reported("cityscapes/s5/eps_uni", "6.3", "s=5: untargeted eps_uni(0.95)", "pixel units", 47.8),
+    Reported("cityscapes/s1/eps_adv", "6.3", "s=1: eps_adv(0.95)", "pixel units", 11.0),
+    Reported("cityscapes/s5/eps_adv", "6.3", "s=5: eps_adv(0.95)", "pixel units", 5.9),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of the measurements that illustrate sections 3 to 5; the paper has no numbers here: all our choice."""
+
+    defended: tuple[int, float, float] = (64, 14, 0.7)  # (s, eps, sigma) of the defended model shown beside ERM
+    eps: float = 16.0
+    images: int = 512
+    sharedness: tuple[int, ...] = (512, 64, 16, 8, 4, 2, 1)  # from one heap of all images down to image-dependent
+    steps: int = 20
+    relative_step_size: float = 0.2
+    universal_steps: int = 200
+    universal_batch: int = 64
+    unseen_images: int = 512
+    heaps_scored: int = 8
+    trace_images: int = 12
+    trace_sharedness: int = 4
+    trace_eps: float = 22.0
+    adversarial_images: int = 256
+    adversarial_steps: int = 50
+    seed: int = 0
+
+
+METHOD = Method()

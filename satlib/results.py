@@ -1,0 +1,248 @@
+"""The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from satlib import experiments, profiles
+from satlib.archive import digest_of
+from satlib.lab import Run
+from satlib.ledger import Ledger, Record
+from satlib.paper import CIFAR10, REPORTED, Reported
+
+BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts for more
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the paper and ours for it; None where there is none.
+
+    spread: standard deviation over `seeds` repeated searches. runs: ids of the records that `ours` follows from.
+    verdict: "same direction" or "not reproduced" for a claim that compares models, "other setting" for a number of
+    one model that is smaller, shorter trained or on other data than the paper's, "not run".
+    """
+
+    section: str
+    quantity: str
+    unit: str
+    paper: float
+    ours: float | None = None
+    spread: float | None = None
+    seeds: int = 0
+    profile: str | None = None
+    dataset: str | None = None
+    runs: tuple[str, ...] = ()
+    verdict: str = "not run"
+
+
+class Records:
+    """Finds the records of planned runs by their settings, so that nobody needs the data to look them up."""
+
+    def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
+        ledger = ledger or Ledger()
+        self._by_settings: dict[tuple[str, str], list[Record]] = {}
+        for record in sorted(ledger.records(), key=lambda record: record.created, reverse=True):
+            if not published or (ledger.ledger / record.id).is_dir():
+                self._by_settings.setdefault((record.kind, digest_of(record.config)), []).append(record)
+
+    def of(self, run: Run) -> Record | None:
+        """The newest record of the run's kind and settings that builds on records of its parents."""
+        return next(iter(self._all(run)), None)
+
+    def _all(self, run: Run) -> list[Record]:
+        parents = {role: {r.id for r in self._all(parent)} for role, parent in run.parents.items()}
+        return [
+            record
+            for record in self._by_settings.get((run.kind, digest_of(run.config)), [])
+            if record.parents.keys() == parents.keys()
+            and all(record.parents[role] in found for role, found in parents.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
+
+    sharedness, eps and sigma are None for the undefended model; eps_uni is None where no search succeeded.
+    """
+
+    title: str
+    sharedness: int | None
+    eps: float | None
+    sigma: float | None
+    accuracy: float
+    eps_uni: float | None
+    spread: float | None
+    seeds: int
+    train: Record
+    searches: tuple[Record, ...]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return (self.train, *self.searches)
+
+
+def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Model]:
+    """The models of section 6.1 that have a record, the undefended one first."""
+    points = [(None, None, None), *plan.models]
+    found = []
+    for point, run in zip(points, (plan.erm, *plan.models.values()), strict=True):
+        train = records.of(run)
+        searches = tuple(r for search in plan.robustness[run] if (r := records.of(search)))
+        if train is None or not searches:
+            continue
+        values = [r.metrics["eps_uni"] for r in searches if r.metrics["eps_uni"] is not None]
+        found.append(
+            Model(
+                run.title,
+                *point,
+                accuracy=100 * train.metrics["accuracy"],
+                eps_uni=statistics.mean(values) if len(values) == len(searches) else None,
+                spread=statistics.stdev(values) if len(values) == len(searches) > 1 else None,
+                seeds=len(searches),
+                train=train,
+                searches=searches,
+            )
+        )
+    return found
+
+
+def domination(models: Sequence[Model], better: int, worse: int) -> str:
+    """Whether sharedness `better` dominates `worse`: every such model is beaten by one as accurate and more robust."""
+    found = [m for m in models if m.eps_uni is not None]
+    strong, weak = ([m for m in found if m.sharedness == s] for s in (better, worse))
+
+    def beats(a: Model, b: Model) -> bool:
+        return a.accuracy >= b.accuracy and (a.eps_uni or 0.0) > (b.eps_uni or 0.0)
+
+    if not strong or not weak:
+        return "not run"
+    if all(any(beats(a, b) for a in strong) for b in weak):
+        return "holds here"
+    contradicted = any(beats(b, a) for a in strong for b in weak)
+    return "does not hold here" if contradicted else "not decided by these models"
+
+
+def cifar10_plan(profile: str) -> experiments.Cifar10Plan:
+    """The plan of section 6.1 under a profile."""
+    return experiments.cifar10(experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10")))
+
+
+def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | None:
+    """The most robust model of a sharedness that keeps at least `accuracy` %."""
+    kept = [m for m in models if m.sharedness == sharedness and m.accuracy >= accuracy and m.eps_uni is not None]
+    return max(kept, key=lambda model: model.eps_uni or 0.0, default=None)
+
+
+def cifar10_rows(profile: str, records: Records) -> list[Row]:
+    """The rows of section 6.1 for a profile's records."""
+    models = cifar10_models(cifar10_plan(profile), records)
+    reported = {r.key: r for r in REPORTED if r.key.startswith("cifar10/")}
+    rows = {key: _row(r) for key, r in reported.items()}
+    erm = next((m for m in models if m.sharedness is None), None)
+    if erm is not None:
+
+        def fill(key: str, ours: float | None, used: list[Model], verdict: str, spread: float | None = None) -> None:
+            rows[key] = Row(
+                **asdict(_row(reported[key]))
+                | {
+                    "ours": ours,
+                    "spread": spread,
+                    "seeds": min((m.seeds for m in used), default=0),
+                    "profile": profile,
+                    "dataset": erm.train.labels.get("dataset"),
+                    "runs": tuple(r.id for m in used for r in m.records),
+                    "verdict": verdict,
+                }
+            )
+
+        fill("cifar10/erm/accuracy", erm.accuracy, [erm], "other setting")
+        fill("cifar10/erm/eps_uni", erm.eps_uni, [erm], "other setting", erm.spread)
+        if any(m.sharedness == 64 for m in models):
+            base = erm.eps_uni or 0.0
+            kept = _best(models, sharedness=64, accuracy=erm.accuracy)
+            accepted = _best(models, sharedness=64, accuracy=erm.accuracy - (93.25 - 90.0))
+            for key, model in (("cifar10/no-loss/eps_uni", kept), ("cifar10/90/eps_uni", accepted)):
+                if model is None:
+                    fill(key, None, [erm], "not reproduced")
+                else:
+                    better = (model.eps_uni or 0.0) > base
+                    fill(
+                        key, model.eps_uni, [erm, model], "same direction" if better else "not reproduced", model.spread
+                    )
+            if accepted is not None:
+                fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "same direction")
+        pairs = [
+            (m, other)
+            for m in models
+            if m.sharedness == 1
+            and m.eps_uni is not None
+            and (other := _best(models, sharedness=64, accuracy=m.accuracy)) is not None
+        ]
+        if pairs:
+            gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
+            used = list({m.title: m for pair in pairs for m in pair}.values())
+            fill("cifar10/gain", gain, used, "same direction" if gain > 0 else "not reproduced")
+    return list(rows.values())
+
+
+def _row(reported: Reported) -> Row:
+    return Row(reported.section, reported.quantity, reported.unit, reported.value)
+
+
+def rows(profile: str | None = None, *, ledger: Ledger | None = None, published: bool = False) -> list[Row]:
+    """Every number of the paper with ours under `profile`; without one, for each the weightiest profile that has it."""
+    records = Records(ledger, published=published)
+    names = [profile] if profile else [name for name in BY_WEIGHT if profiles.profile_path(name).is_file()]
+    result: list[Row] = []
+    for name in names:
+        fresh = cifar10_rows(name, records)
+        result = [old if old.verdict != "not run" else new for old, new in zip(result, fresh, strict=True)] or fresh
+    return result + [_row(r) for r in REPORTED if not r.key.startswith("cifar10/")]
+
+
+def as_json(found: list[Row]) -> list[dict]:
+    """The rows as plain JSON types."""
+    return [asdict(row) | {"runs": list(row.runs)} for row in found]
+
+
+def table(profile: str | None = None) -> str:
+    """The rows that were run, as text: what `run_all.sh` ends with."""
+    found = [row for row in rows(profile) if row.verdict != "not run"]
+    if not found:
+        return (
+            f"no results yet under the profile {profile!r}: ./run_all.sh --profile {profile or 'quick'} computes them"
+        )
+    lines = [f"{'section':8} {'quantity':52} {'paper':>8} {'ours':>8}  {'unit':12} {'verdict':15} profile, data set"]
+    for row in found:
+        ours = "-" if row.ours is None else f"{row.ours:.1f}" + (f" ±{row.spread:.1f}" if row.spread else "")
+        lines.append(
+            f"{row.section:8} {row.quantity:52} {row.paper:8.1f} {ours:>8}  {row.unit:12} {row.verdict:15}"
+            f" {row.profile}, {row.dataset}"
+        )
+    return "\n".join(lines)
+
+
+def beside(profile: str) -> pd.DataFrame:
+    """Three columns side by side for section 6.1: the paper, the weightiest published record, the live run."""
+    live = [row for row in rows(profile) if row.section == "6.1"]
+    best = [row for row in rows(published=True) if row.section == "6.1"]
+
+    def shown(row: Row) -> str:
+        if row.verdict == "not run":
+            return "not run"
+        value = "none" if row.ours is None else f"{row.ours:.1f}" + (f" ± {row.spread:.1f}" if row.spread else "")
+        return f"{value} ({row.profile}: {row.dataset})"
+
+    return pd.DataFrame(
+        {
+            "quantity": [row.quantity for row in live],
+            "unit": [row.unit for row in live],
+            "paper": [f"{row.paper:g}" for row in live],
+            "published": [shown(row) for row in best],
+            "live": [shown(row) for row in live],
+            "verdict, live": [row.verdict for row in live],
+        }
+    )

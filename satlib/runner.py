@@ -1,0 +1,201 @@
+"""Executes the notebooks under a profile with papermill and says how far they are.
+
+Each notebook is executed by this very Python, in the folder of the notebooks, into
+`notebooks/executed/<profile>/`, as a notebook and as an HTML page. The kernel finds in its environment
+`SATLIB_FORCE=1` if everything is to be computed again, and `SATLIB_DEADLINE` (seconds since the epoch) if the
+time is limited: the code that it runs raises `BudgetSpent` when the time is up.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from satlib import profiles
+from satlib.errors import SatlibError
+from satlib.notebook_progress import NotebookProgress, Timings
+from satlib.paths import data_root, project_root
+from satlib.progress import duration
+
+MIN_FREE_BYTES = 1e9
+BUDGET_STOP = "BudgetSpent"  # name of the exception by which a notebook's code says that the time is up
+KERNEL = "satlib"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook: status is "done", "failed", "stopped" or "not started"."""
+
+    stem: str
+    status: str
+    seconds: float = 0.0
+    message: str = ""
+
+
+def check(profile: str, *, only: str | None = None) -> Path:
+    """Checks what can be checked with nothing installed; returns the folder for the executed notebooks.
+
+    Raises `SatlibError` for an unknown profile or notebook, a folder that cannot be written, a full disk, and
+    a data root that is not there.
+    """
+    profiles.profile_path(profile)
+    profiles.select(only)
+    root = project_root()
+    folder = root / "notebooks" / "executed" / profile
+    for target in (folder, root / "figures" / profile, root / "data"):
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target):
+                pass
+        except OSError as error:
+            raise SatlibError(f"cannot write to {target} ({error.strerror}); make it writable") from error
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise SatlibError(f"{free / 1e9:.1f} GB free on the disk of {folder}, expected 1 GB; free some space")
+    if os.environ.get("SATLIB_DATA") and not data_root().is_dir():
+        raise SatlibError(f"SATLIB_DATA is {data_root()}, expected a folder; set it to that of the data sets")
+    return folder
+
+
+def run(profile: str, *, only: str | None = None, deadline: float | None = None, force: bool = False) -> int:
+    """Executes the notebooks of `profile` (or those of them in `only`: "04,06") and prints paper vs ours.
+
+    `deadline` (seconds since the epoch): no notebook starts after it. `force`: compute again what is known.
+    Returns the exit status: 0 if every notebook ran, 1 if one failed, 3 if the time was spent before the end.
+    Raises `SatlibError`, before anything runs, for a request that cannot be met: see `check`, and unknown or
+    mistyped parameters, missing or damaged data, missing packages.
+    """
+    _require_packages()
+    folder = check(profile, only=only)
+    settings = profiles.load(profile)
+    declared = {stem: profiles.declared(path) for stem, path in profiles.notebook_paths().items()}
+    profiles.check_common(settings, declared)
+    parameters = {stem: profiles.parameters_for(settings, stem, declared[stem]) for stem in declared}
+    selected = profiles.select(only)
+    _require_data(settings, [_dataset(declared[stem], parameters[stem]) for stem in selected])
+
+    timings = Timings(folder / "timings.json")
+    print(f"satlib: profile {profile}: {settings.description} ({settings.time})", flush=True)
+    outcomes = []
+    with _kernel(deadline, force), NotebookProgress(list(selected), timings) as progress:
+        for stem, path in selected.items():
+            if deadline is not None and time.time() >= deadline:
+                outcomes.append(Outcome(stem, "not started", message="the time was spent"))
+                continue
+            progress.start(stem, path)
+            outcome = _execute(path, folder / path.name, parameters[stem], progress)
+            progress.end(outcome.status, outcome.message)
+            if outcome.status == "done":
+                timings.record(stem, outcome.seconds)
+            outcomes.append(outcome)
+    _print_summary(outcomes, folder)
+    from satlib import results
+
+    print(results.table(profile), flush=True)
+    statuses = {outcome.status for outcome in outcomes}
+    return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
+
+
+def _require_packages() -> None:
+    try:
+        import ipykernel  # noqa: F401
+        import nbconvert  # noqa: F401
+        import papermill  # noqa: F401
+    except ImportError as error:
+        raise SatlibError(
+            f"executing notebooks needs {error.name}, which is not installed; call ./run_all.sh, "
+            "which sets it up, or install satlib[notebooks]"
+        ) from error
+
+
+def _dataset(declared: dict[str, profiles.Parameter], given: dict[str, object]) -> object:
+    """The data set that a notebook is told to use by its parameter `dataset`, if it has one."""
+    return given.get("dataset", declared["dataset"].default) if "dataset" in declared else None
+
+
+def _require_data(profile: profiles.Profile, used: list[object]) -> None:
+    """Raises `SatlibError` for a missing or damaged data set, which each notebook would else find out alone.
+
+    The sets are those that the notebooks name, or all of the profile's where no notebook names one. What has
+    to be decoded is decoded here, with a progress bar, and kept for the notebooks.
+    """
+    names = {name for name in used if isinstance(name, str)} or set(profile.datasets)
+    for name in sorted(names):
+        if name not in profile.datasets:
+            raise SatlibError(f"{profile.path}: a notebook uses {name!r}, which `datasets` does not list")
+        if name not in profiles.EMBEDDED:
+            from satlib import data
+
+            data.load(name)
+
+
+@contextlib.contextmanager
+def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
+    """A kernel named `KERNEL` that is this Python with this satlib, known to this process only."""
+    here = str(Path(__file__).resolve().parent.parent)
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    if deadline is not None:
+        environment["SATLIB_DEADLINE"] = repr(deadline)
+    if force:
+        environment["SATLIB_FORCE"] = "1"
+    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # each kernel would warn that it talks without encryption
+    specification = {"argv": command + quiet, "display_name": KERNEL, "language": "python", "env": environment}
+    before = os.environ.get("JUPYTER_PATH")
+    with tempfile.TemporaryDirectory(prefix="satlib-") as folder:
+        target = Path(folder, "kernels", KERNEL, "kernel.json")
+        target.parent.mkdir(parents=True)
+        target.write_text(json.dumps(specification))
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["JUPYTER_PATH"]
+            else:
+                os.environ["JUPYTER_PATH"] = before
+
+
+def _execute(source: Path, target: Path, parameters: dict[str, object], progress: NotebookProgress) -> Outcome:
+    """Executes one notebook. Whatever goes wrong in it is its outcome, so that the others still run."""
+    import papermill
+
+    from satlib import export
+
+    start, status, message = time.monotonic(), "done", ""
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters,
+            kernel_name=KERNEL,
+            cwd=source.parent,
+            progress_bar=False,
+            stdout_file=progress,
+            on_cell_start=progress.cell,
+        )
+    except papermill.PapermillExecutionError as error:
+        status = "stopped" if error.ename == BUDGET_STOP else "failed"
+        message = f"{error.ename}: {error.evalue.strip()}".splitlines()[-1]
+    except Exception as error:  # the kernel died, the disk is full
+        status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        export.write_html(target, target.with_suffix(".html"), folder=source.parent)
+    except (SatlibError, OSError) as error:
+        status, message = "failed", message or f"no HTML page: {error}"
+    return Outcome(source.stem, status, time.monotonic() - start, message)
+
+
+def _print_summary(outcomes: list[Outcome], folder: Path) -> None:
+    width = max(len(outcome.stem) for outcome in outcomes)
+    print(f"\nExecuted notebooks and pages: {folder}")
+    for outcome in outcomes:
+        time_taken = duration(outcome.seconds) if outcome.seconds else ""
+        print(f"  {outcome.stem:{width}}  {outcome.status:11}  {time_taken:>12}  {outcome.message}".rstrip())
+    print(flush=True)

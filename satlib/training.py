@@ -1,0 +1,213 @@
+"""ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from satlib.attacks import heap_pgd, perturb
+from satlib.errors import SatlibError
+from satlib.precision import autocast
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training. Defaults: the fine-tuning of section 6.1, with our choices where it is silent.
+
+    sigma weighs adversarial against clean loss; 0 is ERM, and needs no attack. eps (pixel units), sharedness,
+    steps (K) and relative_step_size (alpha_k / eps) set the heap adversary; sharedness 1 is standard
+    adversarial training. schedule "step" divides the learning rate by 10 at the `milestones` (in epochs);
+    "one-cycle" warms up linearly over `warm_up` of the iterations and falls linearly to zero. epoch_images
+    shortens an epoch to that many images, drawn anew each time; 0 means all.
+    """
+
+    epochs: int = 65
+    batch_size: int = 128
+    learning_rate: float = 0.0025
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "step"
+    milestones: tuple[int, ...] = (50,)
+    warm_up: float = 0.25
+    epoch_images: int = 0
+    label_smoothing: float = 0.1
+    sigma: float = 0.0
+    eps: float = 0.0
+    sharedness: int = 1
+    steps: int = 4
+    relative_step_size: float = 0.5
+    loss_threshold: float | None = -math.log(0.2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, right: bool, expected: str) -> None:
+            if not right:
+                raise SatlibError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+        for name in ("epochs", "batch_size", "sharedness", "steps"):
+            value = getattr(self, name)
+            check(name, isinstance(value, int) and value >= 1, "a whole number of at least 1")
+        for name in ("learning_rate", "relative_step_size"):
+            check(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("momentum", "label_smoothing", "warm_up"):
+            check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        check("sigma", 0 <= self.sigma <= 1, "a number in [0, 1]")
+        check("eps", 0 <= self.eps <= 255, "a number from 0 to 255 (pixel units)")
+        check("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        check("schedule", self.schedule in ("step", "one-cycle"), "'step' or 'one-cycle'")
+        check("sharedness", self.sharedness <= self.batch_size, f"at most batch_size ({self.batch_size})")
+        whole = isinstance(self.epoch_images, int) and self.epoch_images >= 0
+        check("epoch_images", whole, "a whole number of at least 0 (0: all images)")
+        check("nesterov", not self.nesterov or self.momentum > 0, "False, or momentum > 0")
+        cap = self.loss_threshold
+        check("loss_threshold", cap is None or cap > 0, "a positive number, or None for no cap")
+
+    def config(self) -> dict:
+        """The settings as plain JSON types; those of the attack only where there is one (sigma > 0)."""
+        config = asdict(self) | {"milestones": list(self.milestones)}
+        unused = {"milestones"} if self.schedule == "one-cycle" else {"warm_up"}
+        if self.sigma == 0:
+            unused |= {"eps", "sharedness", "steps", "relative_step_size", "loss_threshold"}
+        return {name: value for name, value in config.items() if name not in unused}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Training":
+        """The settings that `config()` gave."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(config) - known):
+            raise SatlibError(f"unknown training setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
+        return cls(**config | {"milestones": tuple(config.get("milestones", ()))})
+
+
+def learning_rate_at(settings: Training, epoch: float) -> float:
+    """Learning rate after `epoch` epochs (a fraction within an epoch)."""
+    if settings.schedule == "step":
+        return settings.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
+    done = epoch / settings.epochs
+    if done < settings.warm_up:
+        return settings.learning_rate * done / settings.warm_up
+    return settings.learning_rate * (1 - done) / (1 - settings.warm_up)
+
+
+def shared_adversarial_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
+) -> Tensor:
+    """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
+
+    Both halves go through the model in one concatenated forward pass. images (d, C, H, W) float32 in 0..255.
+    """
+    sharedness = min(settings.sharedness, len(images))
+    xi = heap_pgd(
+        model,
+        images,
+        labels,
+        eps=settings.eps,
+        sharedness=sharedness,
+        steps=settings.steps,
+        step_size=settings.relative_step_size * settings.eps,
+        loss_threshold=settings.loss_threshold,
+        label_smoothing=settings.label_smoothing,
+        generator=generator,
+    )
+    both = torch.cat([perturb(images, xi, sharedness), images])
+    with autocast(images.device):
+        logits = model(both.contiguous(memory_format=torch.channels_last)).float()
+    adversarial, clean = (
+        F.cross_entropy(half, labels, label_smoothing=settings.label_smoothing) for half in logits.chunk(2)
+    )
+    return settings.sigma * adversarial + (1 - settings.sigma) * clean
+
+
+def train(
+    model: nn.Module,
+    data,
+    settings: Training,
+    *,
+    state: dict[str, Tensor] | None = None,
+    history: list[dict] | None = None,
+    after_epoch: Callable[[dict[str, Tensor], list[dict]], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> list[dict]:
+    """Train `model` in place on `data` (an ImageSet on the model's device); returns the history, an entry an epoch.
+
+    after_epoch(state, history) is called with everything that resuming needs; handed back as `state` and
+    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
+    progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
+
+    Raises SatlibError where the loss is not finite after an epoch, naming the epoch and the mend.
+    """
+    names, weights = zip(*model.named_parameters(), strict=True)
+    velocity = [torch.zeros_like(weight) for weight in weights]
+    history = list(history or [])
+    if state is not None:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        velocity = [
+            state[f"velocity.{name}"].to(weight.device).clone() for name, weight in zip(names, weights, strict=True)
+        ]
+    optimizer = torch.optim.SGD(
+        weights,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+    )
+    for weight, buffer in zip(weights, velocity, strict=True):
+        optimizer.state[weight]["momentum_buffer"] = buffer
+    images_each = min(settings.epoch_images or len(data), len(data))
+    batches_each = math.ceil(images_each / settings.batch_size)
+    for epoch in range(len(history), settings.epochs):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        total = torch.zeros((), device=weights[0].device)
+        model.train()
+        batches = data.batches(settings.batch_size, generator=generator, augment=True, limit=images_each)
+        for batch, (x, y) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + batch / batches_each)
+            if settings.sigma > 0:
+                loss = shared_adversarial_loss(model, x, y, settings, generator)
+            else:
+                with autocast(x.device):
+                    logits = model(x).float()
+                loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(x)
+            if progress:
+                progress(
+                    f"epoch {epoch + 1}/{settings.epochs}",
+                    (epoch + (batch + 1) / batches_each) / settings.epochs,
+                )
+        mean_loss = total.item() / images_each
+        if not math.isfinite(mean_loss):
+            raise SatlibError(
+                f"the loss is {mean_loss} in epoch {epoch + 1}: training diverged;"
+                f" lower learning_rate={settings.learning_rate!r}"
+            )
+        history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6)})
+        if after_epoch:
+            momenta = {
+                f"velocity.{n}": optimizer.state[w]["momentum_buffer"] for n, w in zip(names, weights, strict=True)
+            }
+            after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta, history)
+    model.eval()
+    return history
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data, *, batch_size: int = 512) -> float:
+    """Share of `data` (an ImageSet) that the model, in eval mode, classifies correctly."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = torch.zeros((), device=data.images.device)
+    try:
+        for x, y in data.batches(batch_size):
+            with autocast(x.device):
+                correct += (model(x).argmax(1) == y).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return correct.item() / len(data)

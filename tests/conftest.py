@@ -1,0 +1,98 @@
+"""What the tests of the kernels share: exact arithmetic, tiny data, tiny models."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from satlib import precision
+from satlib.data import ImageSet, Splits
+from satlib.models import ResNet
+
+CLASSES = ("a", "b", "c", "d")
+
+
+class Linear(nn.Module):
+    """f(x) = W x + b on flattened pixels, in float64, so that signs of gradients do not depend on rounding."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.double().flatten(1))
+        self.bias = nn.Parameter(torch.zeros(len(weight)).double() if bias is None else bias.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.double().flatten(1), self.weight, self.bias)
+
+
+@pytest.fixture(scope="module")
+def float32() -> Iterator[None]:
+    """All arithmetic of the kernels in float32, on one thread: tiny tensors gain nothing from two."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SATLIB_PRECISION", "float32")
+        precision.fastest_dtype.cache_clear()
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
+    precision.fastest_dtype.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def linear() -> type[Linear]:
+    """The linear model: linear(weight (classes, ...), bias (classes,))."""
+    return Linear
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Splits:
+    """Four classes of 3x8x8 images: a smooth pattern for each class under noise, far from 0 and 255.
+
+    No perturbation of up to 40 pixel units reaches a clamp, where implementations of PGD differ.
+    """
+    generator = torch.Generator().manual_seed(5)
+    patterns = F.interpolate(torch.randn(len(CLASSES), 3, 4, 4, generator=generator), size=8, mode="bilinear")
+
+    def split(name: str, count: int) -> ImageSet:
+        labels = torch.randint(len(CLASSES), (count,), generator=generator)
+        noise = torch.randn(count, 3, 8, 8, generator=generator)
+        images = (128 + 22 * patterns[labels] + 22 * noise).clamp(40, 215).round().to(torch.uint8)
+        return ImageSet(images, labels, CLASSES, "tiny", "Tiny", name)
+
+    return Splits(split("train", 512), split("val", 128), split("test", 96))
+
+
+@pytest.fixture(scope="session")
+def resnet() -> Callable[..., ResNet]:
+    """resnet(seed): an untrained ResNet-8 of width 4 whose batch norm has statistics worth folding."""
+
+    def build(seed: int = 0) -> ResNet:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = ResNet(depth=8, width=4, classes=len(CLASSES), mean=(128.0,) * 3, std=(30.0,) * 3)
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.uniform_(module.bias, -0.5, 0.5)
+                    nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                    nn.init.uniform_(module.running_var, 0.5, 2.0)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Splits, resnet: Callable[..., ResNet]) -> ResNet:
+    """A ResNet-8 of width 4 in eval mode that classifies nearly all of `tiny`; trained by nothing of satlib's."""
+    model = resnet().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    batches = (batch for _ in range(8) for batch in tiny.train.batches(64, generator=generator))
+    for x, y in islice(batches, 60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model.eval()

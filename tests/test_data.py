@@ -1,0 +1,797 @@
+"""Data sets: the sets themselves, CIFAR-10 in both layouts, its cache, and every error they promise."""
+
+import hashlib
+import os
+import pickle
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from satlib import data
+from satlib.data import cifar10, imagetree, shapes
+from satlib.data.cifar10 import BATCHES, CLASSES
+from satlib.data.imageset import CROP_PADDING, ImageSet
+from satlib.errors import SatlibError
+
+# ---------------------------------------------------------------------------------------------- ImageSet
+
+
+def image_set(n: int = 20, channels: int = 3, height: int = 9, width: int = 7, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, channels, height, width), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.arange(n) % 4, ("a", "b", "c", "d"), "toy", "Toy", "train")
+
+
+def numbered(n: int) -> ImageSet:
+    """Image i is all i, so that a batch tells which images it holds."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 8, 8)
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64), ("only",), "toy", "Toy", "train")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def collected(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_batches_in_order_are_the_images_themselves():
+    toy = image_set(n=10)
+    batches = list(toy.batches(4))
+    assert [len(images) for images, _ in batches] == [4, 4, 2]
+    for images, labels in batches:
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert images.device == labels.device == toy.device
+    images, labels = collected(batches)
+    assert torch.equal(images, toy.images.float()) and torch.equal(labels, toy.labels)
+
+
+def test_a_shuffled_pass_holds_every_image_once_and_follows_the_seed():
+    toy = numbered(50)
+    order = collected(toy.batches(8, generator=seeded(1)))[0][:, 0, 0, 0]
+    assert sorted(order.tolist()) == list(range(50))
+    assert order.tolist() != list(range(50))
+    assert torch.equal(order, collected(toy.batches(8, generator=seeded(1)))[0][:, 0, 0, 0])
+    assert not torch.equal(order, collected(toy.batches(8, generator=seeded(2)))[0][:, 0, 0, 0])
+
+
+def test_two_passes_with_one_generator_differ():
+    generator = seeded(0)
+    toy = numbered(50)
+    first, second = (collected(toy.batches(50, generator=generator))[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_limit_and_batch_size_do_not_change_what_is_drawn(augment):
+    toy = image_set(n=30)
+    whole = collected(toy.batches(7, generator=seeded(3), augment=augment))
+    limited = collected(toy.batches(4, generator=seeded(3), augment=augment, limit=13))
+    assert len(limited[0]) == 13
+    assert torch.equal(limited[0], whole[0][:13]) and torch.equal(limited[1], whole[1][:13])
+    assert len(collected(toy.batches(4, limit=99))[0]) == 30
+
+
+def slow_crop_flip(image: np.ndarray, down: int, right: int, flip: bool) -> np.ndarray:
+    """Reference for one image (C, H, W): pad, crop, flip, each as one would do it by hand."""
+    _, height, width = image.shape
+    p = CROP_PADDING
+    padded = np.pad(image, ((0, 0), (p, p), (p, p)), mode="reflect")
+    crop = padded[:, p + down : p + down + height, p + right : p + right + width]
+    return crop[:, :, ::-1] if flip else crop
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_augmented_image_is_a_flipped_crop_of_its_own_image(channels):
+    toy = image_set(n=200, channels=channels, height=13, width=11)
+    order = torch.randperm(len(toy), generator=seeded(5))
+    images, labels = collected(toy.batches(64, generator=seeded(5), augment=True))
+    assert torch.equal(labels, toy.labels[order])
+    moves = [(d, r, f) for d in range(-4, 5) for r in range(-4, 5) for f in (False, True)]
+    seen = set()
+    for image, index in zip(images.numpy(), order.tolist(), strict=True):
+        source = toy.images[index].numpy()
+        made_by = [move for move in moves if np.array_equal(slow_crop_flip(source, *move), image)]
+        assert len(made_by) == 1, f"image {index} is no crop of its source"
+        seen.update(made_by)
+    assert {d for d, _, _ in seen} == {r for _, r, _ in seen} == set(range(-4, 5))
+    assert {f for _, _, f in seen} == {False, True}
+
+
+def test_augmentation_keeps_range_layout_and_seed():
+    toy = image_set()
+    (images, _), *_ = toy.batches(20, generator=seeded(0), augment=True)
+    (again, _), *_ = toy.batches(20, generator=seeded(0), augment=True)
+    assert torch.equal(images, again)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.min() >= 0 and images.max() <= 255 and torch.equal(images, images.round())
+
+
+def test_batches_leave_the_images_untouched():
+    toy = image_set()
+    before = toy.images.clone()
+    for images, _ in toy.batches(5, generator=seeded(0), augment=True):
+        images.zero_()
+    for images, _ in toy.batches(5):
+        images.zero_()
+    assert torch.equal(toy.images, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0; expected at least 1"),
+        ({"batch_size": 4, "limit": 0}, "limit = 0; expected at least 1"),
+        ({"batch_size": 4, "augment": True}, "augment = True without a generator"),
+    ],
+)
+def test_bad_batch_arguments_raise_at_the_call(arguments, message):
+    with pytest.raises(SatlibError, match=message):
+        image_set().batches(**arguments)
+
+
+def test_images_too_small_to_crop_are_refused():
+    with pytest.raises(SatlibError, match="expected more than 4 each way"):
+        image_set(height=4).batches(2, augment=True, generator=seeded(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(20, 3, 9, 7)}, "expected torch.uint8"),
+        ({"images": torch.zeros(0, 3, 9, 7, dtype=torch.uint8)}, "the set is empty"),
+        ({"labels": torch.zeros(19, dtype=torch.int64)}, r"expected torch.int64 \(20,\)"),
+        ({"labels": torch.zeros(20, dtype=torch.int32)}, "labels are torch.int32"),
+        ({"classes": ("a", "b", "c")}, r"labels range over 0\.\.3; expected 0\.\.2"),
+        ({"labels": torch.arange(20) % 4 - 1}, r"labels range over -1\.\.2"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, message):
+    good = image_set()
+    parts = {"images": good.images, "labels": good.labels, "classes": good.classes}
+    with pytest.raises(SatlibError, match=message):
+        ImageSet(**{**parts, **change}, name="toy", title="Toy", split="train")
+
+
+def test_subset_and_first():
+    toy = image_set()
+    assert torch.equal(toy.subset([3, 1, 3]).images, toy.images[[3, 1, 3]])
+    assert torch.equal(toy.subset(slice(2, 9)).labels, toy.labels[2:9])
+    assert torch.equal(toy.subset(toy.labels == 2).images, toy.images[toy.labels == 2])
+    assert toy.first(5).fingerprint == toy.subset(slice(5)).fingerprint == toy.subset(range(5)).fingerprint
+    assert toy.first(5).classes == toy.classes and toy.first(5).title == toy.title
+    for bad in (0, 21):
+        with pytest.raises(SatlibError, match=f"n = {bad}; .* can give 1..20 images"):
+            toy.first(bad)
+    with pytest.raises(SatlibError, match=r"indices reach outside .* expected 0\.\.19"):
+        toy.subset([20])
+    with pytest.raises(SatlibError, match="expected one dimension of int64 or bool"):
+        toy.subset([0.5])
+    with pytest.raises(SatlibError, match="the set is empty"):
+        toy.subset(slice(0))
+
+
+def test_mean_and_std_are_those_of_the_pixels():
+    toy = image_set(n=40)
+    pixels = toy.images.double()
+    assert toy.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-9)
+    assert toy.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-9)
+    assert toy.subset(torch.randperm(40)).mean == toy.mean
+
+
+def test_fingerprint_covers_pixels_labels_classes_and_shape_but_not_memory_order():
+    toy = image_set()
+    parts = {"name": "toy", "title": "Toy", "split": "train"}
+    contiguous = ImageSet(toy.images.contiguous(), toy.labels, toy.classes, "other", "Other", "test")
+    assert contiguous.fingerprint == toy.fingerprint
+    images, labels = toy.images.clone(), toy.labels.clone()
+    images[7, 1, 2, 3] ^= 1
+    labels[4] = 3
+    reshaped = toy.images.permute(0, 1, 3, 2)
+    changed = [
+        ImageSet(images, toy.labels, toy.classes, **parts),
+        ImageSet(toy.images, labels, toy.classes, **parts),
+        ImageSet(toy.images, toy.labels, ("a", "b", "c", "e"), **parts),
+        ImageSet(reshaped, toy.labels, toy.classes, **parts),
+        toy.first(19),
+    ]
+    assert len({toy.fingerprint, *(other.fingerprint for other in changed)}) == 6
+
+
+def test_to_keeps_everything():
+    toy = image_set()
+    known = toy.fingerprint, toy.mean
+    moved = toy.to("cpu")
+    assert (moved.fingerprint, moved.mean) == known
+    assert torch.equal(moved.images, toy.images) and moved.split == toy.split
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_are_the_same_on_the_gpu():
+    toy = image_set(n=30)
+    on_gpu = toy.to("cuda")
+    assert on_gpu.mean == toy.mean and on_gpu.subset(slice(3, 9)).fingerprint == toy.subset(slice(3, 9)).fingerprint
+    for augment in (False, True):
+        ours = collected(toy.batches(7, generator=seeded(3), augment=augment))
+        theirs = collected(on_gpu.batches(7, generator=seeded(3), augment=augment))
+        assert theirs[0].device.type == "cuda" and torch.equal(ours[0], theirs[0].cpu())
+        assert torch.equal(ours[1], theirs[1].cpu())
+    with pytest.raises(SatlibError, match="expected a CPU generator"):
+        on_gpu.batches(7, generator=torch.Generator("cuda"))
+
+
+# ------------------------------------------------------------------------------------------- image trees
+
+
+def write_tree(root: Path, per_class: int = 10, suffix: str = ".png", seed: int = 0) -> Path:
+    """A small CIFAR-10 tree below `root`, with what readers should pass over."""
+    random = np.random.default_rng(seed)
+    for split, count in (("train", per_class), ("test", 2)):
+        for name in CLASSES:
+            folder = root / "cifar10" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:04}{suffix}")
+    (root / "cifar10" / ".complete").touch()
+    (root / "cifar10" / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    (root / "cifar10" / "train" / "cat" / "notes.txt").write_text("x")
+    return root / "cifar10"
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path / "home"))
+    return write_tree(tmp_path / "root")
+
+
+def load(tree: Path) -> data.Splits:
+    return data.load("cifar10", root=tree.parent, progress=False)
+
+
+def pixels_by_class(images: ImageSet) -> dict[str, set[bytes]]:
+    return {
+        name: {image.numpy().tobytes() for image in images.images[images.labels == label].permute(0, 2, 3, 1)}
+        for label, name in enumerate(images.classes)
+    }
+
+
+def test_a_tree_is_read_exactly_and_split_by_class(tree):
+    splits = load(tree)
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [90, 10, 20]
+    assert splits.train.classes == CLASSES and splits.train.title == "CIFAR-10 (image tree)"
+    assert [s.split for s in (splits.train, splits.val, splits.test)] == ["train", "val", "test"]
+    assert torch.bincount(splits.val.labels).tolist() == [1] * 10
+    train, val, test = (pixels_by_class(s) for s in (splits.train, splits.val, splits.test))
+    for name in CLASSES:
+        files = {
+            split: {np.asarray(Image.open(p)).tobytes() for p in (tree / split / name).glob("[0-9]*")}
+            for split in ("train", "test")
+        }
+        assert train[name] | val[name] == files["train"] and not train[name] & val[name]
+        assert test[name] == files["test"]
+
+
+def test_sets_are_shuffled_so_that_the_first_images_are_a_sample(tree):
+    for images in vars(load(tree)).values():
+        assert images.labels.tolist() != sorted(images.labels.tolist())
+
+
+def test_jpeg_trees_say_so_and_decode_as_pillow_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path / "home"))
+    tree = write_tree(tmp_path / "root", per_class=2, suffix=".jpg")
+    (tree / "test" / "cat" / "0000.jpg").rename(tree / "test" / "cat" / "0000.JPEG")
+    splits = load(tree)
+    assert splits.test.title == "CIFAR-10 (JPEG copy)"
+    files = {np.asarray(Image.open(p).convert("RGB")).tobytes() for p in (tree / "test" / "cat").iterdir()}
+    assert pixels_by_class(splits.test)["cat"] == files
+
+
+def test_grey_images_become_rgb(tree):
+    grey = np.full((32, 32), 77, dtype=np.uint8)
+    Image.fromarray(grey).save(tree / "test" / "dog" / "0000.png")
+    assert np.full((32, 32, 3), 77, dtype=np.uint8).tobytes() in pixels_by_class(load(tree).test)["dog"]
+
+
+def test_many_tasks_in_worker_processes_give_the_same(tree, monkeypatch):
+    scanned = imagetree.scan_tree(tree, splits=("train",))
+    alone = imagetree.read_images(scanned, "train", progress=False)
+    monkeypatch.setattr(imagetree, "FILES_PER_TASK", 7)
+    several = imagetree.read_images(scanned, "train", progress=False)
+    assert torch.equal(alone[0], several[0]) and torch.equal(alone[1], several[1])
+
+
+def test_loading_leaves_the_global_random_state_alone(tree):
+    before = torch.get_rng_state()
+    load(tree)
+    load(tree)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_progress_is_lines_where_nobody_watches(tree, monkeypatch, capfd):
+    monkeypatch.setattr(imagetree, "FILES_PER_TASK", 50)
+    monkeypatch.setattr(imagetree, "SECONDS_PER_LINE", 0)
+    scanned = imagetree.scan_tree(tree, splits=("train",))
+    imagetree.read_images(scanned, "train", progress=True)
+    assert "decoding cifar10/train: 50 of 100 images\n" in capfd.readouterr().err
+    imagetree.read_images(scanned, "train", progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def damage_truncated(tree: Path) -> Path:
+    path = tree / "train" / "cat" / "0003.png"
+    path.write_bytes(path.read_bytes()[:400])
+    return path
+
+
+def damage_empty(tree: Path) -> Path:
+    path = tree / "test" / "cat" / "0001.png"
+    path.write_bytes(b"")
+    return path
+
+
+def damage_text(tree: Path) -> Path:
+    path = tree / "train" / "ship" / "0000.png"
+    path.write_text("<html>not found</html>")
+    return path
+
+
+def damage_size(tree: Path) -> Path:
+    path = tree / "train" / "frog" / "0007.png"
+    Image.new("RGB", (40, 32)).save(path)
+    return path
+
+
+def damage_depth(tree: Path) -> Path:
+    path = tree / "train" / "frog" / "0002.png"
+    Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(path)
+    return path
+
+
+def damage_kind(tree: Path) -> Path:
+    path = tree / "train" / "dog" / "0003.webp"
+    path.write_bytes(b"RIFF")
+    return path
+
+
+def damage_link(tree: Path) -> Path:
+    path = tree / "train" / "dog" / "9999.png"
+    path.symlink_to("nowhere.png")
+    return path
+
+
+def damage_missing_class(tree: Path) -> Path:
+    (tree / "test" / "deer").rename(tree / ".deer")
+    return tree / "test" / "deer"
+
+
+def damage_extra_class(tree: Path) -> Path:
+    path = tree / "test" / "zebra"
+    path.mkdir()
+    return path
+
+
+def damage_empty_class(tree: Path) -> Path:
+    for path in (tree / "train" / "bird").iterdir():
+        path.unlink()
+    return tree / "train" / "bird"
+
+
+def damage_empty_split(tree: Path) -> Path:
+    (tree / "test").rename(tree / ".test")
+    (tree / "test").mkdir()
+    return tree / "test"
+
+
+def damage_missing_split(tree: Path) -> Path:
+    (tree / "test").rename(tree / ".test")
+    return tree / "test"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncated, "damaged or truncated"),
+        (damage_empty, "not a PNG or JPEG image"),
+        (damage_text, "not a PNG or JPEG image"),
+        (damage_size, "40x32 pixels, expected 32x32"),
+        (damage_depth, "more than 8 bits a channel"),
+        (damage_kind, "convert them to .png or .jpg"),
+        (damage_link, "a link to nothing"),
+        (damage_missing_class, "put it back or unpack the data set again"),
+        (damage_extra_class, "every split needs the same 10 classes"),
+        (damage_empty_class, "unpack the data set again"),
+        (damage_empty_split, "expected test/<class>"),
+        (damage_missing_split, "expected train/, test/"),
+    ],
+)
+def test_damage_is_named_with_its_mend(tree, damage, message):
+    path = damage(tree)
+    with pytest.raises(SatlibError) as caught:
+        load(tree)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tree.parent.rglob("*.safetensors"))
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    tree = write_tree(tmp_path / "root", per_class=2, suffix=".jpg")
+    path = tree / "train" / "cat" / "0001.jpg"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(SatlibError, match=r"cat/0001\.jpg: damaged or truncated"):
+        load(tree)
+
+
+def test_of_several_bad_files_the_first_is_named_and_the_rest_counted(tree):
+    for i in (8, 2, 5):
+        (tree / "train" / "horse" / f"000{i}.png").write_bytes(b"no image")
+    with pytest.raises(SatlibError, match=r"horse/0002\.png: .* \(and 2 more bad files\); replace or remove it"):
+        load(tree)
+
+
+def test_without_an_expected_size_or_classes_the_tree_sets_them(tree):
+    scanned = imagetree.scan_tree(tree, splits=("train", "test"))
+    assert scanned.classes == CLASSES
+    path = damage_size(tree)
+    with pytest.raises(SatlibError, match=f"{path}: 40x32 pixels, expected 32x32"):
+        imagetree.read_images(scanned, "train", progress=False)
+    (tree / "train" / "airplane" / "0000.png").write_bytes(b"no image")
+    with pytest.raises(SatlibError, match=r"airplane/0000\.png"):
+        imagetree.read_images(scanned, "train", progress=False)
+
+
+# ------------------------------------------------------------------------------------------------- cache
+
+
+def caches(tree: Path) -> list[Path]:
+    return sorted((tree.parent / ".cache" / "satlib").glob("*.safetensors"))
+
+
+def refuse_to_decode(*args, **kwargs):
+    raise AssertionError("decoded again")
+
+
+def same(a: data.Splits, b: data.Splits) -> bool:
+    return all(
+        torch.equal(x.images, y.images)
+        and torch.equal(x.labels, y.labels)
+        and (x.fingerprint, x.classes, x.name, x.title, x.split) == (y.fingerprint, y.classes, y.name, y.title, y.split)
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
+
+
+def test_the_second_load_comes_from_the_cache(tree, monkeypatch):
+    first = load(tree)
+    assert len(caches(tree)) == 1
+    monkeypatch.setattr(cifar10, "read_images", refuse_to_decode)
+    second = load(tree)
+    assert same(first, second)
+    assert second.train.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_but_the_cache_is_written_below_the_root(tree, tmp_path):
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    load(tree)
+    written = {p for p in tmp_path.rglob("*") if p.is_file()} - before
+    assert all(p.parent == tree.parent / ".cache" / "satlib" for p in written)
+    assert not [p for p in written if p.suffix == ".partial"]
+
+
+@pytest.mark.parametrize("change", ["time", "content", "new file", "name"])
+def test_changed_files_are_decoded_again_and_the_old_cache_goes(tree, change):
+    old, [cache] = load(tree), caches(tree)
+    path = tree / "train" / "cat" / "0000.png"
+    if change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "content":
+        Image.new("RGB", (32, 32)).save(path)
+    elif change == "new file":
+        Image.new("RGB", (32, 32)).save(path.with_name("0010.png"))
+    else:
+        path.rename(path.with_name("a.png"))
+    new = load(tree)
+    assert caches(tree) != [cache] and len(caches(tree)) == 1
+    if change == "time":
+        assert same(old, new)
+    if change == "new file":
+        assert len(new.train) == len(old.train) + 1
+
+
+@pytest.mark.parametrize("position", [0.0, 0.001, 0.3, 0.97])
+def test_a_flipped_bit_in_the_cache_is_named_and_mended(tree, position):
+    good, [cache] = load(tree), caches(tree)
+    content = bytearray(cache.read_bytes())
+    content[int(position * len(content))] ^= 64
+    cache.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"damaged cache {cache}"):
+        assert same(load(tree), good)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(load(tree), good)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, 100_000])
+def test_a_truncated_cache_is_named_and_mended(tree, kept):
+    good, [cache] = load(tree), caches(tree)
+    cache.write_bytes(cache.read_bytes()[:kept])
+    with pytest.warns(UserWarning, match=f"damaged cache {cache}"):
+        assert same(load(tree), good)
+
+
+def test_a_half_written_cache_is_never_used(tree, monkeypatch):
+    """A process that is killed while it writes leaves a partial file; the next one writes over it."""
+    good = load(tree)
+    [cache] = caches(tree)
+    partial = cache.with_name(".cifar10.partial")
+    cache.rename(partial)
+    partial.write_bytes(partial.read_bytes()[:5000])
+    assert same(load(tree), good)
+    assert caches(tree) == [cache] and not partial.exists()
+
+
+def test_where_the_root_cannot_be_written_the_project_keeps_the_cache(tree, tmp_path, monkeypatch):
+    (tree.parent / ".cache").write_text("a file in the folder's place, which even root cannot write into")
+    good = load(tree)
+    assert [p.suffix for p in (tmp_path / "home" / "data" / "cache").glob("cifar10*")] == [".safetensors"]
+    monkeypatch.setattr(cifar10, "read_images", refuse_to_decode)
+    assert same(load(tree), good)
+
+
+def test_where_nothing_can_be_written_a_warning_says_so(tree, tmp_path):
+    for folder in (tree.parent, tmp_path / "home"):
+        folder.mkdir(exist_ok=True)
+    (tree.parent / ".cache").write_text("")
+    (tmp_path / "home" / "data").write_text("")
+    with pytest.warns(UserWarning, match="decoded anew each time"):
+        assert len(load(tree).test) == 20
+
+
+def test_a_full_disk_costs_the_cache_only(tree, monkeypatch):
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("satlib.data.cache.save_file", fail)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert len(load(tree).test) == 20
+    assert not caches(tree) and not list(tree.parent.rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------- official batches
+
+
+def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A batch in the opcodes of Python 2, in which the official files are written: byte strings as `str`."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    def integer(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    dtype = b"cnumpy\ndtype\n(" + string(b"u1") + integer(0) + integer(1) + b"tR"
+    dtype += b"(" + integer(3) + string(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + integer(0) + b"t" + string(b"b") + b"tR"
+    array += b"(" + integer(1) + b"(" + b"".join(map(integer, pixels.shape)) + b"t" + dtype + b"\x89"
+    array += string(pixels.tobytes()) + b"tb"
+    listed = b"](" + b"".join(map(integer, labels)) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + listed + b"u."
+
+
+def place(path: Path, content: bytes) -> tuple[str, str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path.name, hashlib.md5(content).hexdigest()
+
+
+@pytest.fixture
+def batches(tmp_path, monkeypatch) -> Path:
+    """A small copy of the official layout: two training batches of 50 images, one test batch of 20."""
+    folder = tmp_path / "root" / BATCHES
+    random = np.random.default_rng(0)
+    listed = []
+    for name, n in (("data_batch_1", 50), ("data_batch_2", 50), ("test_batch", 20)):
+        pixels = random.integers(0, 256, (n, 3072), dtype=np.uint8)
+        listed.append(place(folder / name, python2_batch(pixels, [i % 10 for i in range(n)])))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", listed[:2])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", listed[2:])
+    return folder
+
+
+def replaced(batches: Path, monkeypatch, content: bytes) -> Path:
+    """Put `content` in the test batch's place, with an MD5 sum to match."""
+    entry = place(batches / "test_batch", content)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [entry])
+    return batches / "test_batch"
+
+
+def test_official_batches_are_read_exactly(batches):
+    splits = data.load("cifar10", root=batches.parent, progress=False)
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [90, 10, 20]
+    assert splits.test.title == "CIFAR-10" and splits.test.classes == CLASSES
+    ours = {
+        (image.numpy().tobytes(), int(label))
+        for image, label in zip(splits.test.images, splits.test.labels, strict=True)
+    }
+    official = pickle.loads((batches / "test_batch").read_bytes(), encoding="bytes")
+    assert ours == {(row.tobytes(), label) for row, label in zip(official[b"data"], official[b"labels"], strict=True)}
+
+
+def test_official_batches_may_lie_in_the_folder_of_the_tree_and_come_first(batches):
+    root = batches.parent
+    write_tree(root, per_class=2)
+    batches.rename(root / "cifar10" / BATCHES)
+    assert data.load("cifar10", root=root, progress=False).test.title == "CIFAR-10"
+
+
+def test_a_changed_batch_is_refused_by_its_checksum(batches):
+    path = batches / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SatlibError, match=f"wrong file {path}: its MD5 is .* unpack the official"):
+        data.load("cifar10", root=batches.parent)
+
+
+def test_a_missing_batch_is_named(batches):
+    (batches / "data_batch_1").unlink()
+    with pytest.raises(SatlibError, match=f"cannot read {batches / 'data_batch_1'}"):
+        data.load("cifar10", root=batches.parent)
+
+
+@pytest.mark.parametrize("labels", [[10] * 20, [-1] * 20])
+def test_official_labels_out_of_range_are_named(batches, monkeypatch, labels):
+    path = replaced(batches, monkeypatch, python2_batch(np.zeros((20, 3072), np.uint8), labels))
+    with pytest.raises(SatlibError, match=f"labels in {path} range over .* expected 0..9"):
+        data.load("cifar10", root=batches.parent)
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_batch_that_would_run_code_does_not(batches, monkeypatch, tmp_path):
+    marker = tmp_path / "it ran"
+    path = replaced(batches, monkeypatch, pickle.dumps({b"data": Payload(marker), b"labels": []}))
+    with pytest.raises(SatlibError, match=f"not a CIFAR-10 batch: {path} .*refused to build"):
+        data.load("cifar10", root=batches.parent)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps([1, 2]),
+        pickle.dumps({b"data": 5, b"labels": [1]}, protocol=4),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=4),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"labels": [1, 2]}, protocol=4),
+        pickle.dumps({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, protocol=4),
+        pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, protocol=4),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": ["a", "b"]}, protocol=4),
+    ],
+)
+def test_a_batch_with_other_contents_is_refused(batches, monkeypatch, content):
+    path = replaced(batches, monkeypatch, content)
+    with pytest.raises(SatlibError, match=f"not a CIFAR-10 batch: {path}"):
+        data.load("cifar10", root=batches.parent)
+
+
+# -------------------------------------------------------------------------- nothing there, and downloads
+
+
+def test_an_empty_root_says_what_was_looked_for_and_the_three_mends(tmp_path):
+    with pytest.raises(SatlibError) as caught:
+        data.load("cifar10", root=tmp_path)
+    message = str(caught.value)
+    for part in (str(tmp_path), BATCHES, "{train,test}", "SATLIB_DATA", "place it", "data download cifar10"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_the_data_root_is_the_default(tree, monkeypatch):
+    monkeypatch.setenv("SATLIB_DATA", str(tree.parent))
+    assert same(data.load("cifar10", progress=False), load(tree))
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar10-images.tar.xz", BATCHES, "cifar10"])
+def test_a_file_where_a_folder_should_be_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SatlibError, match=f"{tmp_path / name} is a file, expected a folder; .* unpack it"):
+        data.load("cifar10", root=tmp_path)
+
+
+def test_an_archive_inside_the_folder_is_named(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar-10-python.tar.gz").write_bytes(b"x")
+    with pytest.raises(SatlibError, match=r"cifar10/cifar-10-python\.tar\.gz is a file"):
+        data.load("cifar10", root=tmp_path)
+
+
+def test_download_hands_over_to_torchvision(tmp_path, monkeypatch):
+    asked = []
+
+    class Official(torchvision.datasets.CIFAR10):
+        def __init__(self, root, download):
+            asked.append((root, download))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Official)
+    data.download("cifar10", root=tmp_path / "new")
+    assert asked == [(str(tmp_path / "new"), True)] and (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")])
+def test_a_failed_download_is_one_clear_line(tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(SatlibError, match=f"could not download CIFAR-10 to {tmp_path}: {error}; check the network"):
+        data.download("cifar10", root=tmp_path)
+
+
+def test_unknown_names():
+    with pytest.raises(SatlibError, match="unknown data set 'mnist'; expected one of cifar10, shapes32"):
+        data.load("mnist")
+    with pytest.raises(SatlibError, match="cannot download 'shapes32'; expected one of cifar10"):
+        data.download("shapes32")
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def test_shapes_are_the_same_bits_on_every_machine():
+    splits = data.load("shapes32")
+    assert {split: images.fingerprint for split, images in vars(splits).items()} == shapes.FINGERPRINTS
+
+
+def test_shapes_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(shapes.os, "cpu_count", lambda: 1)
+    assert shapes.generate("val").fingerprint == shapes.FINGERPRINTS["val"]
+
+
+def test_shapes_are_balanced_shuffled_and_distinct():
+    splits = data.load("shapes32")
+    assert [len(s) for s in vars(splits).values()] == [9000, 1500, 1500]
+    rows = []
+    for images in vars(splits).values():
+        assert images.images.shape[1:] == (3, 32, 32) and images.title == "synthetic stand-in (shapes32)"
+        assert torch.bincount(images.labels).tolist() == [len(images) // 10] * 10
+        assert torch.bincount(images.first(300).labels, minlength=10).min() > 10
+        rows += [hashlib.sha1(image.numpy().tobytes()).digest() for image in images.images]
+    assert len(set(rows)) == 12_000
+
+
+def test_rotations_lie_on_the_circle_and_go_all_the_way_round():
+    c, s = shapes._Draws(4000, 1).turn()
+    assert np.allclose(c * c + s * s, 1, atol=1e-6)
+    octants = np.floor(np.arctan2(s, c).ravel() / (np.pi / 4)).astype(int) + 4
+    assert np.bincount(octants, minlength=8)[:8].min() > 400
+
+
+def test_shape_noise_has_mean_0_and_standard_deviation_1():
+    noise = shapes._Draws(50, 2).noise(32, 32, 3)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", shapes.CLASSES)
+def test_each_shape_fills_its_frame_and_no_more(name):
+    grid = (np.arange(400, dtype=np.float32) + 0.5) / 160 - 1.25
+    inside = shapes.SHAPES[name](grid[None, :], grid[:, None]) < 0
+    rows, columns = np.where(inside)
+    assert 0.1 < inside.mean() < 0.5
+    assert max(abs(grid[rows]).max(), abs(grid[columns]).max()) <= 1.05
+    assert max(np.ptp(grid[rows]), np.ptp(grid[columns])) > 1.4
