@@ -27,10 +27,12 @@ Exit status
 HELP
 }
 
+for argument in "$@"; do
+    case $argument in -h | --help) usage && exit 0 ;; esac
+done
 fast=
 for argument in "$@"; do
     case $argument in
-    -h | --help) usage && exit 0 ;;
     --fast) fast=yes ;;
     *) echo "satlib: unknown option $argument; ./run_tests.sh --help shows what there is" >&2 && exit 2 ;;
     esac

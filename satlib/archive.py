@@ -322,7 +322,7 @@ def install(folder: Path, target: Path) -> None:
     sync_folder(folder)
     replaced = folder.parent / f"{target.name}.replaced"
     if target.exists():
-        os.rename(target, replaced)  # Ledger.mend puts it back if a kill comes before the next line is done
+        os.rename(target, replaced)  # Ledger._mend puts it back if a kill comes before the next line is done
     os.rename(folder, target)
     sync_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -332,7 +332,11 @@ def install(folder: Path, target: Path) -> None:
 
 _MEMBER = re.compile(rf"({RUN_ID.pattern})/(record\.json|{ARTEFACT_NAME.pattern})")
 _SMALL = 1_000_000  # bytes; larger artefacts are the first to stay behind
-_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+
+
+def _padded(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
+    """Bytes that `size` bytes take in a tar file, which counts in whole blocks."""
+    return -(-size // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -357,8 +361,9 @@ def pack(ledger: "Ledger", out: Path, ids: Iterable[str] | None, max_mb: float |
     """See `Ledger.pack`."""
     if max_mb is not None and not max_mb > 0:
         raise SatlibError(f"max_mb is {max_mb}, expected a positive number of megabytes")
-    records = [record for record in ledger.records() if record.path.parent == ledger.runs]
-    if ids is not None:
+    if ids is None:
+        records = [record for record in ledger.records() if record.path.parent == ledger.runs]
+    else:
         named = {record.id: record for record in map(ledger.get, ids)}
         records = sorted(named.values(), key=lambda record: (record.created, record.id))
     limit = math.inf if max_mb is None else max_mb * 1_000_000
@@ -376,8 +381,8 @@ def pack(ledger: "Ledger", out: Path, ids: Iterable[str] | None, max_mb: float |
         small = [file for file in files if record.artefacts[file]["bytes"] <= _SMALL]
         for kept in (files, small):
             sizes = [len(text), *(record.artefacts[file]["bytes"] for file in kept)]
-            size = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
-            if -(-(used + size + 2 * _BLOCK) // _RECORD) * _RECORD <= limit:
+            size = sum(tarfile.BLOCKSIZE + _padded(size) for size in sizes)  # a header each
+            if _padded(used + size + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE) <= limit:
                 break
         else:
             left_out += [(later.id, f"does not fit in {max_mb} MB") for later in records[position:]]
@@ -422,11 +427,10 @@ class Limits:
 def _walk(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """(header, offset of its data) of each member of a plain tar file, without any of tar's extensions.
 
-    tarfile decodes the headers; its own walk would follow extension headers and stop silently at a broken
-    one.
+    tarfile decodes the headers; its own walk would follow extensions and stop silently at a broken header.
     """
     end = os.fstat(file.fileno()).st_size
-    while (block := file.read(_BLOCK)) != bytes(_BLOCK):
+    while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
         header = tarfile.TarInfo.frombuf(block, "ascii", "surrogateescape")
         if header.type not in b"01234567\0" or header.size < 0:
             raise tarfile.ReadError(f"a header of type {header.type!r} and size {header.size} at {file.tell()}")
@@ -434,7 +438,7 @@ def _walk(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
         yield header, start
         if start + header.size > end:
             raise tarfile.ReadError(f"{header.name!r} is said to have {header.size} bytes, more than there are")
-        file.seek(start + -(-header.size // _BLOCK) * _BLOCK)
+        file.seek(start + _padded(header.size))
 
 
 def merge(ledger: "Ledger", files: Iterable[Path], limits: Limits) -> Merged:

@@ -46,7 +46,7 @@ def erm_run(settings: Cifar10) -> Run:
     """Pre-training by empirical risk minimisation (section 6.1)."""
     training = Training(
         epochs=settings.erm_epochs,
-        batch_size=settings.batch_size,
+        batch_size=settings.erm_batch_size,
         learning_rate=settings.erm_learning_rate,
         schedule=settings.erm_schedule,
         milestones=settings.erm_milestones,
@@ -166,7 +166,7 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
     """Plan of the measurements that accompany sections 3, 4 and 5; models as in section 6.1's plan."""
     erm = erm_run(settings)
     defended = finetune_run(settings, erm, *choices.defended)
-    heap = {"steps": choices.steps, "step_size": choices.relative_step_size * choices.eps}
+    heap = {"steps": choices.heap_steps, "step_size": choices.heap_relative_step_size * choices.eps}
     capped = {"loss_threshold": settings.loss_threshold, "label_smoothing": settings.label_smoothing}
     schedule = {"beta": settings.beta, "gamma": settings.gamma}
     both = (erm, defended)
@@ -184,15 +184,15 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
 
     def risks(model: Run) -> Run:
         universal = {"steps": choices.universal_steps, "batch_size": choices.universal_batch} | schedule
-        cost = choices.images * choices.steps * len(choices.sharedness)
+        cost = choices.images * choices.heap_steps * len(choices.heap_sizes)
         cost += choices.universal_steps * choices.universal_batch
-        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.sharedness)}
+        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.heap_sizes)}
         return measure("risks", "risks", "4.1", model, cost, heap=heap, universal=universal, **options)
 
     def sharing(model: Run) -> Run:
         unseen = {"unseen_images": choices.unseen_images, "heaps_scored": choices.heaps_scored}
-        cost = choices.images * choices.steps * len(choices.sharedness)
-        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.sharedness)}
+        cost = choices.images * choices.heap_steps * len(choices.heap_sizes)
+        options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.heap_sizes)}
         return measure("sharing", "sharing", "4.2", model, cost, heap=heap | capped, **unseen, **options)
 
     threshold = measure(
@@ -200,13 +200,13 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
         "loss threshold",
         "4.3",
         erm,
-        2 * choices.images * choices.steps,
+        2 * choices.images * choices.heap_steps,
         heap=heap | {"label_smoothing": settings.label_smoothing},
         loss_threshold=settings.loss_threshold,
         eps=choices.eps,
         images=choices.images,
         unseen_images=choices.unseen_images,
-        sharedness=64,
+        sharedness=choices.threshold_sharedness,
     )
     trace = measure(
         "heap_trace",

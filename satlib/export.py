@@ -8,6 +8,7 @@ import html
 import os
 import re
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
@@ -43,6 +44,7 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 _MEDIA = [f"text/{kind}" for kind in ("html", "markdown", "latex")]
 _MEDIA += [f"image/{kind}" for kind in ("svg+xml", "png", "jpeg")] + ["text/plain"]
 _NOTEBOOK = re.compile(r"(\d\d_\w+)\.ipynb(#.*)?")
+_CLOSING = (")", "]", "}", "|", "\N{DOUBLE VERTICAL LINE}", "\N{PRIME}", "!")
 _LIMITS = ("max", "min", "sup", "inf", "lim", "argmax", "argmin")
 
 
@@ -122,6 +124,8 @@ def mathml(latex: str, *, display: bool = False) -> str:
         tree = converter.convert_to_element(source, display="block" if display else "inline")
         for element in tree.iter():
             _tidy(element, display)
+        for element in tree.iter():
+            _mark_signs(element)
     except Exception as error:  # latex2mathml's exceptions have no common base class
         reason = str(error) or type(error).__name__
         raise SatlibError(f"cannot draw the formula `{' '.join(latex.split())}`: {reason}") from error
@@ -156,6 +160,13 @@ def _tidy(element: Element, display: bool) -> None:
     if text == "~" and element.tag == "mi":  # \sim: the operator, not the raised accent
         element.tag, text = "mo", "\N{TILDE OPERATOR}"
     element.text = text or None
+
+
+def _mark_signs(row: Element) -> None:
+    """A minus behind an operator is a sign, not a difference: no space follows it."""
+    for before, child in pairwise(row):
+        if child.text == "\N{MINUS SIGN}" and before.tag == "mo" and before.text not in _CLOSING:
+            child.set("form", "prefix")
 
 
 def _letter(character: str, style: str) -> str:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import torch
 from torch import nn
@@ -48,8 +49,9 @@ class Run:
 class Lab:
     """A ledger, a device, and the data sets that were loaded: everything that a run needs.
 
-    device: "cpu", "cuda" or None for CUDA where there is one. force computes each run anew, once. deadline (seconds
-    of `time.time()`) raises BudgetSpent before it is passed. Progress goes to `progress`.
+    device: "cpu", "cuda" or None for CUDA where there is one. force: what was recorded before now counts as unknown;
+    by default before the time (seconds of `time.time()`) in the environment variable SATLIB_FORCE, so that several
+    processes compute a run anew just once. deadline (likewise; SATLIB_DEADLINE) raises BudgetSpent before it is passed.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class Lab:
         self.profile = profile
         self.ledger = ledger or Ledger()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.force = bool(os.environ.get("SATLIB_FORCE")) if force is None else force
+        self.forced_at = time.time() if force else float(os.environ.get("SATLIB_FORCE", 0)) if force is None else 0.0
         self.deadline = deadline or float(os.environ.get("SATLIB_DEADLINE", "inf"))
         self.progress = progress or Progress()
         self._done: dict[str, Record] = {}
-        self._rate = 0.0  # passes a second over the runs computed here
-        self._spent = self._worked = 0.0
-        self._plan: list[Run] = []
+        self._specs: dict[Run, RunSpec] = {}
+        self._spent = self._worked = 0.0  # seconds, and work in the unit of Run.cost, of the runs computed here
+        self._order: dict[str, int] = {}  # the plan in hand: place of each run, and the runs still to do
+        self._waiting: dict[str, Run] = {}
 
     @functools.cache  # noqa: B019 - a lab lives as long as its process
     def splits(self, dataset: str) -> data.Splits:
@@ -88,20 +91,30 @@ class Lab:
 
     def spec(self, run: Run) -> RunSpec:
         """The run's content address."""
-        return RunSpec(
-            kind=run.kind,
-            config=run.config,
-            version=KINDS[run.kind].version,
-            data=self.fingerprint(run.dataset),
-            parents={role: self.spec(parent).id for role, parent in run.parents.items()},
-        )
+        if run not in self._specs:
+            self._specs[run] = RunSpec(
+                kind=run.kind,
+                config=run.config,
+                version=KINDS[run.kind].version,
+                data=self.fingerprint(run.dataset),
+                parents={role: self.spec(parent).id for role, parent in run.parents.items()},
+            )
+        return self._specs[run]
+
+    def find(self, run: Run) -> Record | None:
+        """The run's record if it is known, with the artefacts that others need; None where it is to be computed."""
+        record = self.ledger.find(self.spec(run).id, KINDS[run.kind].artefacts)
+        if record is not None and datetime.fromisoformat(record.created).timestamp() < self.forced_at:
+            return None
+        return record
 
     def record(self, run: Run) -> Record:
         """The run's record: found, or computed after the runs that it builds on. Raises BudgetSpent."""
         spec = self.spec(run)
         if spec.id in self._done:
             return self._done[spec.id]
-        if self.force or self.ledger.find(spec.id, KINDS[run.kind].artefacts) is None:
+        known = self.find(run)
+        if known is None:
             for parent in run.parents.values():
                 self.record(parent)
             self.check_budget()
@@ -118,7 +131,7 @@ class Lab:
             **run.labels,
         }
         record = self.ledger.get_or_compute(
-            spec, compute, labels=labels, force=self.force, needs=KINDS[run.kind].artefacts
+            spec, compute, labels=labels, force=self.forced_at > 0 and known is None, needs=KINDS[run.kind].artefacts
         )
         if computed:
             self._spent += time.monotonic() - began
@@ -128,14 +141,29 @@ class Lab:
         return record
 
     def carry_out(self, plan: Iterable[Run]) -> list[Record]:
-        """Records of all runs of the plan, in its order, with progress over the whole plan."""
-        self._plan = list({self.spec(r).id: r for run in plan for r in run.ancestry()}.values())
-        return [self.record(run) for run in self._plan]
+        """Records of all runs of the plan with what they build on, in its order; progress over the whole plan.
+
+        A run that another process is computing is left to it while there is other work.
+        """
+        runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
+        self._order = {key: place for place, key in enumerate(runs, start=1)}
+        self._waiting = {self.spec(run).id: run for run in self.pending(runs.values())}
+        while self._waiting:
+            ready = (
+                key
+                for key, run in self._waiting.items()
+                if not any(self.spec(parent).id in self._waiting for parent in run.parents.values())
+                and not self.ledger.busy(key)
+            )
+            key = next(ready, next(iter(self._waiting)))
+            self.record(self._waiting[key])
+            del self._waiting[key]
+        return [self.record(run) for run in runs.values()]
 
     def pending(self, plan: Iterable[Run]) -> list[Run]:
         """The runs of the plan, with what they build on, that have no record yet."""
         runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
-        return [run for key, run in runs.items() if self.ledger.find(key, KINDS[run.kind].artefacts) is None]
+        return [run for run in runs.values() if self.find(run) is None]
 
     def model(self, run: Run) -> nn.Module:
         """The trained classifier of a `train` run, in eval mode on the lab's device."""
@@ -157,18 +185,16 @@ class Lab:
 
     def report(self, run: Run, text: str, done: float, began: float) -> None:
         """Progress within a run: `done` in [0, 1] of it, begun at `began` (time.monotonic())."""
-        elapsed = time.monotonic() - began
-        left = f"{duration(elapsed * (1 - done) / done)} left in this run" if done > 0.02 else "estimating"
-        worked, spent = self._worked + run.cost * done, self._spent + elapsed
-        if self._plan and worked > 0:
-            waiting = sum(r.cost for r in self._plan[self._index(run) + 1 :] if self.spec(r).id not in self._done)
-            total = (waiting + run.cost * (1 - done)) * spent / worked
-            left += f", about {duration(total)} in all" if waiting else ""
+        elapsed, left = time.monotonic() - began, "estimating"
+        if done > 0.02:
+            left = f"{duration(elapsed * (1 - done) / done)} left in this run"
+            worked = self._worked + run.cost * done
+            others = sum(r.cost for key, r in self._waiting.items() if key != self.spec(run).id)
+            if others and worked:
+                total = (others + run.cost * (1 - done)) * (self._spent + elapsed) / worked
+                left += f", about {duration(total)} in all"
         self.progress.update(f"[run] {self._place(run)}{run.title}: {text}, {done:.0%}, {left}")
 
-    def _index(self, run: Run) -> int:
-        key = self.spec(run).id
-        return next((i for i, r in enumerate(self._plan) if self.spec(r).id == key), len(self._plan) - 1)
-
     def _place(self, run: Run) -> str:
-        return f"{self._index(run) + 1}/{len(self._plan)} " if self._plan else ""
+        place = self._order.get(self.spec(run).id)
+        return f"{place}/{len(self._order)} " if place else ""

@@ -87,7 +87,7 @@ class Workspace:
             if not isinstance(array, np.ndarray) or array.dtype.hasobject:
                 raise SatlibError(f"{name}[{key!r}] is {type(array).__name__}, expected an array of numbers")
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)
         self._save(f"{name}.npz", buffer.getvalue())
 
     def _save(self, file: str, content: bytes) -> None:
@@ -275,8 +275,9 @@ class Ledger:
         """The record of `spec`: looked up, or made by `compute(workspace) -> metrics` (plain JSON) and kept.
 
         One process computes a run; others that want it wait and then find it. `force` computes anew and
-        replaces. `needs` names the artefacts that must be here: a record without them is computed again. An
-        exception in `compute` leaves nothing but the checkpoint, from which the next attempt may go on.
+        replaces. `needs` names the artefacts that must be here: a record without them is computed again.
+        `labels` (plain JSON) are kept beside the metrics; the label `title` also names the run to those who
+        wait for it. An exception in `compute` leaves only the checkpoint, for the next attempt to go on from.
         """
         labels, needs = dict(labels or {}), tuple(needs)
         check_json(labels, "labels")

@@ -42,6 +42,7 @@ class NotebookProgress:
     def __init__(self, stems: list[str], timings: Timings) -> None:
         self._stems, self._timings = stems, timings
         self._stem = ""
+        self._lock = threading.Lock()  # of what says which notebook is executed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
@@ -65,8 +66,9 @@ class NotebookProgress:
 
     def end(self, status: str, message: str) -> None:
         """The notebook that was started has come to its end."""
-        self._say(f"{status} after {duration(time.monotonic() - self._started)}{message and ': '}{message}")
-        self._stem = ""
+        with self._lock:
+            self._say(f"{status} after {duration(time.monotonic() - self._started)}{message and ': '}{message}")
+            self._stem = ""
 
     def cell(self, cell: Any, cell_index: int) -> None:
         """A cell starts: a heading names those that follow it."""
@@ -93,18 +95,20 @@ class NotebookProgress:
         unknown = [stem for stem in [self._stem, *waiting] if stem not in last]
         seconds = max(0.0, last.get(self._stem, 0.0) - elapsed) + sum(last.get(stem, 0.0) for stem in waiting)
         if elapsed > last.get(self._stem, elapsed):
-            return f"longer than last time ({duration(last[self._stem])}); {len(waiting)} notebooks wait"
+            more = f", and {len(waiting)} more after this" if waiting else ""
+            return f"longer than last time ({duration(last[self._stem])}){more}"
         if not unknown:
             return f"about {duration(seconds)} left, if it takes as long as last time"
         if seconds:
-            return f"at least {duration(seconds)} left ({len(unknown)} notebooks not timed yet)"
+            return f"at least {duration(seconds)} left ({len(unknown)} not timed yet)"
         return "time left unknown: not timed yet"
 
     def _tick(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
-            if self._stem:
-                where = f"cell {self._cell} of {self._cells}" + (f", {self._heading!r}" if self._heading else "")
-                self._say(f"{where}, {duration(time.monotonic() - self._started)} in; {self.left()}")
+            with self._lock, contextlib.suppress(BrokenPipeError):  # which the main thread meets as well
+                if self._stem:
+                    where = f"cell {self._cell} of {self._cells}" + (f", {self._heading!r}" if self._heading else "")
+                    self._say(f"{where}, {duration(time.monotonic() - self._started)} in; {self.left()}")
 
     def _say(self, text: str) -> None:
         number = self._stems.index(self._stem) + 1

@@ -24,6 +24,7 @@ class Cifar10:
     seed: int = 0
     # Pre-training by "standard regularized empirical risk minimization": the schedule is our choice.
     erm_epochs: int = 164
+    erm_batch_size: int = 128
     erm_learning_rate: float = 0.1
     erm_schedule: str = "step"
     erm_milestones: tuple[int, ...] = (82, 123)
@@ -111,13 +112,14 @@ class Method:
     defended: tuple[int, float, float] = (64, 14, 0.7)  # (s, eps, sigma) of the defended model shown beside ERM
     eps: float = 16.0
     images: int = 512
-    sharedness: tuple[int, ...] = (512, 64, 16, 8, 4, 2, 1)  # from one heap of all images down to image-dependent
-    steps: int = 20
-    relative_step_size: float = 0.2
+    heap_sizes: tuple[int, ...] = (512, 64, 16, 8, 4, 2, 1)  # from one heap of all images down to image-dependent
+    heap_steps: int = 20
+    heap_relative_step_size: float = 0.2
     universal_steps: int = 200
     universal_batch: int = 64
     unseen_images: int = 512
     heaps_scored: int = 8
+    threshold_sharedness: int = 64
     trace_images: int = 12
     trace_sharedness: int = 4
     trace_eps: float = 22.0

@@ -38,7 +38,7 @@ def fastest_dtype(device_type: str) -> torch.dtype:
         best = float("inf")
         for _ in range(4):
             start = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
                 torch.autograd.grad(net(x).float().sum(), x)
             best = min(best, time.perf_counter() - start)
         return best

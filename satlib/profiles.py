@@ -3,7 +3,8 @@
 A profile is a YAML file with the keys `description`, `hardware`, `time` (one line of text each), `datasets`
 (names for `satlib.data.load`), `common` (parameters for every notebook that declares them) and `notebooks`
 (parameters by notebook, e.g. `04_cifar10: {epochs: 10}`). A notebook declares its parameters in the code
-cell tagged `parameters`, as annotated literals: `epochs: int = 4`.
+cell tagged `parameters`, as annotated literals: `epochs: int = 4`. Two names are special: `profile` gets the
+profile's name, and `dataset` is the data set that must be there before the notebook starts.
 """
 
 import ast

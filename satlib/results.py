@@ -199,7 +199,7 @@ def rows(profile: str | None = None, *, ledger: Ledger | None = None, published:
     result: list[Row] = []
     for name in names:
         fresh = cifar10_rows(name, records)
-        result = [old if old.verdict != "not run" else new for old, new in zip(result, fresh, strict=True)] or fresh
+        result = [old if old.verdict != "not run" else new for old, new in zip(result or fresh, fresh, strict=True)]
     return result + [_row(r) for r in REPORTED if not r.key.startswith("cifar10/")]
 
 

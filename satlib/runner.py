@@ -2,11 +2,12 @@
 
 Each notebook is executed by this very Python, in the folder of the notebooks, into
 `notebooks/executed/<profile>/`, as a notebook and as an HTML page. The kernel finds in its environment
-`SATLIB_FORCE=1` if everything is to be computed again, and `SATLIB_DEADLINE` (seconds since the epoch) if the
-time is limited: the code that it runs raises `BudgetSpent` when the time is up.
+`SATLIB_FORCE` (seconds since the epoch) if what was recorded before is to be computed again, and `SATLIB_DEADLINE`
+(likewise) if the time is limited: the code that it runs raises `BudgetSpent` when the time is up.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -103,15 +104,12 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
 
 
 def _require_packages() -> None:
-    try:
-        import ipykernel  # noqa: F401
-        import nbconvert  # noqa: F401
-        import papermill  # noqa: F401
-    except ImportError as error:
-        raise SatlibError(
-            f"executing notebooks needs {error.name}, which is not installed; call ./run_all.sh, "
-            "which sets it up, or install satlib[notebooks]"
-        ) from error
+    for name in ("papermill", "nbconvert", "ipykernel", "latex2mathml"):
+        if importlib.util.find_spec(name) is None:
+            raise SatlibError(
+                f"executing notebooks needs {name}, which is not installed; call ./run_all.sh, which sets it up, "
+                "or install satlib[notebooks]"
+            )
 
 
 def _dataset(declared: dict[str, profiles.Parameter], given: dict[str, object]) -> object:
@@ -122,11 +120,10 @@ def _dataset(declared: dict[str, profiles.Parameter], given: dict[str, object]) 
 def _require_data(profile: profiles.Profile, used: list[object]) -> None:
     """Raises `SatlibError` for a missing or damaged data set, which each notebook would else find out alone.
 
-    The sets are those that the notebooks name, or all of the profile's where no notebook names one. What has
-    to be decoded is decoded here, with a progress bar, and kept for the notebooks.
+    `used`: the values of the notebooks' parameter `dataset`. What has to be decoded is decoded here, with a
+    progress bar, and kept for the notebooks.
     """
-    names = {name for name in used if isinstance(name, str)} or set(profile.datasets)
-    for name in sorted(names):
+    for name in sorted({name for name in used if isinstance(name, str)}):
         if name not in profile.datasets:
             raise SatlibError(f"{profile.path}: a notebook uses {name!r}, which `datasets` does not list")
         if name not in profiles.EMBEDDED:
@@ -143,9 +140,9 @@ def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
     if deadline is not None:
         environment["SATLIB_DEADLINE"] = repr(deadline)
     if force:
-        environment["SATLIB_FORCE"] = "1"
+        environment["SATLIB_FORCE"] = repr(time.time())
     command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    quiet = ["--IPKernelApp.log_level=ERROR"]  # each kernel would warn that it talks without encryption
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # no warning about encryption, no traceback of its end by Ctrl-C
     specification = {"argv": command + quiet, "display_name": KERNEL, "language": "python", "env": environment}
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory(prefix="satlib-") as folder:
@@ -164,11 +161,11 @@ def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
 
 def _execute(source: Path, target: Path, parameters: dict[str, object], progress: NotebookProgress) -> Outcome:
     """Executes one notebook. Whatever goes wrong in it is its outcome, so that the others still run."""
+    start, status, message = time.monotonic(), "done", ""
     import papermill
 
     from satlib import export
 
-    start, status, message = time.monotonic(), "done", ""
     try:
         papermill.execute_notebook(
             source,
@@ -182,7 +179,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, object], progress
         )
     except papermill.PapermillExecutionError as error:
         status = "stopped" if error.ename == BUDGET_STOP else "failed"
-        message = f"{error.ename}: {error.evalue.strip()}".splitlines()[-1]
+        message = f"{error.ename}: {(error.evalue.strip().splitlines() or [''])[-1]}"
     except Exception as error:  # the kernel died, the disk is full
         status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
     try:

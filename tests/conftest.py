@@ -1,5 +1,6 @@
 """What the tests of the kernels share: exact arithmetic, tiny data, tiny models."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -27,16 +28,22 @@ class Linear(nn.Module):
         return F.linear(x.double().flatten(1), self.weight, self.bias)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more threads, and on a busy machine lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def float32() -> Iterator[None]:
-    """All arithmetic of the kernels in float32, on one thread: tiny tensors gain nothing from two."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
+    """All arithmetic of the kernels in float32, whatever is fastest here; on one thread."""
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("SATLIB_PRECISION", "float32")
         precision.fastest_dtype.cache_clear()
-        torch.set_num_threads(1)
         yield
-    torch.set_num_threads(threads)
     precision.fastest_dtype.cache_clear()
 
 
@@ -90,9 +97,10 @@ def trained(tiny: Splits, resnet: Callable[..., ResNet]) -> ResNet:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     batches = (batch for _ in range(8) for batch in tiny.train.batches(64, generator=generator))
-    for x, y in islice(batches, 60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    with one_thread():
+        for x, y in islice(batches, 60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model.eval()

@@ -90,3 +90,4 @@ def test_what_browsers_would_draw_differently_is_mended():
     assert "<munder><mo>max</mo>" in export.mathml(r"\max_x", display=True)
     assert "<msub><mo>max</mo>" in export.mathml(r"\max_x")
     assert "<mo>&lt;</mo>" in export.mathml("a < b")
+    assert export.mathml("[-x, (y) - z]").count('<mo form="prefix">−</mo>') == 1

@@ -105,6 +105,7 @@ def test_missing_data_root(checkout):
 
 def test_folder_in_which_nothing_can_be_written(checkout):
     blocked = checkout / "notebooks" / "executed"
+    shutil.rmtree(blocked, ignore_errors=True)
     blocked.write_text("a file where the folder should be")
     try:
         assert_refused(call(checkout, "run_all.sh"), r"cannot write to .*executed/quick \(.+\)")

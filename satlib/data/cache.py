@@ -87,6 +87,7 @@ def _save(splits: Splits, path: Path, name: str) -> None:
     partial = path.with_name(f".{name}.partial")
     try:
         save_file(tensors, partial, metadata)
+        partial.chmod(0o644)  # safetensors makes it private, but others may share the data root
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)

@@ -106,7 +106,7 @@ def read_images(
         first = _decode(tree.folder / files[0].path)
         if isinstance(first, str):
             raise SatlibError(f"bad image {tree.folder / files[0].path}: {first}; replace or remove it")
-        size = tuple(first.shape[:2])
+        size = (first.shape[0], first.shape[1])
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     # DataLoader brings what parallel decoding needs: processes (threads gain nothing here: each image is
     # too little work between two takes of Python's lock), shared memory, and results in order.

@@ -13,12 +13,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from satlib.figures import BY_SHAREDNESS, ERM, as_picture, panel_grid, perturbation_picture
 from satlib.ledger import Record
 
-_GREEN, _RED, _PURPLE = (sns.color_palette("colorblind").as_hex()[i] for i in (2, 3, 4))
+_GREEN, _PURPLE = (sns.color_palette("colorblind").as_hex()[i] for i in (2, 4))
+_RED = "#b2182b"
 _ATTACKS = {  # attacks, where they are compared on one model: none of these is a model's colour
     "image-dependent": {"color": _GREEN, "marker": "v", "linestyle": "-"},
     "universal": {"color": _PURPLE, "marker": "P", "linestyle": "-"},
@@ -92,8 +93,8 @@ def shared_training(record: Record) -> Figure:
     block, single, lane = across * pitch, 0.86, down * (pitch + 0.15) + 0.2
     widths = [block, block, single, single, block, block]
     starts = [left + sum(widths[:i]) + i * arrow for i in range(len(widths))]
-    width, top = starts[-1] + block + 0.2, 1.1 + heaps * (lane + 0.14)
-    canvas = _Canvas(width, top + 0.95)
+    width, top = starts[-1] + block + 0.34, 0.7 + heaps * (lane + 0.14)
+    canvas = _Canvas(width, top + 1.08)
     headings = (
         ("mini-batch", f"$d$ = {d} images in\n$d/s$ = {heaps} heaps of $s$ = {s}"),
         (
@@ -115,7 +116,7 @@ def shared_training(record: Record) -> Figure:
         canvas.box(0.12, base, width - 0.24, lane, colors[heap])
         canvas.text(0.34, middle, f"heap {heap + 1}", rotation=90, fontsize=10, color=colors[heap], fontweight="bold")
         for place, i in enumerate(members):
-            dx, y = (place % across) * pitch, base + lane - 0.08 - (place // across) * (pitch + 0.15) - tile
+            dx, y = (place % across) * pitch, base + lane - 0.12 - (place // across) * (pitch + 0.15) - tile
             label, seen = names["labels"][i], names["adversarial_predictions"][i]
             canvas.picture(starts[0] + dx, y, tile, as_picture(images[i]), label)
             canvas.picture(starts[1] + dx, y, tile, perturbation_picture(arrays["gradients"][i]))
@@ -135,13 +136,13 @@ def shared_training(record: Record) -> Figure:
     update = "$\\xi^{(k+1)}=\\mathrm{clip}(\\xi^{(k)}+\\mathrm{step},\\,-\\varepsilon,\\,\\varepsilon)$"
     canvas.text((starts[3] + single + starts[1] + block) / 2, floor - 0.5, f"$K$ = {steps} times: {update}", fontsize=9)
     canvas.text(
-        starts[5] + block,
+        width - 0.12,
         floor - 0.26,
         "then train on $\\sigma\\,L(\\theta,x+\\xi,y)+(1-\\sigma)\\,L(\\theta,x,y)$",
         fontsize=9,
         ha="right",
     )
-    canvas.text(0.12, top + 0.82, f"Shared adversarial training ({record.labels['dataset']})", fontsize=12, ha="left")
+    canvas.text(0.12, top + 0.92, f"Shared adversarial training · {record.labels['dataset']}", fontsize=12, ha="left")
     return canvas.figure
 
 
@@ -149,7 +150,8 @@ class _Canvas:
     """A drawing surface in inches: pictures, lanes, arrows and text on one axis without a frame."""
 
     def __init__(self, width: float, height: float) -> None:
-        self.figure = plt.figure(figsize=(width, height), layout="none")
+        self.figure = plt.figure(figsize=(width, height))
+        self.figure.set_layout_engine("none")  # not by argument: saving as PDF would then lay it out after all
         self.axis = self.figure.add_axes((0, 0, 1, 1))
         self.axis.set(xlim=(0, width), ylim=(0, height))
         self.axis.axis("off")
@@ -217,16 +219,15 @@ def three_risks(record: Record) -> Figure:
         for place, (risk, color) in enumerate(zip(chain, colors, strict=True)):
             axis.plot([0, risk[quantity]], [place, place], color=color, linewidth=2)
             axis.plot(risk[quantity], place, "o", color=color, markersize=10)
-            axis.annotate(
-                form.format(risk[quantity]), (risk[quantity], place), (0, 9), textcoords="offset points", ha="center"
-            )
+            label, beside = form.format(risk[quantity]), {"textcoords": "offset points", "va": "center"}
+            axis.annotate(label, (risk[quantity], place), (9, 0), **beside)
         axis.set(ylim=(2.7, -0.7), yticks=range(3), yticklabels=names)
         axis.grid(False, axis="y")
-    axes[0].set(xlabel="mean cross-entropy", xlim=(0, 1.08 * max(risk["loss"] for risk in chain)))
-    axes[1].set(xlabel="misclassified images", xlim=(0, 1.08))
+    axes[0].set(xlabel="mean cross-entropy", xlim=(0, 1.2 * max(risk["loss"] for risk in chain)))
+    axes[1].set(xlabel="misclassified images", xlim=(0, 1.25))
     axes[1].xaxis.set_major_formatter(PercentFormatter(1.0))
     eps = record.config["eps"]
-    figure.suptitle(f"Undefended model, eps = {eps:g} pixel units ({record.labels['dataset']})", fontsize=12)
+    figure.suptitle(f"Undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}", fontsize=12)
     return figure
 
 
@@ -248,13 +249,13 @@ def risk_chain(records: Mapping[int | None, Record]) -> Figure:
         axis.set(xlabel="risk, from its lower bound to its upper bounds")
         axis.set_xticks(range(len(ticks)), ticks)
     axes[0].set(yscale="log", ylabel="mean cross-entropy (log scale)", title="loss")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes[0].yaxis.set_minor_locator(NullLocator())
     axes[0].yaxis.set_major_formatter(_PLAIN)
     axes[1].set(title="0-1 loss")
     _percent(axes[1], "misclassified images")
     axes[1].legend(loc="lower right")
-    figure.suptitle(f"Risks at eps = {eps:g} pixel units ({_dataset(records)})", fontsize=12)
+    figure.suptitle(f"Risks at eps = {eps:g} pixel units · {_dataset(records)}", fontsize=12)
     return figure
 
 
@@ -273,12 +274,12 @@ def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set(xlabel="sharedness s: images that share a perturbation (log scale)", title=model_name(sharedness))
+        axis.set(xlabel="sharedness s (images in the heap, log scale)", title=model_name(sharedness))
         _percent(axis, "misclassified images" if axis is axes[0][0] else "")
-        axis.legend(fontsize=9, loc="center right")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     eps = next(iter(records.values())).config["eps"]
     figure.suptitle(
-        f"A shared perturbation fits its heap, eps = {eps:g} pixel units ({_dataset(records)})", fontsize=12
+        f"A shared perturbation fits its heap, eps = {eps:g} pixel units · {_dataset(records)}", fontsize=12
     )
     return figure
 
@@ -287,7 +288,7 @@ def loss_threshold(record: Record) -> Figure:
     """Winner takes all (section 4.3): loss of every image under perturbations found with and without kappa."""
     losses, kappa = record.arrays("losses"), record.config["loss_threshold"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), width_ratios=(1.35, 1))
-    kinds = {"uncapped": ("without threshold", _RED, "--"), "capped": ("with threshold $\\kappa$", _GREEN, "-")}
+    kinds = {"uncapped": ("without threshold", "0.6", "--"), "capped": ("with threshold $\\kappa$", _GREEN, "-")}
     for offset, (name, (label, color, line)) in enumerate(kinds.items()):
         share = (np.arange(len(losses[name])) + 1) / len(losses[name])
         left.plot(share, np.sort(losses[name])[::-1], color=color, linestyle=line, label=label, linewidth=2)
@@ -301,14 +302,16 @@ def loss_threshold(record: Record) -> Figure:
     left.set(title="where the attack's loss goes")
     left.legend()
     right.set_xticks(
-        range(3), ["own heap\nmisclassified", "unseen images\nmisclassified", "loss held by the\ntop tenth"]
+        range(3),
+        ["misclassified:\nown heap", "misclassified:\nunseen images", "loss held by\nthe top tenth"],
+        fontsize=9,
     )
-    right.set(title="what it buys")
+    right.set(title="what it buys", xlabel="what the share counts")
     _percent(right, "share")
     right.set_ylim(0, 1.12)
     s, eps = record.config["sharedness"], record.config["eps"]
     figure.suptitle(
-        f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units ({record.labels['dataset']})", fontsize=12
+        f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units · {record.labels['dataset']}", fontsize=12
     )
     return figure
 
@@ -325,6 +328,8 @@ def step_schedule(schedules: Mapping[str, Sequence[float]], *, total: float, tit
     axes[1].axhline(total, color="0.4", linestyle=":", label="$\\beta\\varepsilon$")
     axes[0].set(xlabel="iteration k", ylabel="$\\alpha_k$ (pixel units)", title="step size", ylim=(0, None))
     axes[1].set(xlabel="iterations done", ylabel="sum of steps (pixel units)", title="way travelled", ylim=(0, None))
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].legend(loc="lower right")
     figure.suptitle(title, fontsize=12)
     return figure
@@ -373,21 +378,22 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
         _percent(lower, "success rate" if lower is axes[1][0] else "")
         upper.legend(fontsize=9, loc="upper right")
     axes[1][0].legend(fontsize=9, loc="center left")
-    figure.suptitle(f"Binary search for the smallest universal perturbation ({_dataset(records)})", fontsize=12)
+    figure.suptitle(f"Binary search for the smallest universal perturbation · {_dataset(records)}", fontsize=12)
     return figure
 
 
 def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mapping[int | None, Record]) -> Figure:
     """Share of images fooled within eps, each by its own perturbation and all by one; delta cuts both curves."""
     figure, axis = plt.subplots(figsize=(8.2, 4.4))
-    smallest = 0.25  # the resolution of ten halvings of 255; what is fooled at eps = 0 counts from here
+    smallest = 0.25  # where the logarithmic axis begins; what is fooled at eps = 0 is drawn there
     for sharedness, record in adversarial.items():
         style = {"color": _style(sharedness)["color"], "linewidth": 2}
         epsilons = np.sort(record.arrays("epsilons")["epsilons"])
         share = np.arange(1, len(epsilons) + 1) / len(epsilons)
         reached = np.isfinite(epsilons)
-        x = np.concatenate([[smallest], np.maximum(epsilons[reached], smallest), [255.0]])
-        y = np.concatenate([[np.mean(epsilons <= smallest)], share[reached], [reached.mean()]])
+        later = reached & (epsilons > smallest)
+        x = np.concatenate([[smallest], epsilons[later], [255.0]])
+        y = np.concatenate([[np.mean(epsilons <= smallest)], share[later], [reached.mean()]])
         axis.step(x, y, where="post", label=f"{model_name(sharedness)}: image-dependent", **style)
         found = sorted(universal[sharedness].metrics["evaluations"], key=lambda q: q["eps"])
         x, y = [max(q["eps"], smallest) for q in found], [q["rate"] for q in found]
@@ -402,7 +408,9 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
     axis.xaxis.set_major_formatter(_PLAIN)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel="eps (pixel units, log scale)", xlim=(smallest, 260))
-    axis.set_title(f"Robustness to both kinds of perturbation ({_dataset(adversarial)})")
+    for name, marker in (("$\\varepsilon_{adv}(\\delta)$", "o"), ("$\\varepsilon_{uni}(\\delta)$", "D")):
+        axis.plot([], [], marker, color="0.4", markersize=8, label=name)
+    figure.suptitle(f"Robustness to both kinds of perturbation · {_dataset(adversarial)}", fontsize=12)
     _percent(axis, "images fooled within eps")
     axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure

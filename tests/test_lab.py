@@ -1,0 +1,260 @@
+"""Plans, profiles and sweeps: the same result whatever interrupts them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from satlib import experiments, paper, profiles, results
+from satlib import lab as lab_module
+from satlib.__main__ import main
+from satlib.experiments import with_parameters
+from satlib.kinds import KINDS
+from satlib.lab import BudgetSpent, Lab
+from satlib.ledger import Ledger
+
+SMALL = {
+    "dataset": "shapes32",
+    "depth": 8,
+    "width": 2,
+    "erm_epochs": 3,
+    "erm_learning_rate": 0.05,
+    "erm_schedule": "one-cycle",
+    "finetune_epochs": 2,
+    "finetune_epoch_images": 96,
+    "finetune_learning_rate": 0.01,
+    "finetune_schedule": "one-cycle",
+    "points": [[8, 10.0, 0.7], [1, 4.0, 0.5]],
+    "steps": 2,
+    "search_iterations": 3,
+    "search_steps": 3,
+    "search_batch": 8,
+    "craft_images": 32,
+    "choose_images": 32,
+    "report_images": 16,
+}
+
+
+@pytest.fixture
+def small(tiny, monkeypatch, float32):
+    """The plan of section 6.1 in miniature, on a data set of a few images that stands in for any name."""
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    return experiments.cifar10(with_parameters(paper.CIFAR10, SMALL))
+
+
+def metrics(ledger: Ledger) -> dict[str, dict]:
+    return {record.id: record.metrics for record in ledger.records()}
+
+
+def weights(ledger: Ledger) -> dict[str, dict]:
+    return {r.id: r.tensors("weights") for r in ledger.records() if r.kind == "train"}
+
+
+def test_plan_is_carried_out_once_and_found_again(small, tmp_path):
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu", profile="p")
+    records = lab.carry_out(small.runs)
+    assert len(records) == len({r.id for r in records}) == 6 == len(lab.ledger.records())
+    assert all(r.labels["profile"] == "p" and r.labels["dataset"] == "Tiny" for r in records)
+    created = {r.id: r.created for r in records}
+    again = Lab(ledger=Ledger(tmp_path), device="cpu")
+    assert again.pending(small.runs) == []
+    assert {r.id: r.created for r in again.carry_out(small.runs)} == created
+    forced = Lab(ledger=Ledger(tmp_path), device="cpu", force=True).carry_out(small.runs)
+    assert all(r.created > created[r.id] for r in forced)
+    assert {r.id: r.metrics for r in forced} == {r.id: r.metrics for r in records}
+
+
+def test_ids_follow_settings_and_parents(small, tmp_path):
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    ids = {lab.spec(run).id for run in small.runs}
+    other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
+    assert ids.isdisjoint(lab.spec(run).id for run in other.runs), "everything builds on the ERM model"
+    same = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL))
+    assert ids == {lab.spec(run).id for run in same.runs}
+
+
+def test_interrupted_training_resumes_bit_equal(small, tmp_path, monkeypatch):
+    whole, parts = Ledger(tmp_path / "whole"), Ledger(tmp_path / "parts")
+    Lab(ledger=whole, device="cpu").carry_out(small.runs)
+    epochs = []
+
+    def stop(self, needed=0.0):
+        epochs.append(needed)
+        if len(epochs) % 2 == 0:
+            raise BudgetSpent
+
+    monkeypatch.setattr(Lab, "check_budget", stop)
+    for _ in range(60):
+        try:
+            Lab(ledger=parts, device="cpu").carry_out(small.runs)
+            break
+        except BudgetSpent:
+            continue
+    else:
+        pytest.fail("the plan never ended")
+    assert len(epochs) > 6, "nothing was interrupted"
+    assert metrics(parts) == metrics(whole)
+    for key, tensors in weights(whole).items():
+        for name, value in tensors.items():
+            assert torch.equal(value, weights(parts)[key][name]), name
+
+
+def test_deadline_stops_before_any_work(small, tmp_path):
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu", deadline=time.time() - 1)
+    with pytest.raises(BudgetSpent):
+        lab.carry_out(small.runs)
+    assert lab.ledger.records() == []
+
+
+def test_search_record_is_what_it_says(small, tmp_path):
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    (search,) = small.robustness[small.erm]
+    record = lab.record(search)
+    assert record.metrics["images"] == {"craft": 32, "choose": 32, "report": 16}
+    evaluations = record.metrics["evaluations"]
+    assert evaluations[0]["eps"] == 0
+    if record.metrics["eps_uni"]:
+        xi = record.tensors("perturbation")["perturbation"]
+        assert xi.abs().max().item() == pytest.approx(record.metrics["eps_uni"])
+        assert record.metrics["eps_uni"] == min(e["magnitude"] for e in evaluations if e["success"])
+
+
+def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
+    settings = with_parameters(paper.CIFAR10, SMALL)
+    choices = with_parameters(
+        paper.METHOD,
+        {
+            "defended": [8, 10.0, 0.7],
+            "images": 16,
+            "sharedness": [16, 4, 1],
+            "steps": 3,
+            "universal_steps": 4,
+            "universal_batch": 8,
+            "unseen_images": 32,
+            "heaps_scored": 2,
+            "trace_images": 6,
+            "trace_sharedness": 4,
+            "adversarial_images": 8,
+            "adversarial_steps": 3,
+        },
+    )
+    plan = experiments.method(settings, choices)
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
+    kinds = {record.kind for stem in stems for record in lab.carry_out(plan.of(stem))}
+    assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"
+    risks = lab.record(plan.risks[plan.erm]).metrics
+    assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
+    chain = [risks["expected"]["loss"], risks["universal"]["loss"], *(row["loss"] for row in risks["heap"])]
+    assert risks["slack"] == pytest.approx(max(0.0, *(a - b for a, b in pairwise(chain))))
+    trace = lab.record(plan.trace)
+    arrays = trace.arrays("trace")
+    assert arrays["perturbations"].shape[:2] == (settings.steps + 1, 2)  # 6 images in heaps of 4
+    assert trace.metrics["largest"] <= choices.trace_eps
+
+
+# Profiles
+
+
+@pytest.mark.parametrize("profile", ["quick", "laptop", "gpu", "paper"])
+def test_profiles_set_every_setting_that_a_notebook_declares(profile):
+    names = {field.name for settings in (paper.Cifar10, paper.Method) for field in fields(settings)}
+    for stem, path in profiles.notebook_paths().items():
+        given = experiments.parameters(profile, stem)
+        missing = [name for name in profiles.declared(path) if name in names and name not in given]
+        assert not missing, f"{profile}: {stem} would fall back to its own values for {missing}"
+
+
+def test_quick_profile_is_each_notebooks_own_defaults():
+    for stem, path in profiles.notebook_paths().items():
+        given = experiments.parameters("quick", stem)
+        for name, parameter in profiles.declared(path).items():
+            assert given.get(name, parameter.default) == parameter.default, f"{stem}: {name}"
+
+
+def test_paper_profile_is_the_paper():
+    settings = with_parameters(paper.CIFAR10, experiments.parameters("paper", "04_cifar10"))
+    assert settings == paper.CIFAR10
+    assert len(experiments.cifar10(settings).models) == 9 * 4 * 3
+
+
+# Results
+
+
+def test_results_find_records_without_data(small, tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    Lab(ledger=ledger, device="cpu", profile="quick").carry_out(small.runs)
+    monkeypatch.setattr(lab_module.data, "load", lambda name: pytest.fail("results need no data"))
+    models = results.cifar10_models(small, results.Records(ledger))
+    assert [m.title for m in models] == ["ERM", "s=8, eps=10, sigma=0.7", "s=1, eps=4, sigma=0.5"]
+    other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
+    assert results.cifar10_models(other, results.Records(ledger)) == []
+
+
+def test_results_json_has_every_number_of_the_paper(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "Ledger", lambda: Ledger(tmp_path))
+    assert main(["results", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    keys = {"section", "quantity", "unit", "paper", "ours", "spread", "seeds", "profile", "dataset", "runs", "verdict"}
+    assert all(set(row) == keys for row in rows)
+    assert [row["paper"] for row in rows] == [r.value for r in paper.REPORTED]
+    assert all(row["ours"] is None and row["verdict"] == "not run" for row in rows)
+
+
+# A real sweep, really killed
+
+
+SWEEP = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from conftest import tiny
+from test_lab import SMALL
+from satlib import experiments, lab, paper
+from satlib.ledger import Ledger
+splits = tiny.__wrapped__() if hasattr(tiny, "__wrapped__") else tiny._get_wrapped_function()()
+lab.data.load = lambda name: splits
+plan = experiments.cifar10(experiments.with_parameters(paper.CIFAR10, SMALL))
+print("ready", flush=True)
+lab.Lab(ledger=Ledger({root!r}), device="cpu").carry_out(plan.runs)
+"""
+
+
+def start_sweep(root: Path) -> subprocess.Popen:
+    code = SWEEP.format(tests=str(Path(__file__).parent), root=str(root))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_killed_sweep_ends_as_an_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_sweep(whole).wait() == 0
+    chance = random.Random(3)
+    kills = 0
+    for _ in range(6):
+        process = start_sweep(killed)
+        process.stdout.readline()  # it is at work
+        try:
+            process.wait(chance.uniform(0.0, 0.4))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills, "no sweep was killed"
+    twins = [start_sweep(killed), start_sweep(killed)]
+    assert [process.wait() for process in twins] == [0, 0]
+    assert metrics(Ledger(killed)) == metrics(Ledger(whole))
+    for key, tensors in weights(Ledger(whole)).items():
+        assert all(torch.equal(value, weights(Ledger(killed))[key][name]) for name, value in tensors.items())

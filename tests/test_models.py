@@ -1,0 +1,142 @@
+"""The models: shape and size, normalisation inside, folding of batch norm, and the errors they promise."""
+
+import pytest
+import torch
+from torch import nn
+
+from satlib.errors import SatlibError
+from satlib.models import BasicBlock, ResNet
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.empty(6, 3, 8, 8).uniform_(0, 255, generator=torch.Generator().manual_seed(0))
+
+
+def weights(inputs: int, outputs: int, kernel: int) -> int:
+    """Of a convolution without bias, and of the scale and shift of its batch norm."""
+    return inputs * outputs * kernel**2 + 2 * outputs
+
+
+@pytest.mark.parametrize(("depth", "width", "classes"), [(20, 64, 10), (14, 4, 7), (8, 3, 2)])
+def test_size_is_that_of_the_resnet_of_this_depth_and_width(depth, width, classes):
+    """A stem, three stages of (depth - 2) / 6 blocks with two 3x3 convolutions each, two 1x1 shortcuts, a head."""
+    model = ResNet(depth=depth, width=width, classes=classes)
+    count = weights(3, width, 3)
+    for stage in range(3):
+        maps = width * 2**stage
+        inside = 2 * (depth - 2) // 6 - (stage > 0)
+        count += inside * weights(maps, maps, 3)
+        if stage:
+            count += weights(maps // 2, maps, 3) + weights(maps // 2, maps, 1)
+    count += (4 * width + 1) * classes
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) + 1 == depth  # with the head
+
+
+def test_the_paper_s_network_has_64_128_256_maps_at_falling_resolution():
+    model, sizes = ResNet(depth=20, width=64), []
+    for block in model.blocks:
+        assert isinstance(block, BasicBlock)
+        block.register_forward_hook(lambda _, __, output: sizes.append(tuple(output.shape[1:])))
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sizes == [(64, 32, 32)] * 3 + [(128, 16, 16)] * 3 + [(256, 8, 8)] * 3
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_327_754
+
+
+def test_default_is_the_paper_s_network():
+    assert [block.second[0].out_channels for block in ResNet().blocks] == [64] * 3 + [128] * 3 + [256] * 3
+
+
+def test_normalisation_is_inside_and_travels_with_the_weights(images):
+    torch.manual_seed(0)
+    mean, std = (120.0, 100.0, 80.0), (60.0, 50.0, 70.0)
+    model = ResNet(depth=8, width=4, mean=mean, std=std).eval()
+    plain = ResNet(depth=8, width=4, mean=(0.0,) * 3, std=(1.0,) * 3).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k not in ("mean", "std")}, strict=False)
+    normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(normalised))
+        loaded = ResNet(depth=8, width=4).eval()
+        assert not torch.allclose(loaded(images), model(images))
+        loaded.load_state_dict(model.state_dict())
+        assert torch.equal(loaded(images), model(images))
+    assert not {"mean", "std"} & {name for name, _ in model.named_parameters()}
+    assert model.mean.flatten().tolist() == list(mean) and model.std.flatten().tolist() == list(std)
+
+
+def test_input_need_not_have_three_channels():
+    model = ResNet(depth=8, width=4, classes=3, mean=(100.0,), std=(50.0,))
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_folded_model_computes_the_same(resnet, images, training):
+    model = resnet().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded = model.folded()(images)
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    logits = model.eval()(images)
+    assert (folded - logits).abs().max() < 1e-3 * logits.abs().max()
+    assert (logits.std(0) > 0.05).all()
+
+
+def test_folded_model_is_a_frozen_copy_without_batch_norm(resnet, images):
+    model = resnet()
+    net = model.folded()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+    with torch.no_grad():
+        before = net(images)
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(net(images), before)  # nothing is shared with the original
+    again = net.folded()
+    with torch.no_grad():
+        assert torch.equal(again(images), before)  # folding twice changes nothing
+
+
+def test_forward_leaves_the_images_as_they_were(resnet, images):
+    """Its activations are in place, and the images are what an attack goes on with."""
+    before = images.clone()
+    for model in (resnet().eval(), resnet().folded()):
+        model(images)
+        assert torch.equal(images, before)
+
+
+def test_weights_and_activations_are_channels_last(resnet, images):
+    for model in (resnet().eval(), resnet().folded()):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                assert module.weight.is_contiguous(memory_format=torch.channels_last)
+        formats = []
+        model.blocks.register_forward_hook(
+            lambda _, __, output, into=formats: into.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+        model(images.contiguous(memory_format=torch.channels_last))
+        assert formats == [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 10}, r"depth=10: a CIFAR ResNet has depth 6n \+ 2; use 8, 14, 20"),
+        ({"depth": 2}, r"depth=2"),
+        ({"depth": -4}, r"depth=-4"),
+        ({"width": 0}, r"width=0: expected a positive whole number"),
+        ({"classes": -1}, r"classes=-1: expected a positive whole number"),
+        ({"mean": (), "std": ()}, r"mean=\(\), std=\(\): expected one of each a channel"),
+        ({"mean": (1.0, 2.0)}, r"mean=\(1\.0, 2\.0\), std=\(64\.0, 64\.0, 64\.0\)"),
+        ({"std": (64.0, 0.0, 64.0)}, r"std=\(64\.0, 0\.0, 64\.0\)"),
+    ],
+)
+def test_model_names_what_is_wrong(changes, message):
+    with pytest.raises(SatlibError, match=message):
+        ResNet(**({"depth": 8, "width": 4} | changes))

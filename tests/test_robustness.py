@@ -1,0 +1,316 @@
+"""The searches for the smallest perturbation: known thresholds, what the search keeps, what it never sees."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import satlib.robustness
+from satlib.attacks import success_rates
+from satlib.errors import SatlibError
+from satlib.robustness import Evaluation, Robustness, adversarial_robustness, universal_robustness
+
+pytestmark = pytest.mark.usefixtures("float32")
+SHAPE = (3, 4, 4)
+GRID = 255 / 2**10  # the resolution of ten iterations
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def grey(*values: float) -> torch.Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, *SHAPE)
+
+
+@pytest.fixture(scope="module")
+def brightness(linear):
+    """Class 1 where the mean pixel exceeds 130: an image of grey 130 - t needs eps just above t."""
+    ones = torch.ones(1, math.prod(SHAPE)) / math.prod(SHAPE)
+    return linear(torch.cat([-ones, ones]) / 20, bias=torch.tensor([130.0, -130.0]) / 20)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """scripted(answer): every crafted perturbation is uniformly answer(eps); the eps asked are returned."""
+
+    def install(answer):
+        asked = []
+
+        def craft(model, images, labels, *, eps, **attack):
+            asked.append(eps)
+            return torch.full((1, *SHAPE), float(answer(eps)))
+
+        monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
+        return asked
+
+    return install
+
+
+def search(model, *, label=0, choose=None, report=None, **options):
+    """universal_robustness with images that need eps 10, 20, 30 and 40, in equal shares."""
+    four = (grey(120, 110, 100, 90), torch.full((4,), label))
+    attack = {"steps": 8, "batch_size": 4, "generator": seeded()} | options
+    return universal_robustness(model, craft=four, choose=choose or four, report=report or four, **attack)
+
+
+# ------------------------------------------------------------------------------------------------ universal
+
+
+@pytest.mark.parametrize(("delta", "threshold"), [(0.2, 10), (0.5, 20), (0.75, 30), (0.9, 40)])
+def test_universal_search_finds_a_known_threshold(brightness, delta, threshold):
+    """0.75 of the images, not more than 0.75, has to be fooled."""
+    found = search(brightness, delta=delta)
+    assert threshold <= found.epsilon <= threshold + GRID
+    assert found.rate == found.report_rate == math.ceil(4 * delta) / 4
+    assert found.perturbation.shape == (1, *SHAPE)
+    assert found.perturbation.abs().max().item() == found.epsilon
+    assert str(found) == f"{found.epsilon:.1f}" and found.monotone
+
+
+def test_fewer_iterations_are_a_coarser_grid(brightness):
+    found = search(brightness, iterations=4)
+    assert [e.eps for e in found.evaluations] == [0.0, 127.5, 63.75, 31.875, 15.9375]
+    assert found.epsilon == 31.875
+
+
+def test_targeted_search_counts_the_target(brightness):
+    """The targets are class 1; the images at 135 are there already."""
+    four = (grey(135, 120, 100, 90), torch.ones(4, dtype=torch.long))
+    found = search(brightness, label=1, choose=four, report=four, targeted=True, delta=0.5)
+    assert 10 <= found.epsilon <= 10 + GRID and found.rate == 0.5
+    assert found.evaluations[0].rate == 0.25
+
+
+def test_evaluations_are_all_there_in_their_order(brightness):
+    found, said = search(brightness, progress=(texts := []).append), texts
+    assert len(found.evaluations) == 11 and found.evaluations[0] == Evaluation(0.0, 0.0, 0.0, False)
+    low, high = 0.0, 255.0
+    for evaluation in found.evaluations[1:]:
+        assert evaluation.eps == (low + high) / 2
+        assert evaluation.magnitude <= evaluation.eps
+        assert evaluation.success == (evaluation.rate >= 0.75) == (evaluation.eps > 30)
+        low, high = (low, evaluation.eps) if evaluation.success else (evaluation.eps, high)
+    assert found.epsilon == min(e.magnitude for e in found.evaluations if e.success)
+    assert said[0] == "search 1/10: eps 127.5 -> success 100.0%, 75% reached"
+    assert said[4] == "search 5/10: eps 23.9 -> success 50.0%, 75% missed" and len(said) == 10
+
+
+def test_search_that_never_succeeds_is_more_than_255(linear):
+    constant = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
+    found = search(constant)
+    assert found.epsilon is found.perturbation is found.rate is found.report_rate is None
+    assert str(found) == "> 255"
+    assert [e.success for e in found.evaluations] == [False] * 11
+    assert found.evaluations[-1].eps == 255 - GRID
+
+
+def test_model_that_fails_on_clean_images_has_robustness_zero(linear):
+    wrong = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([0.0, 1.0]))
+    found = search(wrong)
+    assert found.epsilon == 0 and str(found) == "0.0"
+    assert not found.perturbation.any() and found.rate == found.report_rate == 1
+    assert found.evaluations == [Evaluation(0.0, 0.0, 1.0, True)]
+
+
+def test_smallest_success_is_kept_when_later_iterations_fail(brightness, scripted):
+    asked = scripted(lambda eps: eps if eps in (127.5, 63.75) else 0)
+    found = search(brightness)
+    assert asked[:4] == [127.5, 63.75, 31.875, 47.8125] and len(asked) == 10
+    assert [e.success for e in found.evaluations] == [False, True, True] + [False] * 8
+    assert found.epsilon == 63.75 and found.rate == 1
+    assert torch.equal(found.perturbation, torch.full((1, *SHAPE), 63.75))
+
+
+def test_magnitude_of_the_perturbation_counts_not_the_eps_asked(brightness, scripted):
+    """The first success needs 35 of the 127.5 that it may use; the second all of its 63.75."""
+    scripted(lambda eps: {127.5: 35.0, 63.75: 63.75}.get(eps, 0.0))
+    found = search(brightness)
+    assert [e.success for e in found.evaluations[:4]] == [False, True, True, False]
+    assert found.epsilon == 35 and found.rate == 0.75
+    assert torch.equal(found.perturbation, torch.full((1, *SHAPE), 35.0))
+
+
+def test_a_weak_attack_shows_in_the_rates(brightness, scripted):
+    """Within 31.9 it fools half, within 47.8 nobody: a perturbation for the former would do for the latter."""
+    scripted(lambda eps: {31.875: 25.0, 47.8125: 5.0}.get(eps, eps if eps > 60 else 0.0))
+    assert not search(brightness).monotone
+    scripted(lambda eps: {31.875: 15.0, 47.8125: 25.0}.get(eps, eps if eps > 47 else 0.0))
+    assert search(brightness, iterations=4).monotone
+
+
+@pytest.mark.parametrize(
+    ("rates", "monotone"),
+    [
+        ({0: 0.1, 127.5: 0.8, 63.75: 0.5}, True),
+        ({0: 0.1, 127.5: 0.8, 63.75: 0.95}, True),  # both beyond delta: nothing was missed
+        ({0: 0.1, 127.5: 0.5, 191.25: 0.47}, True),  # within chance
+        ({0: 0.1, 127.5: 0.5, 191.25: 0.4}, False),
+        ({0: 0.3, 127.5: 0.8, 63.75: 0.1}, False),
+        ({0: 0.1, 127.5: 0.5, 191.25: 0.48, 223.125: 0.44}, False),  # not only neighbours
+    ],
+)
+def test_rates_that_fall_as_eps_grows_are_flagged(rates, monotone):
+    evaluations = [Evaluation(eps, eps, rate, rate >= 0.75) for eps, rate in rates.items()]
+    assert Robustness(0.75, None, None, None, evaluations, None).monotone is monotone
+
+
+def test_report_images_never_influence_the_search(trained, tiny):
+    val = (tiny.val.images, tiny.val.labels)
+    choose, report = ((tiny.test.images[part], tiny.test.labels[part]) for part in (slice(48), slice(48, 96)))
+    other = (report[0].flip(2), (report[1] + 1) % 4)
+    options = {"delta": 0.4, "iterations": 5, "steps": 12}
+    one, two = (
+        universal_robustness(trained, craft=val, choose=choose, report=images, generator=seeded(), **options)
+        for images in (report, other)
+    )
+    assert one.epsilon == two.epsilon and one.evaluations == two.evaluations
+    assert torch.equal(one.perturbation, two.perturbation)
+    assert one.report_rate != two.report_rate
+    for images, found in ((report, one), (other, two), (choose, one)):
+        rate = success_rates(trained, *images, found.perturbation).item()
+        assert rate == (found.rate if images is choose else found.report_rate)
+
+
+def test_crafting_and_choosing_have_images_of_their_own(trained, tiny, monkeypatch):
+    """Crafting gets the craft images and nothing else; the verdict is the choose images'."""
+    seen = []
+
+    def craft(model, images, labels, *, eps, **attack):
+        seen.append((images, labels, attack))
+        return torch.zeros(1, 3, 8, 8)
+
+    monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
+    val = (tiny.val.images, tiny.val.labels)
+    choose = (tiny.test.images[:8], (tiny.test.labels[:8] + (torch.arange(8) < 3)) % 4)
+    generator = seeded()
+    found = universal_robustness(
+        trained, craft=val, choose=choose, report=val, iterations=2, generator=generator, steps=7, loss_threshold=1.6
+    )
+    assert all(images is val[0] and labels is val[1] for images, labels, _ in seen) and len(seen) == 2
+    expected = {"steps": 7, "loss_threshold": 1.6, "targeted": False, "generator": generator}
+    assert all(attack == expected for _, _, attack in seen)
+    assert [e.rate for e in found.evaluations] == [3 / 8] * 3
+
+
+def test_share_of_exactly_delta_counts(linear, brightness):
+    """7 of 10 are 0.7, although float32 rounds that down."""
+    ten = (grey(*[110.0] * 7, *[60.0] * 3), torch.zeros(10, dtype=torch.long))
+    found = search(brightness, choose=ten, report=ten, delta=0.7)
+    assert 20 <= found.epsilon <= 20 + GRID
+    right = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
+    wrong = (ten[0], (torch.arange(10) < 7).long())
+    assert search(right, choose=wrong, report=wrong, delta=0.7).epsilon == 0
+
+
+def test_searches_leave_the_model_as_it_was(tiny):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 4)).train()
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    part = (tiny.val.images[:16], tiny.val.labels[:16])
+    universal = universal_robustness(
+        model, craft=part, choose=part, report=part, iterations=2, steps=2, generator=seeded()
+    )
+    adversarial = adversarial_robustness(model, *part, iterations=2, steps=2, generator=seeded())
+    assert [module.training for module in model.modules()] == [True, False, True, True, True]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.eval()
+    again = universal_robustness(model, craft=part, choose=part, report=part, iterations=2, steps=2, generator=seeded())
+    assert again.evaluations == universal.evaluations
+    also = adversarial_robustness(model, *part, iterations=2, steps=2, generator=seeded())
+    assert torch.equal(also.epsilons, adversarial.epsilons)
+
+
+# ------------------------------------------------------------------------------------------ image-dependent
+
+
+@pytest.fixture(scope="module")
+def two_class(linear):
+    w = torch.randn(1, math.prod(SHAPE), generator=seeded(3))
+    weight = torch.cat([-w, w]) / 200
+    return linear(weight, bias=-128 * weight.sum(1))
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_image_dependent_epsilon_is_margin_over_l1_norm(two_class, targeted):
+    """|w x + b| / |w|_1, for every image; 0 where the goal is reached from the start."""
+    images = torch.empty(21, *SHAPE).uniform_(80, 175, generator=seeded(4))
+    with torch.no_grad():
+        difference = two_class(images) @ torch.tensor([-1.0, 1.0]).double()
+    labels = torch.arange(21) % 2
+    goal = labels if targeted else 1 - labels
+    short = -(2 * goal - 1) * difference
+    exact = (short / (two_class.weight[1] - two_class.weight[0]).abs().sum()).clamp(min=0)
+    assert 0 < (exact == 0).sum() < 15 and exact.max() < 40
+    found = adversarial_robustness(
+        two_class, images, labels, steps=8, targeted=targeted, batch_size=8, generator=seeded(), delta=0.75
+    )
+    assert found.epsilons.shape == (21,)
+    assert (found.epsilons >= exact - 1e-3).all() and (found.epsilons <= exact + GRID + 1e-3).all()
+    assert torch.equal(found.epsilons == 0, exact == 0)
+    assert found.epsilon == found.epsilons.sort().values[15]  # 16 of 21 are the fewest that make 0.75
+    assert str(found) == f"{found.epsilon:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("delta", "fewest"), [(0.05, 1), (0.051, 2), (0.5, 10), (0.55, 11), (0.75, 15), (0.76, 16), (0.99, 20)]
+)
+def test_epsilon_at_delta_is_the_quantile(brightness, delta, fewest):
+    """Image i of 20 needs i + 1; 0.55 * 20 is not 11 in floating point."""
+    images = grey(*[129.0 - i for i in range(20)])
+    found = adversarial_robustness(
+        brightness, images, torch.zeros(20, dtype=torch.long), delta=delta, steps=6, generator=seeded()
+    )
+    assert fewest <= found.epsilon <= fewest + GRID
+
+
+def test_images_that_nothing_fools_are_infinitely_robust(linear):
+    """Class 1 needs a mean of more than 250: nothing clamped at 255 gets there from class 0's own bias."""
+    weight = torch.cat([torch.zeros(1, 48), torch.ones(1, 48) / 48])
+    model = linear(weight, bias=torch.tensor([255.5, 0.0]))
+    images, labels = grey(10, 20, 30, 40), torch.tensor([0, 0, 0, 1])
+    found = adversarial_robustness(model, images, labels, delta=0.5, steps=4, iterations=3)
+    assert found.epsilons.tolist() == [math.inf, math.inf, math.inf, 0.0]
+    assert found.epsilon is None and str(found) == "> 255"
+    reached = adversarial_robustness(model, images, labels, delta=0.25, steps=4, iterations=3)
+    assert reached.epsilon == 0 and str(reached) == "0.0"
+
+
+def test_image_dependent_search_needs_less_than_the_universal_one(trained, tiny):
+    """rho_uni <= rho_adv at every eps, so eps_adv <= eps_uni at equal delta."""
+    part = (tiny.test.images[:32], tiny.test.labels[:32])
+    options = {"delta": 0.5, "iterations": 7, "steps": 15}
+    adversarial = adversarial_robustness(trained, *part, generator=seeded(), **options)
+    universal = universal_robustness(trained, craft=part, choose=part, report=part, generator=seeded(), **options)
+    assert 2 < adversarial.epsilon < universal.epsilon < 40
+    again = adversarial_robustness(trained, *part, generator=seeded(), **options)
+    assert torch.equal(again.epsilons, adversarial.epsilons)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"delta": 0.0}, r"delta=0\.0: expected a share strictly between 0 and 1"),
+        ({"delta": 1.0}, r"delta=1\.0"),
+        ({"delta": -0.5}, r"delta=-0\.5"),
+        ({"delta": math.nan}, r"delta=nan"),
+        ({"iterations": 0}, r"iterations=0: expected at least 1"),
+        ({"steps": 0}, r"steps=0: expected at least 1"),
+        ({"beta": -1.0}, r"beta=-1\.0: expected a positive number"),
+        ({"gamma": 0.0}, r"gamma=0\.0: expected a positive number"),
+        ({"targeted": True, "loss_threshold": 1.6}, r"loss_threshold=1\.6 in a targeted attack"),
+    ],
+)
+def test_searches_name_what_is_wrong(brightness, changes, message):
+    label = 1 if changes.get("targeted") else 0  # dark images of class 0: no goal is reached from the start
+    with pytest.raises(SatlibError, match=message):
+        search(brightness, label=label, **changes)
+    part = (grey(120, 110, 100, 90), torch.full((4,), label))
+    with pytest.raises(SatlibError, match=message):
+        adversarial_robustness(brightness, *part, **({"steps": 2} | changes))

@@ -1,0 +1,61 @@
+"""Copy the outputs of executed notebooks into their sources, so that they read well where nobody runs them.
+
+    python tools/save_outputs.py [04_cifar10 ...]     # default: all that notebooks/executed/quick holds
+
+Outputs of the quick profile only. What differs from one execution to the next (times, progress lines, execution
+counts' gaps, papermill's metadata) is scrubbed. The code and text of the sources are left as they are.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+LARGEST = 1_500_000  # bytes of a source with its outputs
+
+
+def scrubbed(outputs: list) -> list:
+    """The outputs without progress lines, warnings on stderr, and execution metadata."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream":
+            lines = output.text.splitlines(keepends=True)
+            output.text = "".join(line for line in lines if not line.startswith("[run"))
+            if output.name == "stderr" or not output.text:
+                continue
+        kept.append(output)
+    return kept
+
+
+def save(stem: str) -> None:
+    """Bring the outputs of one executed notebook into its source. Raises SystemExit where they do not match."""
+    source = nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4)
+    executed = nbformat.read(NOTEBOOKS / "executed" / "quick" / f"{stem}.ipynb", as_version=4)
+    by_id = {cell.id: cell for cell in executed.cells}
+    count = 0
+    for cell in source.cells:
+        if cell.cell_type != "code":
+            continue
+        done = by_id.get(cell.id)
+        if done is None or done.source != cell.source:
+            raise SystemExit(f"{stem}: cell {cell.id} has changed since it was executed; run ./run_all.sh first")
+        count += 1
+        cell.execution_count = count
+        cell.outputs = scrubbed(done.outputs)
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    text = nbformat.writes(source)
+    if len(text) > LARGEST:
+        raise SystemExit(
+            f"{stem}: {len(text)} bytes with its outputs, at most {LARGEST} are wanted; use smaller figures"
+        )
+    (NOTEBOOKS / f"{stem}.ipynb").write_text(text + "\n", encoding="utf-8")
+    print(f"{stem}: outputs saved, {len(text) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    stems = sys.argv[1:] or sorted(path.stem for path in (NOTEBOOKS / "executed" / "quick").glob("*.ipynb"))
+    for stem in stems:
+        save(stem)
