@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -309,7 +310,7 @@ def _check_threshold(loss_threshold: float | None, targeted: bool) -> None:
         raise SatlibError(f"loss_threshold={loss_threshold!r}: expected a positive number, or None for no cap")
 
 
-def _per_heap(name: str, value, heaps: int, device: torch.device, *, top: float) -> Tensor:
+def _per_heap(name: str, value: Any, heaps: int, device: torch.device, *, top: float) -> Tensor:
     """A number, or one for each heap, as a (heaps or 1, 1, 1, 1) tensor on the device; checked on the host."""
     tensor = torch.as_tensor(value, dtype=torch.float32).reshape(-1)
     if len(tensor) not in (1, heaps):
@@ -319,7 +320,7 @@ def _per_heap(name: str, value, heaps: int, device: torch.device, *, top: float)
     return tensor.to(device).view(-1, 1, 1, 1)
 
 
-def _per_step(value, steps: int, heaps: int, device: torch.device) -> Iterable[Tensor]:
+def _per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Iterable[Tensor]:
     """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
     if steps < 1:
         raise SatlibError(f"steps={steps!r}: expected at least 1")

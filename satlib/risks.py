@@ -1,6 +1,7 @@
 """Estimators of the four risks of sections 3.1 and 4.2 on a finite set of images."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ def expected_risk(model: nn.Module, images: Tensor, labels: Tensor) -> Risk:
     return risk_under(model, images, labels, torch.zeros_like(images[:1], dtype=torch.float32), len(images))
 
 
-def adversarial_risk(model: nn.Module, images: Tensor, labels: Tensor, **attack) -> Risk:
+def adversarial_risk(model: nn.Module, images: Tensor, labels: Tensor, **attack: Any) -> Risk:
     """rho_adv = E[sup_{xi(x)} L(theta, x + xi(x), y)]: the heap risk of sharedness 1."""
     return heap_risk(model, images, labels, sharedness=1, **attack)
 
 
-def heap_risk(model: nn.Module, images: Tensor, labels: Tensor, *, sharedness: int, **attack) -> Risk:
+def heap_risk(model: nn.Module, images: Tensor, labels: Tensor, *, sharedness: int, **attack: Any) -> Risk:
     """rho_heap^(s): every `sharedness` consecutive images share one perturbation found for them by `heap_pgd`.
 
     `attack`: eps, steps, step_size, generator and the other arguments of `heap_pgd`. The best iterate counts.
@@ -39,7 +40,9 @@ def heap_risk(model: nn.Module, images: Tensor, labels: Tensor, *, sharedness: i
     return risk_under(model, images, labels, xi, sharedness)
 
 
-def universal_risk(model: nn.Module, images: Tensor, labels: Tensor, *, craft: tuple[Tensor, Tensor], **attack) -> Risk:
+def universal_risk(
+    model: nn.Module, images: Tensor, labels: Tensor, *, craft: tuple[Tensor, Tensor], **attack: Any
+) -> Risk:
     """rho_uni = sup_xi E[L(theta, x + xi, y)]: one perturbation, found on the `craft` images, scored on these.
 
     `attack`: eps, steps and the other arguments of `universal_pgd`. That the images differ is what separates

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def universal_robustness(
     targeted: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[str], None] | None = None,
-    **attack,
+    **attack: Any,
 ) -> Robustness:
     """eps_uni(delta): the binary search of section 5.2, `iterations` deep on [0, 255].
 

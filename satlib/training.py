@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def shared_adversarial_loss(
 
 def train(
     model: nn.Module,
-    data,
+    data: Any,
     settings: Training,
     *,
     state: dict[str, Tensor] | None = None,
@@ -198,7 +199,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data, *, batch_size: int = 512) -> float:
+def accuracy(model: nn.Module, data: Any, *, batch_size: int = 512) -> float:
     """Share of `data` (an ImageSet) that the model, in eval mode, classifies correctly."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

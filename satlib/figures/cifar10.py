@@ -9,6 +9,14 @@ from matplotlib.figure import Figure
 from satlib.figures import BY_SHAREDNESS, ERM, REFERENCE, as_picture, panel_grid, perturbation_picture
 from satlib.results import Model
 
+_LABEL_OFFSET = {1: 10, 8: -20, 64: 10}  # points; s = 8 below its marker, since it often lies close to s = 64
+
+
+def _legend_order(label: str) -> tuple[bool, int]:
+    """The undefended model first, then by sharedness, the paper's own numbers last."""
+    digits = label.removeprefix("s = ")
+    return (not digits.isdigit() and "paper" in label, int(digits) if digits.isdigit() else 0)
+
 
 def look(model: Model) -> dict:
     """Colour and marker of a model: by its sharedness, the undefended one apart."""
@@ -46,25 +54,34 @@ def robustness_against_accuracy(
             axis.annotate(
                 f"ε={model.eps:g}, σ={model.sigma:g}",
                 (model.accuracy, model.eps_uni),
-                xytext=(8, 4),
+                xytext=(0, _LABEL_OFFSET.get(model.sharedness, 10)),
                 textcoords="offset points",
                 fontsize="small",
+                ha="center",
             )
     for accuracy, eps_uni, what in reported:
         axis.plot(accuracy, eps_uni, **REFERENCE)
         axis.annotate(
-            what, (accuracy, eps_uni), xytext=(6, -12), textcoords="offset points", fontsize="x-small", color="0.35"
+            what,
+            (accuracy, eps_uni),
+            xytext=(0, -14),
+            textcoords="offset points",
+            fontsize="x-small",
+            color="0.35",
+            ha="center",
         )
     if reported:
         axis.plot([], [], label="the paper, CIFAR10", **REFERENCE)
     axis.set(
         xlabel="accuracy on clean test images (%)",
         ylabel=r"$\varepsilon_{uni}(\delta=0.75)$ (pixel units of 255)",
-        title=f"Robustness to universal perturbations against accuracy: {dataset}",
+        title=f"Universal robustness against accuracy · {dataset}",
     )
-    axis.margins(x=0.12, y=0.12)
+    axis.margins(x=0.15, y=0.15)
     axis.set_ylim(bottom=0)
-    axis.legend(loc="lower left")
+    handles, labels = axis.get_legend_handles_labels()
+    in_order = sorted(zip(labels, handles, strict=True), key=lambda pair: _legend_order(pair[0]))
+    axis.legend([handle for _, handle in in_order], [label for label, _ in in_order], loc="lower left")
     if missing := [model.title for model in models if model.eps_uni is None]:
         figure.supxlabel(f"no universal perturbation up to 255 succeeded for: {'; '.join(missing)}", fontsize="small")
     return figure
@@ -91,6 +108,7 @@ def perturbation_gallery(rows: Sequence[dict], clean: np.ndarray, *, dataset: st
             axis.set_xlabel(name, fontsize="x-small", color="0.25" if right else "tab:red", labelpad=2)
     axes[1, 0].set_title("perturbation\n(contrast stretched)", fontsize="x-small")
     figure.suptitle(
-        f"Universal perturbations at ε_uni(0.75), and the predictions that they cause: {dataset}", fontsize="medium"
+        f"Universal perturbations at $\\varepsilon_{{uni}}(0.75)$, and the predictions that they cause · {dataset}",
+        fontsize="medium",
     )
     return figure
