@@ -52,9 +52,12 @@ def test_choice_is_made_once(choose, monkeypatch):
     assert fastest_dtype("cpu") is torch.float32
 
 
-def test_measurement_runs_and_decides_for_one_of_the_two(choose):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_measurement_runs_and_decides_for_one_of_the_two(choose, gradients):
+    """Scoring under `torch.no_grad` may be what needs the format first."""
     choose(None)
-    assert fastest_dtype("cpu") in (torch.float32, torch.bfloat16)
+    with torch.set_grad_enabled(gradients):
+        assert fastest_dtype("cpu") in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="float32 without a measurement there")

@@ -6,6 +6,7 @@ Models are keyed by their sharedness, None for the undefended one: the key gives
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -164,7 +165,7 @@ class _Canvas:
             weight = "bold" if wrong else "normal"
             self.text(x + size / 2, y - 0.07, name, fontsize=6.5, color=_RED if wrong else "0.2", fontweight=weight)
 
-    def text(self, x: float, y: float, text: str, **style) -> None:
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
         self.axis.text(x, y, text, zorder=5, **{"ha": "center", "va": "center"} | style)
 
     def box(self, x: float, y: float, width: float, height: float, color: tuple) -> None:
