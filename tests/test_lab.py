@@ -135,7 +135,7 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
         {
             "defended": [8, 10.0, 0.7],
             "images": 16,
-            "sharedness": [16, 4, 1],
+            "heap_sizes": [16, 4, 1],
             "steps": 3,
             "universal_steps": 4,
             "universal_batch": 8,
