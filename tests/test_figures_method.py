@@ -181,5 +181,5 @@ def test_robustness_curves_rise_to_the_share_that_can_be_fooled():
     steps, one = figure.axes[0].lines[:2]
     assert list(steps.get_ydata()) == [0.25, 0.5, 0.75, 0.75]
     assert max(steps.get_xdata()) == 255
-    assert list(one.get_ydata()) == [0.1, 0.3, 0.8, 0.9]
+    assert list(one.get_ydata()) == [0.3, 0.8, 0.9]
     assert TITLE in text_of(figure)
