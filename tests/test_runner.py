@@ -183,8 +183,15 @@ def test_interrupt_ends_the_kernel(tmp_path):
     write_project(tmp_path, {"00_slow": slow})
     environment = os.environ | {"SATLIB_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, "-m", "satlib", "run"]
+    # A shell that runs this in the background has SIGINT ignored, which children inherit: a person's Ctrl-C is not.
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         kernel = next(int(line.split()[1]) for line in process.stdout if line.startswith("  [run]"))
         process.send_signal(signal.SIGINT)

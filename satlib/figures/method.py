@@ -225,7 +225,7 @@ def three_risks(record: Record) -> Figure:
         axis.set(ylim=(2.7, -0.7), yticks=range(3), yticklabels=names)
         axis.grid(False, axis="y")
     axes[0].set(xlabel="mean cross-entropy", xlim=(0, 1.2 * max(risk["loss"] for risk in chain)))
-    axes[1].set(xlabel="misclassified images", xlim=(0, 1.25))
+    axes[1].set(xlabel="misclassified images", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6))
     axes[1].xaxis.set_major_formatter(PercentFormatter(1.0))
     eps = record.config["eps"]
     figure.suptitle(f"Undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}", fontsize=12)
@@ -378,7 +378,7 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
         upper.set_ylabel("eps (pixel units, log scale)" if upper is axes[0][0] else "")
         _percent(lower, "success rate" if lower is axes[1][0] else "")
         upper.legend(fontsize=9, loc="upper right")
-    axes[1][0].legend(fontsize=9, loc="center left")
+    axes[1][0].legend(fontsize=9, loc="lower right")
     figure.suptitle(f"Binary search for the smallest universal perturbation · {_dataset(records)}", fontsize=12)
     return figure
 
@@ -396,8 +396,9 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
         x = np.concatenate([[smallest], epsilons[later], [255.0]])
         y = np.concatenate([[np.mean(epsilons <= smallest)], share[later], [reached.mean()]])
         axis.step(x, y, where="post", label=f"{model_name(sharedness)}: image-dependent", **style)
-        found = sorted(universal[sharedness].metrics["evaluations"], key=lambda q: q["eps"])
-        x, y = [max(q["eps"], smallest) for q in found], [q["rate"] for q in found]
+        # Without the question eps = 0: a line from there would cross what nobody asked.
+        found = sorted(universal[sharedness].metrics["evaluations"][1:], key=lambda q: q["eps"])
+        x, y = [q["eps"] for q in found], [q["rate"] for q in found]
         axis.plot(x, y, linestyle="--", marker=".", label=f"{model_name(sharedness)}: universal", **style)
         for value, marker in ((record.metrics["eps_adv"], "o"), (universal[sharedness].metrics["eps_uni"], "D")):
             if value is not None:
