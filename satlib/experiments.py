@@ -9,6 +9,9 @@ from satlib.lab import Run
 from satlib.paper import CIFAR10, METHOD, Cifar10, Method
 from satlib.training import Training
 
+# Images in an epoch, for estimates alone: plans are made without loading data.
+TRAIN_IMAGES = {"cifar10": 45_000, "shapes32": 9_000}
+
 Settings = TypeVar("Settings", Cifar10, Method)
 
 # Section 6.1
@@ -84,7 +87,7 @@ def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma
 
 def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[str, Run]) -> Run:
     passes = 1.5 if training.sigma == 0 else training.steps + 3
-    images = training.epoch_images or 45_000
+    images = training.epoch_images or TRAIN_IMAGES.get(settings.dataset, 45_000)
     return Run(
         kind="train",
         title=title,

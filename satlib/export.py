@@ -32,6 +32,8 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 <style>
   body.jp-Notebook main { max-width: 1000px; margin: 0 auto; }
   math { font-size: 110%; }
+  .jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); line-height: 1.35;
+    font-size: var(--jp-code-font-size, 13px); }
   mtd[columnalign="left"] { text-align: left; }
   mtd[columnalign="right"] { text-align: right; }
 </style>

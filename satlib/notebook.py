@@ -1,9 +1,11 @@
 """What notebooks need beside the kernels: a kernel's own code shown in place, and figures saved as they are shown."""
 
 import inspect
+import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
+import PIL.Image
 from IPython.display import Code, Image, display
 from matplotlib.figure import Figure
 
@@ -17,11 +19,15 @@ def show_source(*functions: object) -> None:
 
 
 def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable[Record]) -> None:
-    """Save the figure under figures/<profile>/ with its provenance, and display what was saved.
+    """Save the figure under figures/<profile>/ with its provenance, and display a copy of it.
 
-    alt: what the picture shows, in words, for readers who cannot see it.
+    The copy has 256 colours, so that notebooks stay small. alt: what the picture shows, in words, for readers who
+    cannot see it.
     """
     path = figures.save(figure, name, profile=profile, records=records)
     plt.close(figure)
+    copy = io.BytesIO()
+    with PIL.Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(copy, "PNG", optimize=True)
     width = int(figure.get_size_inches()[0] * 96)
-    display(Image(filename=path, embed=True, width=width, alt=alt))
+    display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
