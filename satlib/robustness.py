@@ -185,7 +185,7 @@ def adversarial_robustness(
                 low, high = torch.where(won, low, eps), torch.where(won, eps, high)
             smallest.append(best)
     epsilons = torch.cat(smallest)
-    fewest = max(1, math.ceil(delta * len(epsilons) - 1e-9))  # 0.55 * 20 is a little more than 11
+    fewest = max(1, math.ceil(delta * len(epsilons) - 1e-9))  # 0.56 * 25 is a little more than 14
     at_delta = epsilons.sort().values[fewest - 1].item()
     return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu())
 

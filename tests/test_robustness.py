@@ -256,22 +256,57 @@ def test_image_dependent_epsilon_is_margin_over_l1_norm(two_class, targeted):
 
 
 @pytest.mark.parametrize(
-    ("delta", "fewest"), [(0.05, 1), (0.051, 2), (0.5, 10), (0.55, 11), (0.75, 15), (0.76, 16), (0.99, 20)]
+    ("delta", "fewest"), [(0.01, 1), (0.04, 1), (0.041, 2), (0.5, 13), (0.56, 14), (0.76, 19), (0.77, 20), (0.99, 25)]
 )
 def test_epsilon_at_delta_is_the_quantile(brightness, delta, fewest):
-    """Image i of 20 needs i + 1; 0.55 * 20 is not 11 in floating point."""
-    images = grey(*[129.0 - i for i in range(20)])
+    """Image i of 25 needs i + 1; 0.56 * 25 is not 14 in floating point."""
+    images = grey(*[129.0 - i for i in range(25)])
     found = adversarial_robustness(
-        brightness, images, torch.zeros(20, dtype=torch.long), delta=delta, steps=6, generator=seeded()
+        brightness, images, torch.zeros(25, dtype=torch.long), delta=delta, steps=6, generator=seeded()
     )
     assert fewest <= found.epsilon <= fewest + GRID
 
 
+def test_every_image_is_attacked_with_an_eps_and_steps_of_its_own(brightness, monkeypatch):
+    """Steps annealed to beta eps for each image, heaps of one, and the best iterate: what the answers rest on."""
+    asked, attack = [], satlib.robustness.heap_pgd
+
+    def spying(model, images, labels, *, eps, step_size, **options):
+        asked.append((eps, step_size, options))
+        return attack(model, images, labels, eps=eps, step_size=step_size, **options)
+
+    monkeypatch.setattr(satlib.robustness, "heap_pgd", spying)
+    images = grey(120, 90, 125)
+    options = {"steps": 5, "beta": 3.0, "gamma": 0.5, "iterations": 4, "label_smoothing": 0.01, "loss_threshold": 1.6}
+    adversarial_robustness(
+        brightness, images, torch.zeros(3, dtype=torch.long), generator=(seed := seeded()), **options
+    )
+    assert [eps.tolist() for eps, _, _ in asked] == [
+        [127.5] * 3,
+        [63.75] * 3,
+        [31.875] * 3,
+        [15.9375, 47.8125, 15.9375],
+    ]
+    for eps, step_size, others in asked:
+        assert step_size.shape == (5, 3)
+        torch.testing.assert_close(step_size.sum(0), 3 * eps)
+        torch.testing.assert_close(step_size[1:], 0.5 * step_size[:-1])
+        assert others == {
+            "sharedness": 1,
+            "steps": 5,
+            "targeted": False,
+            "loss_threshold": 1.6,
+            "label_smoothing": 0.01,
+            "generator": seed,
+            "keep_best": True,
+        }
+
+
 def test_images_that_nothing_fools_are_infinitely_robust(linear):
-    """Class 1 needs a mean of more than 250: nothing clamped at 255 gets there from class 0's own bias."""
+    """Class 1 needs a mean of more than 255.5, which no image has; the last one's label is wrong from the start."""
     weight = torch.cat([torch.zeros(1, 48), torch.ones(1, 48) / 48])
     model = linear(weight, bias=torch.tensor([255.5, 0.0]))
-    images, labels = grey(10, 20, 30, 40), torch.tensor([0, 0, 0, 1])
+    images, labels = grey(50, 100, 150, 200), torch.tensor([0, 0, 0, 1])
     found = adversarial_robustness(model, images, labels, delta=0.5, steps=4, iterations=3)
     assert found.epsilons.tolist() == [math.inf, math.inf, math.inf, 0.0]
     assert found.epsilon is None and str(found) == "> 255"

@@ -118,7 +118,8 @@ def test_shared_loss_equals_the_equation(resnet, tiny, sigma, cap, sharedness):
     """sigma L(x + xi, y) + (1 - sigma) L(x, y): the attack on each heap alone, in eval mode, its losses capped;
     then both halves in one forward pass of the model in training mode, and nothing capped."""
     model = resnet().double().train()
-    x, y = tiny.train.images[:12].float(), tiny.train.labels[:12]
+    x, y = (tiny.train.images[:12].float() * 2.2 - 154).clamp(0, 255), tiny.train.labels[:12]
+    assert ((x == 0) | (x == 255)).float().mean() > 0.02  # x + xi is clamped, there
     s = min(sharedness, 12)  # a last mini-batch can be smaller than the sharedness
     settings = replace(SHARED, sigma=sigma, sharedness=sharedness, loss_threshold=cap, steps=3, batch_size=64)
 
