@@ -150,7 +150,8 @@ def _ledger_pack(arguments: argparse.Namespace) -> int:
     packed = Ledger().pack(arguments.out, max_mb=arguments.max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
-    print(f"{arguments.out}: {len(packed.packed)} runs, {packed.bytes / 1e6:.1f} MB")
+    unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
+    print(f"{arguments.out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
     return 0
 
 
@@ -160,7 +161,8 @@ def _ledger_merge(arguments: argparse.Namespace) -> int:
     merged = Ledger().merge(arguments.files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
-    print(f"{len(merged.merged)} runs merged, {len(merged.present)} were already there, {len(merged.refused)} refused")
+    new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")
+    print(f"{new} merged, {len(merged.present)} were already there, {len(merged.refused)} refused")
     return 1 if merged.refused else 0
 
 

@@ -144,6 +144,8 @@ class MethodPlan:
 
     erm: Run
     defended: Run
+    gallery: Run
+    error_curves: Run
     risks: dict[Run, Run]
     sharing: dict[Run, Run]
     loss_threshold: Run
@@ -154,7 +156,7 @@ class MethodPlan:
     def of(self, stem: str) -> list[Run]:
         """The runs that the notebook `stem` draws from."""
         return {
-            "01_preliminaries": [self.erm, self.risks[self.erm]],
+            "01_preliminaries": [self.erm, self.gallery, self.error_curves, self.risks[self.erm]],
             "02_shared_adversarial_training": [
                 *(self.erm, self.defended, *self.risks.values(), *self.sharing.values()),
                 *(self.loss_threshold, self.trace),
@@ -185,12 +187,36 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
             labels={"section": section},
         )
 
+    stream = {"steps": choices.universal_steps, "batch_size": choices.universal_batch} | schedule
+    gallery = measure(
+        "gallery",
+        "gallery",
+        "3",
+        erm,
+        choices.gallery_images * choices.heap_steps + choices.universal_steps * choices.universal_batch,
+        heap=heap,
+        universal=stream,
+        eps=choices.eps,
+        images=choices.gallery_images,
+    )
+    error_curves = measure(
+        "error_curves",
+        "error against eps",
+        "3",
+        erm,
+        len(choices.curve_epsilons)
+        * (choices.curve_images * choices.heap_steps + settings.search_steps * settings.search_batch),
+        heap={"steps": choices.heap_steps, "relative_step_size": choices.heap_relative_step_size},
+        universal={"steps": settings.search_steps, "batch_size": settings.search_batch} | schedule,
+        epsilons=list(choices.curve_epsilons),
+        images=choices.curve_images,
+    )
+
     def risks(model: Run) -> Run:
-        universal = {"steps": choices.universal_steps, "batch_size": choices.universal_batch} | schedule
         cost = choices.images * choices.heap_steps * len(choices.heap_sizes)
         cost += choices.universal_steps * choices.universal_batch
         options = {"eps": choices.eps, "images": choices.images, "sharedness": list(choices.heap_sizes)}
-        return measure("risks", "risks", "4.1", model, cost, heap=heap, universal=universal, **options)
+        return measure("risks", "risks", "4.1", model, cost, heap=heap, universal=stream, **options)
 
     def sharing(model: Run) -> Run:
         unseen = {"unseen_images": choices.unseen_images, "heaps_scored": choices.heaps_scored}
@@ -237,6 +263,8 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
     return MethodPlan(
         erm=erm,
         defended=defended,
+        gallery=gallery,
+        error_curves=error_curves,
         risks={model: risks(model) for model in both},
         sharing={model: sharing(model) for model in both},
         loss_threshold=threshold,

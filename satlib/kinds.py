@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from satlib.attacks import ascend, attack_loss, attackable, broadcast, heap_pgd, perturb, success_rates
+from satlib.attacks import (
+    ascend,
+    attack_loss,
+    attackable,
+    broadcast,
+    heap_pgd,
+    perturb,
+    success_rates,
+    universal_pgd,
+)
 from satlib.ledger import Workspace
 from satlib.precision import autocast
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
@@ -153,6 +162,52 @@ def compute_risks(lab: "Lab", run: "Run", work: Workspace) -> dict:
     }
 
 
+def compute_gallery(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """A few test images under perturbations of their own, and under one crafted for all on validation images."""
+    config, splits = run.config, lab.splits(run.dataset)
+    few, craft, eps = splits.test.first(config["images"]), splits.val, config["eps"]
+    x, y = few.images.float(), few.labels
+    model, generator = lab.model(run.parents["model"]), torch.Generator().manual_seed(config["seed"])
+    own = heap_pgd(model, x, y, eps=eps, sharedness=1, generator=generator, **config["heap"])
+    one = universal_pgd(model, craft.images, craft.labels, eps=eps, generator=generator, **config["universal"])
+    seen = {"clean": x, "own": perturb(x, own, 1), "universal": perturb(x, one, len(x))}
+    with torch.no_grad():
+        predicted = {name: model(pictures).argmax(1).tolist() for name, pictures in seen.items()}
+    arrays = {"images": x, "own": own, "universal": one}
+    work.save_arrays("gallery", {name: value.cpu().numpy() for name, value in arrays.items()})
+    return {
+        "labels": [few.classes[i] for i in y.tolist()],
+        "predictions": {name: [few.classes[i] for i in indices] for name, indices in predicted.items()},
+    }
+
+
+def compute_error_curves(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Error against eps of image-dependent and universal perturbations, and of noise, on the same test images.
+
+    The image-dependent attack keeps each image's best iterate, the universal ones are crafted on validation images.
+    """
+    config, splits = run.config, lab.splits(run.dataset)
+    test, craft = splits.test.first(config["images"]), splits.val
+    x, y = test.images.float(), test.labels
+    model, generator = lab.model(run.parents["model"]), torch.Generator().manual_seed(config["seed"])
+    patterns = universal_pgd(
+        model, craft.images, craft.labels, eps=config["epsilons"], generator=generator, **config["universal"]
+    )
+    errors: dict[str, list[float]] = {"image-dependent": [], "universal": [], "random noise": []}
+    steps, relative = config["heap"]["steps"], config["heap"]["relative_step_size"]
+    for eps, pattern in zip(config["epsilons"], patterns, strict=True):
+        options = {"steps": steps, "step_size": relative * eps, "keep_best": True, "generator": generator}
+        own = heap_pgd(model, x, y, eps=eps, sharedness=1, **options)
+        noise = ((torch.rand(x.shape, generator=generator) * 2 - 1) * eps).to(x.device)
+        for name, xi, s in (
+            ("image-dependent", own, 1),
+            ("universal", pattern[None], len(x)),
+            ("random noise", noise, 1),
+        ):
+            errors[name].append(risk_under(model, x, y, xi, s).error)
+    return {"errors": errors, "clean_error": expected_risk(model, x, y).error, "images": len(test)}
+
+
 def compute_sharing(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """How far the shared perturbations of a mini-batch fool their own heap, and images that they never saw."""
     config, test = run.config, lab.splits(run.dataset).test
@@ -251,6 +306,8 @@ KINDS = {
     "train": Kind(1, compute_train, ("weights",)),
     "universal_robustness": Kind(1, compute_universal_robustness),
     "adversarial_robustness": Kind(1, compute_adversarial_robustness, ("epsilons",)),
+    "gallery": Kind(1, compute_gallery, ("gallery",)),
+    "error_curves": Kind(1, compute_error_curves),
     "risks": Kind(1, compute_risks),
     "sharing": Kind(1, compute_sharing),
     "loss_threshold": Kind(1, compute_loss_threshold, ("losses",)),

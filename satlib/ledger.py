@@ -9,177 +9,22 @@ read or written.
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import io
-import json
 import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-import satlib
-from satlib import archive
-from satlib.archive import ARTEFACT_NAME, RUN_ID, Damage, Record, RunSpec, check_json
+from satlib import archive, files, records
 from satlib.errors import SatlibError
 from satlib.paths import project_root
+from satlib.provenance import provenance
+from satlib.records import RUN_ID, Damage, DamageWarning, Record, RunSpec, check_json, warn_of_damage
+from satlib.workspace import Workspace
 
 __all__ = ["DamageWarning", "Ledger", "Record", "RunSpec", "Workspace"]
-
-
-class DamageWarning(UserWarning):
-    """A record, artefact or checkpoint failed its checks; the text names it and says what was done."""
-
-
-# What a computation writes to
-
-
-def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str] | None, where: str) -> bytes:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise SatlibError(f"{where}[{name!r}] is {type(tensor).__name__}, expected a torch.Tensor")
-    plain = {
-        # Always a copy: safetensors refuses views that share memory and anything but contiguous memory.
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    return safetensors.torch.save(plain, metadata)
-
-
-class Workspace:
-    """What `compute` writes to while it runs; nothing of it is visible before the run is complete."""
-
-    # A checkpoint carries its own SHA-256, taken with zeros in the place of those 64 digits.
-    _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-
-    def __init__(self, spec: RunSpec, folder: Path, checkpoints: Path) -> None:
-        self.spec = spec
-        self.artefacts: dict[str, dict] = {}
-        self._folder = folder
-        self._checkpoint = checkpoints / "checkpoint.safetensors"
-        self._began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far, with that of the interrupted attempt whose checkpoint was loaded."""
-        return time.monotonic() - self._began
-
-    def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Keep `tensors` as the artefact `name` (`name.safetensors`)."""
-        self._save(f"{name}.safetensors", _serialise(tensors, metadata, name))
-
-    def save_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """Keep NumPy `arrays` of numbers as the artefact `name` (`name.npz`)."""
-        for key, array in arrays.items():
-            if not isinstance(array, np.ndarray) or array.dtype.hasobject:
-                raise SatlibError(f"{name}[{key!r}] is {type(array).__name__}, expected an array of numbers")
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        self._save(f"{name}.npz", buffer.getvalue())
-
-    def _save(self, file: str, content: bytes) -> None:
-        if not ARTEFACT_NAME.fullmatch(file) or file in self.artefacts:
-            raise SatlibError(f"artefact {file!r}: expected a new name of letters, digits, '_', '-' and '.'")
-        with archive.writing(self._folder):
-            archive.write_file(self._folder / file, content)
-        self.artefacts[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-
-    def save_checkpoint(self, tensors: dict[str, Tensor], info: dict) -> None:
-        """Replace the run's checkpoint atomically; `info` is plain JSON (epoch, metrics so far ...)."""
-        check_json(info, "info")
-        state = json.dumps({"info": info, "seconds": self.seconds})
-        content = _serialise(tensors, {"state": state, "sha256": "0" * 64}, "checkpoint")
-        start = content.index(b'"sha256":"' + b"0" * 64) + len('"sha256":"')
-        digest = hashlib.sha256(content).hexdigest().encode()
-        with archive.writing(self._checkpoint.parent):
-            self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            new = self._checkpoint.with_suffix(".new")
-            new.unlink(missing_ok=True)  # of a killed process
-            try:
-                archive.write_file(new, content[:start], digest, memoryview(content)[start + 64 :])
-                os.replace(new, self._checkpoint)
-            finally:
-                new.unlink(missing_ok=True)
-            archive.sync_folder(self._checkpoint.parent)
-
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """(tensors on the CPU, info) as last saved by this run, None if there is none or it is damaged."""
-        try:
-            content = bytearray(self._checkpoint.read_bytes())
-        except FileNotFoundError:
-            return None
-        digest = ""
-        if found := self._DIGEST.search(content):
-            digest = found[1].decode()
-            content[found.start(1) : found.end(1)] = b"0" * 64
-        if hashlib.sha256(content).hexdigest() != digest:
-            _warn(f"damaged: {self._checkpoint}; dropped, the run starts anew")
-            self.drop_checkpoint()
-            return None
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        state = json.loads(header["__metadata__"]["state"])
-        self._began -= state["seconds"]
-        return safetensors.torch.load(bytes(content)), state["info"]
-
-    def drop_checkpoint(self) -> None:
-        """Forget the checkpoint, so that the run starts anew."""
-        shutil.rmtree(self._checkpoint.parent, ignore_errors=True)
-
-
-# Where and with what a run was made
-
-
-@functools.cache
-def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the project's checkout and whether satlib differs from it; (None, None) without one."""
-    root = project_root().resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None, None  # a folder inside somebody else's repository
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "satlib"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-
-
-def _device() -> str:
-    """The GPU's name once this process has used it, else the processor's."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _provenance() -> dict:
-    commit, dirty = _commit()
-    versions = {"satlib": satlib.__version__, "python": platform.python_version()}
-    versions |= {"torch": str(torch.__version__), "numpy": np.__version__}
-    created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"device": _device(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, DamageWarning, stacklevel=2)
 
 
 class Ledger:
@@ -237,18 +82,18 @@ class Ledger:
 
     def _look(self, folder: Path, *, locked: bool = False, artefacts: bool = True) -> Record | None:
         with contextlib.suppress(Damage):
-            return archive.read_record(folder, artefacts=artefacts)
+            return records.read_record(folder, artefacts=artefacts)
         # It may only have been replaced while it was read: look again with nobody else at it.
         try:
             with contextlib.nullcontext() if locked else self.lock(folder.name).acquire(timeout=0):
                 try:
-                    return archive.read_record(folder, artefacts=artefacts)
+                    return records.read_record(folder, artefacts=artefacts)
                 except Damage as damage:
-                    _warn(f"damaged: {damage}; {self._set_aside(folder)}")
+                    warn_of_damage(f"damaged: {damage}; {self._set_aside(folder)}")
         except OSError as error:  # the run is being computed (Timeout), or the disk is read-only
             with contextlib.suppress(Damage):
-                return archive.read_record(folder, artefacts=artefacts)
-            _warn(f"damaged: {folder}; ignored, and not set aside ({error.strerror or 'in use'})")
+                return records.read_record(folder, artefacts=artefacts)
+            warn_of_damage(f"damaged: {folder}; ignored, and not set aside ({error.strerror or 'in use'})")
         return None
 
     def _set_aside(self, folder: Path) -> str:
@@ -296,7 +141,7 @@ class Ledger:
         needs: tuple[str, ...],
         force: bool,
     ) -> Record:
-        with archive.new_folder(self.runs, spec.id) as folder:
+        with files.new_folder(self.runs, spec.id) as folder:
             workspace = Workspace(spec, folder, self.runs / ".work" / spec.id)
             if force:
                 workspace.drop_checkpoint()
@@ -307,17 +152,17 @@ class Ledger:
             for name in needs:
                 if not {name, f"{name}.safetensors", f"{name}.npz"} & set(workspace.artefacts):
                     raise SatlibError(f"run kind {spec.kind!r}: compute saved no artefact {name!r}, expected one")
-            text = archive.render_record(
+            text = records.render_record(
                 {"id": spec.id, "kind": spec.kind, "version": spec.version, "config": spec.config}
                 | {"data": spec.data, "parents": spec.parents, "labels": labels, "metrics": metrics}
                 | {"artefacts": workspace.artefacts, "wall_seconds": round(workspace.seconds, 3)}
-                | _provenance()
+                | provenance()
             )
-            with archive.writing(self.runs):
-                archive.write_file(folder / "record.json", text)
-                archive.install(folder, self.runs / spec.id)
+            with files.writing(self.runs):
+                files.write_file(folder / "record.json", text)
+                files.install(folder, self.runs / spec.id)
             workspace.drop_checkpoint()
-        return archive.parse_record(text, self.runs / spec.id)
+        return records.parse_record(text, self.runs / spec.id)
 
     def lock(self, run_id: str) -> FileLock:
         """The lock under which a run is written; the system releases it when its process ends."""
@@ -330,7 +175,7 @@ class Ledger:
 
         A wait is announced on stderr with the run's id and title; without `wait`, `filelock.Timeout` is raised.
         """
-        with archive.writing(self.runs):
+        with files.writing(self.runs):
             lock = self.lock(run_id)
             try:
                 lock.acquire(timeout=0.2)  # a look-up that found damage, or `busy`, holds it for an instant
@@ -341,7 +186,7 @@ class Ledger:
                 print(text, file=sys.stderr, flush=True)
                 lock.acquire()
         try:
-            with archive.writing(self.runs):
+            with files.writing(self.runs):
                 self._mend(run_id)
             yield
         finally:
@@ -378,7 +223,7 @@ class Ledger:
 
     # Sharing
 
-    def publish(self, ids: Iterable[str], artefacts: Iterable[str] = (), *, max_bytes: int = 1_000_000) -> list[Record]:
+    def publish(self, ids: Iterable[str], artefacts: Iterable[str] = (), *, max_bytes: int = 2_000_000) -> list[Record]:
         """Copy the records that `ids` (or their first digits) name to the tracked ledger.
 
         Each takes along those of the named `artefacts` that it has. Raises `SatlibError`, before anything
@@ -398,21 +243,22 @@ class Ledger:
 
     def _publish(self, record: Record, artefacts: tuple[str, ...]) -> Record:
         target = self.ledger / record.id
-        with self.holding(record.id, record.kind), archive.new_folder(self.ledger, record.id) as folder:
+        with self.holding(record.id, record.kind), files.new_folder(self.ledger, record.id) as folder:
             sources = {file: record for name in artefacts if (file := record.file(name))}
             old = self._look(target, locked=True)
             if old is not None and old.digest == record.digest:  # what it was published with stays
                 sources |= {file: old for file in old.artefacts if old.has(file)}
-            with archive.writing(self.ledger):
-                archive.write_file(folder / "record.json", (record.path / "record.json").read_bytes())
+            with files.writing(self.ledger):
+                files.write_file(folder / "record.json", (record.path / "record.json").read_bytes())
                 for file, source in sources.items():
-                    archive.write_file(folder / file, source.read(file))
-                archive.install(folder, target)
+                    files.write_file(folder / file, source.read(file))
+                files.install(folder, target)
         return dataclasses.replace(record, path=target)
 
     def pack(self, out: Path | str, ids: Iterable[str] | None = None, *, max_mb: float | None = None) -> archive.Packed:
         """Write a plain tar of `runs/` (or of the runs that `ids` or their first digits name), oldest first.
 
+        All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there.
         With `max_mb` (10^6 bytes) a run that does not fit goes without its artefacts over 1 MB; when it
         still does not fit, it and the later ones stay behind. The result says what did. Raises
         `SatlibError` if nothing fits.

@@ -117,6 +117,9 @@ class Method:
     heap_relative_step_size: float = 0.2
     universal_steps: int = 200
     universal_batch: int = 64
+    gallery_images: int = 8
+    curve_images: int = 512
+    curve_epsilons: tuple[float, ...] = (2, 4, 8, 16, 32)
     unseen_images: int = 512
     heaps_scored: int = 8
     threshold_sharedness: int = 64

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.archive import digest_of
 from satlib.lab import Run
 from satlib.ledger import Ledger, Record
 from satlib.paper import CIFAR10, REPORTED, Reported
+from satlib.records import digest_of
 
 BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts for more
 

@@ -7,6 +7,7 @@ Each notebook is executed by this very Python, in the folder of the notebooks, i
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -15,8 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from satlib import profiles
 from satlib.errors import SatlibError
@@ -24,9 +27,13 @@ from satlib.notebook_progress import NotebookProgress, Timings
 from satlib.paths import data_root, project_root
 from satlib.progress import duration
 
+if TYPE_CHECKING:
+    from jupyter_client import AsyncKernelManager
+
 MIN_FREE_BYTES = 1e9
 BUDGET_STOP = "BudgetSpent"  # name of the exception by which a notebook's code says that the time is up
 KERNEL = "satlib"
+PRELOAD = ("satlib.lab", "satlib.results", "satlib.figures.method")  # imported by a kernel that waits for its notebook
 
 
 @dataclass(frozen=True)
@@ -83,22 +90,29 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
 
     timings = Timings(folder / "timings.json")
     print(f"satlib: profile {profile}: {settings.description} ({settings.time})", flush=True)
-    outcomes = []
-    with _kernel(deadline, force), NotebookProgress(list(selected), timings) as progress:
+    outcomes, pages = [], {}
+    # Kernels work in processes of their own: pages, and what the table at the end imports, are ready meanwhile.
+    with (
+        ThreadPoolExecutor(1) as meanwhile,
+        _kernel(deadline, force),
+        _Kernels(len(selected)) as kernels,
+        NotebookProgress(list(selected), timings) as progress,
+    ):
+        results = meanwhile.submit(importlib.import_module, "satlib.results")
         for stem, path in selected.items():
             if deadline is not None and time.time() >= deadline:
                 outcomes.append(Outcome(stem, "not started", message="the time was spent"))
                 continue
             progress.start(stem, path)
-            outcome = _execute(path, folder / path.name, parameters[stem], progress)
+            outcome = _execute(path, folder / path.name, parameters[stem], kernels, progress)
             progress.end(outcome.status, outcome.message)
             if outcome.status == "done":
                 timings.record(stem, outcome.seconds)
             outcomes.append(outcome)
+            pages[stem] = meanwhile.submit(_write_page, folder / path.name, path.parent)
+    outcomes = [_with_page(outcome, pages) for outcome in outcomes]
     _print_summary(outcomes, folder)
-    from satlib import results
-
-    print(results.table(profile), flush=True)
+    print(results.result().table(profile), flush=True)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
 
@@ -141,9 +155,12 @@ def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
         environment["SATLIB_DEADLINE"] = repr(deadline)
     if force:
         environment["SATLIB_FORCE"] = repr(time.time())
-    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # no warning about encryption, no traceback of its end by Ctrl-C
-    specification = {"argv": command + quiet, "display_name": KERNEL, "language": "python", "env": environment}
+    imports = [*PRELOAD, "ipykernel.kernelapp"]
+    code = f"import {', '.join(imports)}; ipykernel.kernelapp.launch_new_instance()"
+    command = [sys.executable, "-Xfrozen_modules=off", "-c", code, "-f", "{connection_file}"]
+    # No warning about encryption, no traceback of its end by Ctrl-C, no history of what the notebooks did.
+    command += ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
+    specification = {"argv": command, "display_name": KERNEL, "language": "python", "env": environment}
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory(prefix="satlib-") as folder:
         target = Path(folder, "kernels", KERNEL, "kernel.json")
@@ -159,34 +176,90 @@ def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
                 os.environ["JUPYTER_PATH"] = before
 
 
-def _execute(source: Path, target: Path, parameters: dict[str, object], progress: NotebookProgress) -> Outcome:
+class _Kernels:
+    """Running kernels, each started one notebook ahead: when its turn comes, its imports are done.
+
+    count: how many will be asked for. Used in `with`, at whose end none is left.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._running: list[AsyncKernelManager] = []
+
+    def __enter__(self) -> "_Kernels":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._running:
+            self._stop()
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator["AsyncKernelManager"]:
+        """A kernel for the next notebook."""
+        while self._left and len(self._running) < 2:
+            self._start()
+        try:
+            yield self._running[0]
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        from jupyter_client import AsyncKernelManager
+        from jupyter_core.utils import run_sync
+
+        manager = AsyncKernelManager(kernel_name=KERNEL)
+        run_sync(manager.start_kernel)(cwd=str(project_root() / "notebooks"))
+        self._running.append(manager)
+        self._left -= 1
+
+    def _stop(self) -> None:
+        from jupyter_core.utils import run_sync
+
+        run_sync(self._running.pop(0).shutdown_kernel)(now=True)
+
+
+def _execute(
+    source: Path, target: Path, parameters: dict[str, object], kernels: _Kernels, progress: NotebookProgress
+) -> Outcome:
     """Executes one notebook. Whatever goes wrong in it is its outcome, so that the others still run."""
     start, status, message = time.monotonic(), "done", ""
     import papermill
 
-    from satlib import export
-
     try:
-        papermill.execute_notebook(
-            source,
-            target,
-            parameters,
-            kernel_name=KERNEL,
-            cwd=source.parent,
-            progress_bar=False,
-            stdout_file=progress,
-            on_cell_start=progress.cell,
-        )
+        with kernels.next() as kernel:
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters,
+                kernel_name=KERNEL,
+                km=kernel,
+                progress_bar=False,
+                stdout_file=progress,
+                on_cell_start=progress.cell,
+            )
     except papermill.PapermillExecutionError as error:
         status = "stopped" if error.ename == BUDGET_STOP else "failed"
         message = f"{error.ename}: {(error.evalue.strip().splitlines() or [''])[-1]}"
     except Exception as error:  # the kernel died, the disk is full
         status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
-    try:
-        export.write_html(target, target.with_suffix(".html"), folder=source.parent)
-    except (SatlibError, OSError) as error:
-        status, message = "failed", message or f"no HTML page: {error}"
     return Outcome(source.stem, status, time.monotonic() - start, message)
+
+
+def _write_page(notebook: Path, folder: Path) -> str:
+    """Writes the HTML page beside the executed notebook; what went wrong, or nothing."""
+    from satlib import export
+
+    try:
+        export.write_html(notebook, notebook.with_suffix(".html"), folder=folder)
+    except (SatlibError, OSError) as error:
+        return f"no HTML page: {error}"
+    return ""
+
+
+def _with_page(outcome: Outcome, pages: dict[str, Future[str]]) -> Outcome:
+    """The outcome of a notebook with that of its page: without one it has failed."""
+    problem = pages[outcome.stem].result() if outcome.stem in pages else ""
+    return replace(outcome, status="failed", message=outcome.message or problem) if problem else outcome
 
 
 def _print_summary(outcomes: list[Outcome], folder: Path) -> None:

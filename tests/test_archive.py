@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from satlib.archive import Limits, digest_of, render_record
+from satlib.archive import Limits
 from satlib.errors import SatlibError
 from satlib.ledger import DamageWarning, Ledger, RunSpec
+from satlib.records import digest_of, render_record
 
 
 def spec(number=0):
@@ -104,6 +105,73 @@ def test_runs_arrive_as_they_were(source, target, tmp_path):
     again = target.merge([tmp_path / "runs.tar", tmp_path / "runs.tar"])
     assert (again.merged, again.present, again.refused) == ([], packed.packed * 2, [])
     assert target.get_or_compute(spec(1), lambda work: pytest.fail("it was merged")).metrics == {"number": 1}
+
+
+def interrupt(ledger, number=7, epoch=3):
+    """A run that is cut off after it saved a checkpoint."""
+
+    def cut_off(work):
+        work.save_checkpoint({"a": torch.full((5000,), float(epoch))}, {"epoch": epoch})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ledger.get_or_compute(spec(number), cut_off)
+
+
+def resume(ledger, number=7):
+    """The epoch that such a run would go on from."""
+    epochs = []
+
+    def go_on(work):
+        tensors, info = work.load_checkpoint() or ({"a": torch.zeros(1)}, {"epoch": 0})
+        assert (tensors["a"] == info["epoch"]).all()
+        epochs.append(info["epoch"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ledger.get_or_compute(spec(number), go_on)
+    return epochs[0]
+
+
+def test_an_unfinished_run_goes_on_elsewhere(source, target, tmp_path):
+    interrupt(source)
+    packed = source.pack(tmp_path / "runs.tar")
+    assert (len(packed.packed), packed.unfinished, packed.left_out) == (3, [spec(7).id], [])
+    merged = target.merge([tmp_path / "runs.tar"])
+    assert (len(merged.merged), merged.unfinished, merged.refused) == (3, [spec(7).id], [])
+    assert resume(target) == 3
+    interrupt(target, epoch=5)
+    again = target.merge([tmp_path / "runs.tar"])
+    assert spec(7).id in again.present and resume(target) == 5, "what is here stays"
+    target.get_or_compute(spec(7), compute(7))
+    assert target.pack(tmp_path / "done.tar").unfinished == []
+    assert target.merge([tmp_path / "runs.tar"]).unfinished == []
+
+
+def test_an_unfinished_run_alone_and_one_that_does_not_fit(target, tmp_path):
+    ledger = Ledger(tmp_path / "source")
+    interrupt(ledger)
+    assert ledger.pack(tmp_path / "one.tar").packed == []
+    assert target.merge([tmp_path / "one.tar"]).unfinished == [spec(7).id]
+    ledger.get_or_compute(spec(0), compute(0))
+    packed = ledger.pack(tmp_path / "small.tar", max_mb=10_240 / 1e6)  # one record of a tar file
+    assert packed.unfinished == [] and [name for name, _ in packed.left_out] == [f"{spec(7).id}/checkpoint.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_neither_packed_nor_merged(source, target, tmp_path):
+    interrupt(source)
+    source.pack(tmp_path / "runs.tar")
+    path = source.runs / ".work" / spec(7).id / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    entry = regular(f"{spec(7).id}/checkpoint.safetensors", bytes(content))
+    write(tmp_path / "evil.tar", [entry])
+    with nothing_outside(tmp_path, target):
+        merged = target.merge([tmp_path / "evil.tar"])
+    assert merged.unfinished == [] and "SHA-256" in merged.refused[0][1]
+    assert resume(target) == 0
+    path.write_bytes(content)
+    assert source.pack(tmp_path / "again.tar").unfinished == []
 
 
 def test_the_same_runs_give_the_same_archive(source, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import same_color
 
 from satlib.attacks import annealed_step_sizes
-from satlib.figures import ERM, method
+from satlib.figures import ERM, method, pictures
 
 matplotlib.use("agg")
 TITLE = "synthetic stand-in (made up)"
@@ -69,10 +69,10 @@ def _close_figures():
 def test_the_gallery_shows_every_picture_and_marks_wrong_predictions():
     picture = np.zeros((4, 4, 3), np.uint8)
     rows = [
-        method.Row("clean", [picture] * 3, ["cat", "dog", "cat"], [False, True, False]),
-        method.Row("perturbation", [picture] * 2),
+        pictures.Row("clean", [picture] * 3, ["cat", "dog", "cat"], [False, True, False]),
+        pictures.Row("perturbation", [picture] * 2),
     ]
-    figure = method.gallery(rows, title=TITLE)
+    figure = pictures.gallery(rows, title=TITLE)
     figure.canvas.draw()
     assert sum(len(axis.images) for axis in figure.axes) == 5
     assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False]
@@ -84,7 +84,7 @@ def test_the_gallery_shows_every_picture_and_marks_wrong_predictions():
 
 
 def test_figure_2_shows_each_image_its_gradient_its_copy_and_its_adversarial_image():
-    figure = method.shared_training(trace_record(images=5, sharedness=2))
+    figure = pictures.shared_training(trace_record(images=5, sharedness=2))
     figure.canvas.draw()
     (axis,) = figure.axes
     assert len(axis.images) == 4 * 5 + 2 * 3  # four blocks of five images; two pictures for each of three heaps
@@ -100,11 +100,33 @@ def test_figure_2_shows_each_image_its_gradient_its_copy_and_its_adversarial_ima
 
 
 def test_error_curves_draw_one_line_for_each_attack():
-    curves = {"image-dependent": [0.1, 0.9], "universal": [0.1, 0.5], "random noise": [0.1, 0.2]}
-    figure = check(method.error_curves(curves, [0.0, 8.0], title=TITLE), panels=1)
+    errors = {"image-dependent": [0.5, 0.9], "universal": [0.3, 0.5], "random noise": [0.1, 0.2]}
+    figure = check(method.error_curves(record({"errors": errors, "clean_error": 0.1}, {"epsilons": [4, 8]})), panels=1)
     drawn = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
-    assert drawn == curves
+    assert drawn == {name: [0.1, *values] for name, values in errors.items()}
+    assert all(list(line.get_xdata()) == [0, 4, 8] for line in figure.axes[0].lines)
     assert "pixel units" in figure.axes[0].get_xlabel()
+    assert TITLE in text_of(figure)
+
+
+def test_two_attacks_show_each_image_clean_and_under_both():
+    random = np.random.default_rng(0)
+    x, own = random.uniform(0, 255, (3, 3, 4, 4)), random.uniform(-8, 8, (3, 3, 4, 4))
+    metrics = {
+        "labels": ["cat", "dog", "cat"],
+        "predictions": {"clean": ["cat", "dog", "dog"], "own": ["dog"] * 3, "universal": ["cat"] * 3},
+    }
+    made = record(metrics, {"eps": 8.0}, images=x, own=own, universal=own[:1])
+    figure = pictures.two_attacks(made)
+    figure.canvas.draw()
+    rows = [[axis.images[0].get_array() for axis in figure.axes[start : start + 3]] for start in range(0, 15, 3)]
+    assert np.array_equal(rows[2][1], np.rint(np.clip(x[1] + own[1], 0, 255)).transpose(1, 2, 0))
+    assert np.array_equal(rows[4][1], np.rint(np.clip(x[1] + own[0], 0, 255)).transpose(1, 2, 0))
+    assert np.array_equal(rows[3][0], rows[3][2])
+    assert not np.array_equal(rows[1][0], rows[1][2])
+    wrong = [same_color(axis.xaxis.label.get_color(), "#b2182b") for axis in figure.axes if axis.get_xlabel()]
+    assert wrong == [False, False, True, True, False, True, False, True, False]
+    assert TITLE in text_of(figure)
 
 
 def test_three_risks_are_drawn_at_their_values():

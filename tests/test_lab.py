@@ -142,6 +142,9 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
             "universal_batch": 8,
             "unseen_images": 32,
             "heaps_scored": 2,
+            "gallery_images": 3,
+            "curve_images": 16,
+            "curve_epsilons": [8, 64],
             "trace_images": 6,
             "trace_sharedness": 4,
             "adversarial_images": 8,
@@ -157,6 +160,18 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
     chain = [risks["expected"]["loss"], risks["universal"]["loss"], *(row["loss"] for row in risks["heap"])]
     assert risks["slack"] == pytest.approx(max(0.0, *(a - b for a, b in pairwise(chain))))
+    made = lab.record(plan.gallery).arrays("gallery")
+    assert made["own"].shape == made["images"].shape == (3, *made["universal"].shape[1:])
+    assert all(0 < abs(made[name]).max() <= choices.eps for name in ("own", "universal"))
+    curves = lab.record(plan.error_curves).metrics
+    test = lab.splits("tiny").test.first(curves["images"])
+    with torch.no_grad():
+        predicted = lab.model(plan.erm)(test.images.float()).argmax(1)
+    assert curves["clean_error"] == pytest.approx((predicted != test.labels).float().mean().item())
+    clean = lab.record(plan.gallery).metrics["predictions"]["clean"]
+    assert clean == [test.classes[i] for i in predicted[:3]]
+    assert all(len(errors) == 2 and max(errors) <= 1 for errors in curves["errors"].values())
+    assert sum(curves["errors"]["image-dependent"]) >= sum(curves["errors"]["random noise"])
     trace = lab.record(plan.trace)
     arrays = trace.arrays("trace")
     assert arrays["perturbations"].shape[:2] == (settings.steps + 1, 2)  # 6 images in heaps of 4

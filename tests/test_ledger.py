@@ -24,10 +24,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from satlib import archive
-from satlib.archive import digest_of, read_record
+from satlib import records
 from satlib.errors import SatlibError
 from satlib.ledger import DamageWarning, Ledger, RunSpec, Workspace
+from satlib.records import digest_of, read_record
 
 RUNS, EPOCHS = 12, 5
 processes = multiprocessing.get_context("fork")  # real processes to kill, without importing torch in each
@@ -225,7 +225,7 @@ def test_a_run_is_computed_once_and_found_as_it_was_made(tmp_path):
 
 
 def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monkeypatch):
-    from satlib import ledger
+    from satlib import provenance as where
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -236,8 +236,8 @@ def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monke
 
     def provenance(root):
         monkeypatch.setenv("SATLIB_HOME", str(root))
-        ledger._commit.cache_clear()
-        return ledger._commit()
+        where._commit.cache_clear()
+        return where._commit()
 
     try:
         assert provenance(tmp_path) == (None, None)
@@ -251,7 +251,7 @@ def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monke
         assert provenance(tmp_path) == (git("rev-parse", "HEAD"), True)
         assert provenance(tmp_path / "satlib") == (None, None)  # a folder of somebody's repository
     finally:
-        ledger._commit.cache_clear()
+        where._commit.cache_clear()
 
 
 def test_the_result_of_compute_and_the_names_of_artefacts_are_checked(tmp_path):
@@ -436,12 +436,12 @@ def test_a_flipped_bit_in_any_file_is_found_named_set_aside_and_recomputed(tmp_p
 def test_no_single_bit_of_a_record_can_change_unseen(tmp_path):
     made = Ledger(tmp_path).get_or_compute(spec(tiny=1e-5), train(tmp_path / "log", 0), labels={"title": "Größe"})
     text = (made.path / "record.json").read_bytes()
-    assert archive.parse_record(text, made.path) == made
+    assert records.parse_record(text, made.path) == made
     for bit in range(8 * len(text)):
         flipped = bytearray(text)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(archive.Damage):
-            archive.parse_record(bytes(flipped), made.path)
+        with pytest.raises(records.Damage):
+            records.parse_record(bytes(flipped), made.path)
 
 
 def test_no_bit_of_a_checkpoint_can_change_unseen(tmp_path):
@@ -495,7 +495,7 @@ def test_unchanged_artefacts_are_hashed_once(tmp_path, monkeypatch):
     made = Ledger(tmp_path).get_or_compute(spec(), train(tmp_path / "log", 0))
     for path in made.path.iterdir():
         os.utime(path, (1, 1))
-    monkeypatch.setattr(archive.time, "time_ns", lambda: time.time() * 1e9 + 3e9)  # they have settled
+    monkeypatch.setattr(records.time, "time_ns", lambda: time.time() * 1e9 + 3e9)  # they have settled
     hashed = []
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))

@@ -49,6 +49,7 @@ def run(root: Path, **settings) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("SATLIB_HOME", str(root))
         patch.delenv("SATLIB_DATA", raising=False)
+        patch.setattr(runner, "PRELOAD", ())
         patch.setattr(results, "table", lambda profile: f"paper vs ours under {profile}")
         status = runner.run("quick", **settings)
     return status, printed.getvalue()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from satlib.data.cache import cached_splits
@@ -53,9 +52,11 @@ def load(root: Path, *, progress: bool = True) -> Splits:
 
 def download(root: Path) -> None:
     """Fetch the official archive with torchvision, check it and unpack it to `root`/cifar-10-batches-py."""
+    from torchvision.datasets import CIFAR10  # here, for it takes long to import
+
     try:
         root.mkdir(parents=True, exist_ok=True)
-        torchvision.datasets.CIFAR10(root=str(root), download=True)
+        CIFAR10(root=str(root), download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         raise SatlibError(
             f"could not download CIFAR-10 to {root}: {error}; check the network and the folder, "
@@ -114,7 +115,8 @@ def _shuffled(n: int, seed: int) -> Tensor:
 
 def read_batches(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """The official python batches: for train and test, uint8 images (n, 3, 32, 32) and int64 labels (n,)."""
-    official = torchvision.datasets.CIFAR10
+    from torchvision.datasets import CIFAR10 as official
+
     read = {}
     for split, files in (("train", official.train_list), ("test", official.test_list)):
         parts = [_read_batch(folder / name, md5) for name, md5 in files]

@@ -1,7 +1,7 @@
 """Figures from records alone: one function for each figure or table, provenance in every file.
 
-This module holds what all of them share. `method` draws sections 3 to 5, `cifar10` section 6.1. Every function
-takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
+This module holds what all of them share. `pictures` and `method` draw sections 3 to 5, `cifar10` section 6.1.
+Every function takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from PIL import Image
@@ -20,22 +19,26 @@ from satlib.errors import SatlibError
 from satlib.ledger import Ledger, Record
 from satlib.paths import project_root
 
-# One colour and one marker for each model wherever it appears; the colour-blind-safe palette of seaborn.
-_PALETTE = sns.color_palette("colorblind").as_hex()
+# The colour-blind-safe palette of seaborn 0.13.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc")
+RED = "#b2182b"  # a wrong prediction, a failed attack
+
+# One colour and one marker for each model wherever it appears.
 ERM = {"color": "black", "marker": "*"}
 BY_SHAREDNESS = {
-    1: {"color": _PALETTE[3], "marker": "o"},
-    8: {"color": _PALETTE[1], "marker": "s"},
-    64: {"color": _PALETTE[0], "marker": "D"},
+    1: {"color": VERMILION, "marker": "o"},
+    8: {"color": ORANGE, "marker": "s"},
+    64: {"color": BLUE, "marker": "D"},
 }
 REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x"}  # the paper's own numbers
 
 
 def use_style() -> None:
     """The one figure style; notebooks call it once."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.style.use(["default", "seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
     matplotlib.rcParams.update(
         {
+            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
             "figure.dpi": 110,
             "savefig.dpi": 160,
             "figure.constrained_layout.use": True,

@@ -1,0 +1,51 @@
+"""Where and with what a run was made."""
+
+import contextlib
+import functools
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import satlib
+from satlib.paths import project_root
+
+
+@functools.cache
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the project's checkout and whether satlib differs from it; (None, None) without one."""
+    root = project_root().resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None  # a folder inside somebody else's repository
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "satlib"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _device() -> str:
+    """The GPU's name once this process has used it, else the processor's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict:
+    """Device, versions, commit (with whether satlib differs from it) and time, as they stand in a record."""
+    commit, dirty = _commit()
+    versions = {"satlib": satlib.__version__, "python": platform.python_version()}
+    versions |= {"torch": str(torch.__version__), "numpy": np.__version__}
+    created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"device": _device(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}
