@@ -105,6 +105,7 @@ def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[
 
 def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
     """eps_uni(delta) of a trained model by stochastic PGD (sections 5.2 and 6.1)."""
+    passes = settings.search_iterations if settings.search == "binary" else 5
     attack = {
         "steps": settings.search_steps,
         "batch_size": settings.search_batch,
@@ -120,6 +121,7 @@ def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
         config={
             "dataset": settings.dataset,
             "delta": settings.delta,
+            "search": settings.search,
             "iterations": settings.search_iterations,
             "attack": attack,
             "images": {
@@ -130,7 +132,7 @@ def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
             "seed": seed,
         },
         parents={"model": model},
-        cost=settings.search_iterations * settings.search_steps * settings.search_batch,
+        cost=passes * settings.search_steps * settings.search_batch,
         labels={"section": "6.1"},
     )
 
@@ -150,7 +152,8 @@ class MethodPlan:
     sharing: dict[Run, Run]
     loss_threshold: Run
     trace: Run
-    universal: dict[Run, Run]
+    universal: dict[Run, Run]  # the paper's binary search
+    k_ary: dict[Run, Run]  # ours
     adversarial: dict[Run, Run]
 
     def of(self, stem: str) -> list[Run]:
@@ -162,7 +165,8 @@ class MethodPlan:
                 *(self.loss_threshold, self.trace),
             ],
             "03_quantifying_robustness": [
-                *(self.erm, self.defended, *self.universal.values(), *self.adversarial.values()),
+                *(self.erm, self.defended, *self.universal.values(), *self.k_ary.values()),
+                *self.adversarial.values(),
             ],
         }[stem]
 
@@ -269,7 +273,8 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
         sharing={model: sharing(model) for model in both},
         loss_threshold=threshold,
         trace=trace,
-        universal={model: robustness_run(settings, model) for model in both},
+        universal={model: robustness_run(replace(settings, search="binary"), model) for model in both},
+        k_ary={model: robustness_run(replace(settings, search="k-ary"), model) for model in both},
         adversarial={model: adversarial(model) for model in both},
     )
 

@@ -30,7 +30,8 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_css -%}
 <style>
-  body.jp-Notebook main { max-width: 1000px; margin: 0 auto; }
+  body.jp-Notebook { --jp-code-font-size: 12px; }
+  body.jp-Notebook main { max-width: 1060px; margin: 0 auto; }
   math { font-size: 110%; }
   .jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); line-height: 1.35;
     font-size: var(--jp-code-font-size, 13px); }

@@ -81,12 +81,11 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
     craft = splits.val.first(min(wanted["craft"], len(splits.val)))
     choose = splits.test.subset(slice(0, wanted["choose"]))
     report = splits.test.subset(slice(wanted["choose"], wanted["choose"] + wanted["report"]))
-    model, began, steps = lab.model(run.parents["model"]), time.monotonic(), []
+    model, began = lab.model(run.parents["model"]), time.monotonic()
 
-    def progress(text: str) -> None:
-        steps.append(text)
-        lab.report(run, text, len(steps) / config["iterations"], began)
-        lab.check_budget((time.monotonic() - began) / len(steps))
+    def progress(text: str, done: float) -> None:
+        lab.report(run, text, done, began)
+        lab.check_budget((time.monotonic() - began) * (1 - done) / done)  # a search is not resumed: all or nothing
 
     found = universal_robustness(
         model,
@@ -95,6 +94,7 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
         report=(report.images, report.labels),
         delta=config["delta"],
         iterations=config["iterations"],
+        search=config["search"],
         generator=torch.Generator().manual_seed(config["seed"]),
         progress=progress,
         **config["attack"],

@@ -5,9 +5,11 @@ import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import PIL.Image
 from IPython.display import Code, Image, display
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from satlib import figures
 from satlib.ledger import Record
@@ -31,3 +33,11 @@ def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable
         picture.convert("RGB").quantize(256).save(copy, "PNG", optimize=True)
     width = int(figure.get_size_inches()[0] * 96)
     display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
+
+
+def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:
+    """The frame as a cell's last value shows it: text to the left, numbers to the right, no index, None as a dash."""
+    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name].dropna().infer_objects())]
+    left = {name: [{"selector": "th, td", "props": "text-align: left"}] for name in words}
+    styler = frame.style.hide(axis="index").format(precision=precision, na_rep="–").set_table_styles(left)
+    return styler.set_caption(caption) if caption else styler

@@ -208,18 +208,25 @@ def as_json(found: list[Row]) -> list[dict]:
     return [asdict(row) | {"runs": list(row.runs)} for row in found]
 
 
+def as_frame(found: list[Row]) -> pd.DataFrame:
+    """The rows that were run, for readers: numbers as numbers, None where there is none."""
+    columns = ["section", "quantity", "unit", "paper", "ours", "spread", "verdict", "profile", "dataset"]
+    ran = [asdict(row) for row in found if row.verdict != "not run"]
+    return pd.DataFrame(ran, columns=columns).rename(columns={"dataset": "data set"})
+
+
 def table(profile: str | None = None) -> str:
     """The rows that were run, as text: what `run_all.sh` ends with."""
     found = [row for row in rows(profile) if row.verdict != "not run"]
     if not found:
-        return (
-            f"no results yet under the profile {profile!r}: ./run_all.sh --profile {profile or 'quick'} computes them"
-        )
-    lines = [f"{'section':8} {'quantity':52} {'paper':>8} {'ours':>8}  {'unit':12} {'verdict':15} profile, data set"]
+        under = f" under the profile {profile!r}" if profile else ""
+        return f"no results yet{under}: ./run_all.sh --profile {profile or 'quick'} computes them"
+    width = max(len(row.quantity) for row in found)
+    lines = [f"section  {'quantity':{width}} {'paper':>8} {'ours':>11}  {'unit':12} {'verdict':15} profile, data set"]
     for row in found:
         ours = "-" if row.ours is None else f"{row.ours:.1f}" + (f" ±{row.spread:.1f}" if row.spread else "")
         lines.append(
-            f"{row.section:8} {row.quantity:52} {row.paper:8.1f} {ours:>8}  {row.unit:12} {row.verdict:15}"
+            f"{row.section:8} {row.quantity:{width}} {row.paper:8.1f} {ours:>11}  {row.unit:12} {row.verdict:15}"
             f" {row.profile}, {row.dataset}"
         )
     return "\n".join(lines)

@@ -33,14 +33,14 @@ def brightness(linear):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """scripted(answer): every crafted perturbation is uniformly answer(eps); the eps asked are returned."""
+    """scripted(answer): every crafted perturbation is uniformly answer(eps); all eps asked are returned."""
 
     def install(answer):
         asked = []
 
         def craft(model, images, labels, *, eps, **attack):
-            asked.append(eps)
-            return torch.full((1, *SHAPE), float(answer(eps)))
+            asked.extend(eps)
+            return torch.stack([torch.full(SHAPE, float(answer(each))) for each in eps])
 
         monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
         return asked
@@ -84,7 +84,8 @@ def test_targeted_search_counts_the_target(brightness):
 
 
 def test_evaluations_are_all_there_in_their_order(brightness):
-    found, said = search(brightness, progress=(texts := []).append), texts
+    said = []
+    found = search(brightness, progress=lambda text, done: said.append((text, done)))
     assert len(found.evaluations) == 11 and found.evaluations[0] == Evaluation(0.0, 0.0, 0.0, False)
     low, high = 0.0, 255.0
     for evaluation in found.evaluations[1:]:
@@ -93,8 +94,8 @@ def test_evaluations_are_all_there_in_their_order(brightness):
         assert evaluation.success == (evaluation.rate >= 0.75) == (evaluation.eps > 30)
         low, high = (low, evaluation.eps) if evaluation.success else (evaluation.eps, high)
     assert found.epsilon == min(e.magnitude for e in found.evaluations if e.success)
-    assert said[0] == "search 1/10: eps 127.5 -> success 100.0%, 75% reached"
-    assert said[4] == "search 5/10: eps 23.9 -> success 50.0%, 75% missed" and len(said) == 10
+    assert said[0] == ("eps 127.5 -> success 100.0%, 75% reached", 0.1) and len(said) == 10
+    assert said[4] == ("eps 23.9 -> success 50.0%, 75% missed", 0.5) and said[-1][1] == 1
 
 
 def test_search_that_never_succeeds_is_more_than_255(linear):
@@ -179,7 +180,7 @@ def test_crafting_and_choosing_have_images_of_their_own(trained, tiny, monkeypat
 
     def craft(model, images, labels, *, eps, **attack):
         seen.append((images, labels, attack))
-        return torch.zeros(1, 3, 8, 8)
+        return torch.zeros(len(eps), 3, 8, 8)
 
     monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
     val = (tiny.val.images, tiny.val.labels)
@@ -202,6 +203,86 @@ def test_share_of_exactly_delta_counts(linear, brightness):
     right = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
     wrong = (ten[0], (torch.arange(10) < 7).long())
     assert search(right, choose=wrong, report=wrong, delta=0.7).epsilon == 0
+
+
+# --------------------------------------------------------------------------------------------------- k-ary
+
+
+@pytest.mark.parametrize(("delta", "threshold"), [(0.2, 10), (0.5, 20), (0.75, 30), (0.9, 40)])
+@pytest.mark.parametrize("iterations", [6, 10])
+def test_k_ary_search_finds_a_known_threshold_to_the_same_resolution(brightness, delta, threshold, iterations):
+    found = search(brightness, delta=delta, search="k-ary", iterations=iterations, steps=40)
+    assert threshold <= found.epsilon <= threshold + 255 / 2**iterations
+    assert found.rate == found.report_rate == math.ceil(4 * delta) / 4
+    assert found.perturbation.abs().max().item() == found.epsilon and found.monotone
+    missed = [e.eps for e in found.evaluations if e.how == "crafted" and not e.success]
+    assert max(missed) < found.epsilon <= min(e.magnitude for e in found.evaluations if e.success)
+    assert sum(e.how == "crafted" for e in found.evaluations) < 10
+
+
+def test_k_ary_search_asks_several_eps_in_one_pass(brightness, monkeypatch):
+    """A short pass over five eps, then one of full length below what it found; every heap of a pass by one call."""
+    calls, attack = [], satlib.robustness.universal_pgd
+
+    def spying(model, images, labels, *, eps, **options):
+        calls.append((list(eps), options["steps"], options.get("snapshots")))
+        return attack(model, images, labels, eps=eps, **options)
+
+    monkeypatch.setattr(satlib.robustness, "universal_pgd", spying)
+    found = search(brightness, search="k-ary", steps=40)
+    assert calls[0] == ([7.96875, 15.9375, 31.875, 63.75, 127.5], 8, 1)
+    assert calls[1][1:] == (40, None) and len(calls) == 2
+    assert calls[1][0] == pytest.approx([share * found.epsilon for share in (0.78, 0.86, 0.93)])
+
+
+def test_k_ary_search_goes_on_below_while_the_smallest_eps_wins(brightness, scripted):
+    """The sketch finds nothing below 127.5, the attack of full length wins from 30 on."""
+    full = iter([False] * 5 + [True] * 1000)
+    asked = scripted(lambda eps: eps if next(full) else (eps if eps > 100 else 0.0))
+    found = search(brightness, search="k-ary")
+    assert 30 <= found.epsilon <= 30 + GRID
+    assert min(asked[5:]) < 30 and found.rate == 0.75
+
+
+def test_k_ary_search_keeps_the_smallest_success_and_reports_what_is_not_monotone(brightness, scripted):
+    """The sketch wins, clipped, within 30; of full length 23.5 fools half of the images, but 26 and 28 nobody."""
+    script = iter([0.0, 0.0, 0.0, 60.0, 60.0, 23.4, 5.0, 5.0])
+    asked = scripted(lambda eps: next(script))
+    found = search(brightness, search="k-ary")
+    assert 30 <= found.epsilon <= 30 + GRID and len(asked) == 8
+    assert [(e.success, e.rate) for e in found.evaluations[-3:]] == [(False, 0.5), (False, 0.0), (False, 0.0)]
+    assert not found.monotone
+
+
+def test_k_ary_search_that_never_succeeds_is_more_than_255(linear):
+    constant = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
+    found = search(constant, search="k-ary")
+    assert found.epsilon is found.perturbation is None and str(found) == "> 255"
+    assert [e.eps for e in found.evaluations if e.how == "crafted"] == [0.0, 127.5, 191.25, 255.0]
+
+
+def test_k_ary_answer_is_the_papers_within_its_spread_over_seeds(trained, tiny):
+    """On a trained network: never worse than the binary search by more than that differs from seed to seed."""
+    val = (tiny.val.images, tiny.val.labels)
+    choose, report = ((tiny.test.images[part], tiny.test.labels[part]) for part in (slice(96), slice(96, 192)))
+
+    def answers(name):
+        options = {"delta": 0.5, "steps": 40, "batch_size": 16, "search": name}
+        return torch.tensor(
+            [
+                universal_robustness(
+                    trained, craft=val, choose=choose, report=report, generator=seeded(seed), **options
+                ).epsilon
+                for seed in range(5)
+            ]
+        )
+
+    binary, k_ary = answers("binary"), answers("k-ary")
+    assert abs(k_ary.mean() - binary.mean()) <= 2 * binary.std() + GRID
+    assert k_ary.std() <= 3 * binary.std() + GRID
+
+
+# -------------------------------------------------------------------------------------------------- hygiene
 
 
 def test_searches_leave_the_model_as_it_was(tiny):
@@ -336,6 +417,7 @@ def test_image_dependent_search_needs_less_than_the_universal_one(trained, tiny)
         ({"delta": -0.5}, r"delta=-0\.5"),
         ({"delta": math.nan}, r"delta=nan"),
         ({"iterations": 0}, r"iterations=0: expected at least 1"),
+        ({"search": "ternary"}, r"search='ternary': expected one of binary, k-ary"),
         ({"steps": 0}, r"steps=0: expected at least 1"),
         ({"beta": -1.0}, r"beta=-1\.0: expected a positive number"),
         ({"gamma": 0.0}, r"gamma=0\.0: expected a positive number"),
@@ -346,6 +428,8 @@ def test_searches_name_what_is_wrong(brightness, changes, message):
     label = 1 if changes.get("targeted") else 0  # dark images of class 0: no goal is reached from the start
     with pytest.raises(SatlibError, match=message):
         search(brightness, label=label, **changes)
+    if "search" in changes:  # the image-dependent search knows one way alone
+        return
     part = (grey(120, 110, 100, 90), torch.full((4,), label))
     with pytest.raises(SatlibError, match=message):
         adversarial_robustness(brightness, *part, **({"steps": 2} | changes))

@@ -30,7 +30,7 @@ BY_SHAREDNESS = {
     8: {"color": ORANGE, "marker": "s"},
     64: {"color": BLUE, "marker": "D"},
 }
-REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x"}  # the paper's own numbers
+REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x", "markeredgewidth": 2}  # the paper's own numbers
 
 
 def use_style() -> None:
