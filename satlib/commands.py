@@ -62,6 +62,32 @@ def _results(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_bench(commands: Any) -> None:
+    """`bench`: how fast are the kernels, beside the peers and the hardware's limit?"""
+    parser = commands.add_parser(
+        "bench",
+        help="time the kernels against other libraries",
+        description="Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the "
+        "same model and data. Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the "
+        "search for eps_uni, e the data pipeline, f segmentation. Other work on the machine falsifies the ratios.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--only", metavar="a,c", help="only these rows")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement (default: 3)")
+    parser.set_defaults(function=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from satlib import bench
+
+    rows, where = bench.run(only=arguments.only, device=arguments.device, repeats=arguments.repeats)
+    print(f"\n{where['device']}; PyTorch {where['versions']['torch']}; {where['platform']}\n\n{bench.table(rows)}")
+    if arguments.json:
+        bench.write(arguments.json, rows)
+    return 0
+
+
 def add_verify(commands: Any) -> None:
     """`verify`: do figures still show what the records say?"""
     parser = commands.add_parser("verify", help="check figures against the records that they were drawn from")

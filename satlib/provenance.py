@@ -31,7 +31,7 @@ def _commit() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _device() -> str:
+def device_name() -> str:
     """The GPU's name once this process has used it, else the processor's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
@@ -48,4 +48,4 @@ def provenance() -> dict:
     versions = {"satlib": satlib.__version__, "python": platform.python_version()}
     versions |= {"torch": str(torch.__version__), "numpy": np.__version__}
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"device": _device(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}
+    return {"device": device_name(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}

@@ -137,7 +137,7 @@ class Hunt:
         return evaluation.success
 
     def craft(self, epsilons: Sequence[float], how: str = "crafted", **changes: Any) -> Iterator[tuple[float, Tensor]]:
-        """One pass of the attack for all `epsilons` at once: (eps, xi) of those that win, judged one after the other."""
+        """One pass of the attack for all `epsilons` at once; (eps, xi) of those that win, judged one by one."""
         found = universal_pgd(self.net, *self.images, eps=epsilons, **self.attack | changes).split(1)
         return ((eps, xi) for eps, xi in zip(epsilons, found, strict=True) if self.judge(eps, xi, how))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from satlib.errors import SatlibError
-from satlib.models import BasicBlock, ResNet
+from satlib.models import BasicBlock, FCN8s, ResNet
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -140,3 +140,65 @@ def test_weights_and_activations_are_channels_last(resnet, images):
 def test_model_names_what_is_wrong(changes, message):
     with pytest.raises(SatlibError, match=message):
         ResNet(**({"depth": 8, "width": 4} | changes))
+
+
+# ------------------------------------------------------------------------------------------------- segmentation
+
+
+def test_fcn_8s_labels_every_pixel_of_images_of_any_size():
+    model = FCN8s(classes=5, width=2).eval()
+    with torch.no_grad():
+        for height, width in ((64, 96), (45, 60), (33, 31)):
+            assert model(torch.zeros(2, 3, height, width)).shape == (2, 5, height, width)
+
+
+def test_fcn_8s_is_vgg_16_with_two_skips():
+    """13 convolutions of VGG-16, the two that were its fully connected layers, and three that score."""
+    model = FCN8s(classes=7, width=2)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    maps = [module.out_channels for module in convolutions]
+    assert maps == [2] * 2 + [4] * 2 + [8] * 3 + [16] * 6 + [128] * 2 + [7] * 3
+    assert [module.in_channels for module in convolutions[-3:]] == [128, 16, 8]
+    assert FCN8s(classes=2, width=4).stages[4][0][0].in_channels == 32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kept", "far"), [(0, True), (2, False)])
+def test_fcn_8s_adds_far_context_to_near_detail(kept, far):
+    """One pixel at a corner reaches the opposite one through the coarsest score alone; the finest stays near it."""
+    torch.manual_seed(0)
+    model = FCN8s(classes=3, width=4).eval()
+    for index, score in enumerate(model.scores):
+        if index != kept:
+            score.weight.zero_()
+    x = torch.full((1, 3, 128, 128), 128.0)
+    other = x.clone()
+    other[..., 5, 5] = 255.0
+    changed = (model(x) - model(other)).abs().sum((0, 1))
+    assert changed[:16, :16].max() > 0
+    assert (changed[96:, 96:].max() > 0) == far
+
+
+@torch.no_grad()
+def test_folded_fcn_8s_computes_the_same():
+    torch.manual_seed(0)
+    model = FCN8s(classes=3, width=2).train()
+    x = torch.rand(4, 3, 40, 48) * 255
+    model(x)  # batch norm gets statistics worth folding
+    folded = model.folded()
+    logits = model.eval()(x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert (folded(x) - logits).abs().max() < 1e-3 * logits.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, r"width=0: expected a positive whole number"),
+        ({"classes": 0}, r"classes=0: expected a positive whole number"),
+        ({"std": (64.0, 64.0)}, r"std=\(64\.0, 64\.0\)"),
+    ],
+)
+def test_fcn_8s_names_what_is_wrong(changes, message):
+    with pytest.raises(SatlibError, match=message):
+        FCN8s(**({"classes": 3, "width": 2} | changes))

@@ -1,0 +1,158 @@
+"""The other libraries, each used as its documentation shows: images in [0, 1], the model as it is, in float32."""
+
+import contextlib
+import copy
+import importlib.metadata
+import importlib.util
+import io
+import random
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from satlib.data.imageset import ImageSet
+
+if TYPE_CHECKING:
+    from art.estimators.classification import PyTorchClassifier
+
+DISTRIBUTIONS = {
+    "torchattacks": "torchattacks",
+    "foolbox": "foolbox",
+    "art": "adversarial-robustness-toolbox",
+}
+
+
+class UnitRange(nn.Module):
+    """A model of pixels in 0..255 behind the peers' interface: images in [0, 1]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x * 255)
+
+
+def title(name: str) -> str | None:
+    """`torchattacks 3.3.0`; None where it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    return f"{'ART' if name == 'art' else name} {importlib.metadata.version(DISTRIBUTIONS[name])}"
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of the model in PyTorch's default memory layout, as users of the peers have it."""
+    return UnitRange(copy.deepcopy(model)).to(memory_format=torch.contiguous_format).eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the peers' progress bars and deprecation warnings."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def image_dependent(name: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, batch: int) -> Tensor:
+    """Adversarial images (n, C, H, W) in 0..255 by the peer's PGD with step size eps / 4 and a random start.
+
+    x (n, C, H, W) in 0..255 as float32, eps in pixel units.
+    """
+    net, unit, found = plain(model), x.contiguous() / 255, []
+    with quiet():
+        if name == "art":
+            from art.attacks.evasion import ProjectedGradientDescent
+
+            attack = ProjectedGradientDescent(
+                art_classifier(net, x, y),
+                eps=eps / 255,
+                eps_step=eps / 4 / 255,
+                max_iter=steps,
+                num_random_init=1,
+                batch_size=batch,
+                verbose=False,
+            )
+            return torch.from_numpy(attack.generate(unit.cpu().numpy(), y.cpu().numpy())).to(x.device) * 255
+        if name == "torchattacks":
+            import torchattacks
+
+            attack = torchattacks.PGD(net, eps=eps / 255, alpha=eps / 4 / 255, steps=steps, random_start=True)
+            found = [attack(a, b) for a, b in zip(unit.split(batch), y.split(batch), strict=True)]
+        else:
+            import foolbox
+
+            wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
+            attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=steps)
+            for a, b in zip(unit.split(batch), y.split(batch), strict=True):
+                found.append(attack(wrapped, a, b, epsilons=eps / 255)[1])
+    return torch.cat(found) * 255
+
+
+def universal(attacker: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    """ART's UniversalPerturbation (Moosavi-Dezfooli et al. 2017) with its own defaults but for eps and passes.
+
+    attacker "pgd" steps by eps / 4, ten times for each image; "deepfool" is ART's default. One pass over the images
+    (its default is 20), or until 80 % of them are fooled. x (n, C, H, W) in 0..255 as float32, eps in pixel units.
+    """
+    from art.attacks.evasion import UniversalPerturbation
+
+    inner = {"pgd": {"eps": eps / 255, "eps_step": eps / 4 / 255, "max_iter": 10, "verbose": False}, "deepfool": {}}
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with quiet():
+        attack = UniversalPerturbation(
+            art_classifier(plain(model), x, y),
+            attacker=attacker,
+            attacker_params=inner[attacker],
+            eps=eps / 255,
+            max_iter=1,
+            verbose=False,
+        )
+        attack.generate((x.contiguous() / 255).cpu().numpy(), y.cpu().numpy())
+    return torch.from_numpy(attack.noise).view(1, *x.shape[1:]).to(x.device) * 255
+
+
+def art_classifier(net: nn.Module, x: Tensor, y: Tensor) -> "PyTorchClassifier":
+    """ART's wrapper around a model of images in [0, 1]."""
+    from art.estimators.classification import PyTorchClassifier
+
+    with torch.no_grad():
+        classes = net(x[:1]).shape[1]
+    return PyTorchClassifier(
+        net,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if x.is_cuda else "cpu",
+    )
+
+
+def loader(images: ImageSet, batch_size: int) -> DataLoader:
+    """The usual pipeline: torchvision's transforms on PIL images, in two worker processes that stay."""
+    crop = v2.RandomCrop(images.images.shape[-1], padding=4, padding_mode="reflect")
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    pictures = [Image.fromarray(picture) for picture in images.images.permute(0, 2, 3, 1).cpu().numpy()]
+    pairs = _Pairs(pictures, images.labels.tolist(), transform)
+    return DataLoader(
+        pairs, batch_size, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=images.images.is_cuda
+    )
+
+
+class _Pairs(Dataset):
+    def __init__(self, pictures: list[Image.Image], labels: list[int], transform: v2.Transform) -> None:
+        self.pictures, self.labels, self.transform = pictures, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.pictures[index]), self.labels[index]

@@ -1,0 +1,322 @@
+"""What is measured: one function for each row of the benchmark. Its docstring's first line is the row's title."""
+
+import copy
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from satlib.attacks import ascend, attackable, heap_pgd, perturb, success_rates, universal_pgd
+from satlib.bench import Bench, Row, peers
+from satlib.data.imageset import ImageSet
+from satlib.models import FCN8s
+from satlib.paper import CIFAR10
+from satlib.precision import autocast
+from satlib.robustness import universal_robustness
+from satlib.training import Training, shared_adversarial_loss
+
+CAPPED = {"loss_threshold": CIFAR10.loss_threshold, "label_smoothing": CIFAR10.label_smoothing}
+EPOCH = 50_000  # images, as in the paper
+NOBODY = "none installed (extra `bench`)"
+
+
+def first(images: ImageSet, count: int) -> ImageSet:
+    """At most `count` images of the set."""
+    return images.first(min(count, len(images)))
+
+
+@torch.no_grad()
+def wrong(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Misclassification rate in float32, by the model as it was trained."""
+    return (model(images).argmax(1) != labels).float().mean().item()
+
+
+def image_dependent(bench: Bench) -> list[Row]:
+    """Image-dependent PGD: gradient steps a second, and success at equal steps"""
+    eps, steps, batch, model = 8.0, 10, 512 if bench.on_cuda else 128, bench.model
+    few = first(bench.splits.test, 1024 if bench.on_cuda else 512)
+    x, y = few.images.float(), few.labels
+
+    def ours() -> Tensor:
+        parts = zip(x.split(batch), y.split(batch), strict=True)
+        options = {"eps": eps, "sharedness": 1, "steps": steps, "step_size": eps / 4}
+        return torch.cat([perturb(a, heap_pgd(model, a, b, **options), 1) for a, b in parts])
+
+    def theirs(name: str) -> Callable[[], Tensor]:
+        return lambda: peers.image_dependent(name, model, x, y, eps=eps, steps=steps, batch=batch)
+
+    attacks = {"ours": ours} | {name: theirs(name) for name in peers.DISTRIBUTIONS if peers.title(name)}
+    rates = {name: [len(x) * steps / s for s in seconds] for name, seconds in bench.race(attacks).items()}
+    success = {name: wrong(model, attack(), y) for name, attack in attacks.items()}
+    a, b = x[:batch].contiguous(memory_format=torch.channels_last), y[:batch]
+    bound = torch.full((1, 1, 1, 1), eps, device=a.device)
+    with attackable(model) as net:
+        share = bench.share_of_peak(
+            lambda: ascend(net, a, b, torch.zeros_like(a), eps=bound, alpha=bound / 4, sharedness=1),
+            batch / statistics.median(rates["ours"]),
+        )
+    options = {"what": "PGD, eps 8, 10 steps", "unit": "images x steps / s", "more_is_better": True}
+    return [
+        bench.row(
+            "a",
+            ours=rates["ours"],
+            peer=rates.get(name),
+            peer_name=peers.title(name) or NOBODY,
+            note=f"{share}; success {success['ours']:.1%}"
+            + (f" against {success[name]:.1%} of {name}" if name in success else ""),
+            **options,
+        )
+        for name in peers.DISTRIBUTIONS
+    ]
+
+
+def universal(bench: Bench) -> list[Row]:
+    """Universal perturbation, eps 16: seconds to ART's final error, and the error at ART's own time"""
+    eps, model = 16.0, bench.model
+    craft, unseen = first(bench.splits.val, 400), first(bench.splits.test, 1000)
+    x, y = craft.images.float(), craft.labels
+
+    def ours(steps: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return universal_pgd(model, craft.images, y, eps=eps, steps=steps, batch_size=32, generator=generator)
+
+    def error(xi: Tensor) -> float:
+        return success_rates(model, unseen.images, unseen.labels, xi).item()
+
+    if not peers.title("art"):
+        options = {"what": "universal, eps 16, 200 steps", "unit": "s", "more_is_better": False}
+        seconds = bench.race({"ours": lambda: ours(200)})["ours"]
+        return [
+            bench.row("b", ours=seconds, peer=None, peer_name=NOBODY, note=f"error {error(ours(200)):.1%}", **options)
+        ]
+    found = []
+    for attacker in ("pgd", "deepfool"):
+        start = time.perf_counter()
+        xi = peers.universal(attacker, model, x, y, eps=eps)
+        budget, goal = time.perf_counter() - start, error(xi)
+        name = f"{peers.title('art')} UniversalPerturbation ({attacker})"
+        steps = next((k for k in (2**i for i in range(2, 12)) if error(ours(k)) >= goal), None)
+        note = f"one pass of ART over {len(craft)} images, measured once; scored on {len(unseen)} others"
+        if steps is not None:
+            seconds = bench.race({"ours": functools.partial(ours, steps)})["ours"]
+            what = f"universal, eps 16: to the {goal:.1%} error that ART ends with"
+            options = {"what": what, "unit": "s", "more_is_better": False}
+            text = f"{steps} steps of ours; {note}"
+            found.append(bench.row("b", ours=seconds, peer=[budget], peer_name=name, note=text, **options))
+        each = bench.seconds(lambda: ours(100)) / 100
+        many = min(2000, max(1, int(budget / each)))
+        what = "universal, eps 16: error at ART's own time"
+        text = f"{many} steps of ours in {many * each:.0f} s of its {budget:.0f} s; {note}"
+        options = {"what": what, "unit": "%", "more_is_better": True}
+        found.append(
+            bench.row("b", ours=[100 * error(ours(many))], peer=[100 * goal], peer_name=name, note=text, **options)
+        )
+    return found
+
+
+def training(bench: Bench) -> list[Row]:
+    """An epoch of shared adversarial training, K = 4: against ERM, s = 1 and the ideal count"""
+    size, count = 128, 40 if bench.on_cuda else 6
+    generator = torch.Generator().manual_seed(0)
+    batches = list(itertools.islice(bench.splits.train.batches(size, generator=generator, augment=True), count))
+    model = copy.deepcopy(bench.model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    bound, step = torch.full((1, 1, 1, 1), 8.0, device=bench.device), 4.0
+
+    def descend(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def clean(images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(bench.device):
+            logits = model(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    def shared(sharedness: int) -> Callable[[], None]:
+        settings = Training(sigma=0.7, eps=8.0, sharedness=sharedness, steps=4)
+
+        def epoch() -> None:
+            for x, y in batches:
+                descend(shared_adversarial_loss(model, x, y, settings, generator))
+
+        return epoch
+
+    def attack_alone() -> None:
+        with attackable(model) as net:
+            for x, y in batches:
+                xi = torch.zeros_like(x)
+                for _ in range(4):
+                    xi, _ = ascend(net, x, y, xi, eps=bound, alpha=bound * 0 + step, sharedness=1, **CAPPED)
+
+    def training_alone() -> None:
+        for x, y in batches:
+            descend(clean(torch.cat([x, x]).contiguous(memory_format=torch.channels_last), torch.cat([y, y])))
+
+    def erm() -> None:
+        for x, y in batches:
+            descend(clean(x, y))
+
+    taken = bench.race(
+        {f"s={s}": shared(s) for s in (1, 8, 64)}
+        | {"ERM": erm, "attack alone": attack_alone, "training alone": training_alone}
+    )
+    epoch = {name: [each * EPOCH / (size * count) for each in seconds] for name, seconds in taken.items()}
+    ideal = [a + b for a, b in zip(epoch["attack alone"], epoch["training alone"], strict=True)]
+    share = bench.share_of_peak(shared(64), statistics.median(taken["s=64"]))
+
+    def row(s: int, peer: list[float], name: str, note: str = "") -> Row:
+        what = f"epoch of {EPOCH:,} images, s = {s}"
+        options = {"what": what, "unit": "s", "more_is_better": False, "note": note}
+        return bench.row("c", ours=epoch[f"s={s}"], peer=peer, peer_name=name, **options)
+
+    parts = f"attack {statistics.median(epoch['attack alone']):.1f} s + training on both halves "
+    parts += f"{statistics.median(epoch['training alone']):.1f} s, each timed alone"
+    return [
+        row(64, epoch["s=1"], "ours, s = 1", share),
+        row(8, epoch["s=1"], "ours, s = 1"),
+        row(64, ideal, "the ideal count", parts),
+        row(1, ideal, "the ideal count"),
+        row(64, epoch["ERM"], "an ERM epoch"),
+    ]
+
+
+def search(bench: Bench) -> list[Row]:
+    """eps_uni(0.75): the paper's binary search against the k-ary one, wall time and answer"""
+    test = bench.splits.test
+    half = min(512, len(test) // 2)
+    choose, report = test.subset(slice(half)), test.subset(slice(half, 2 * half))
+    sets = {
+        name: (part.images, part.labels)
+        for name, part in {"craft": bench.splits.val, "choose": choose, "report": report}.items()
+    }
+    seconds, answers = {"binary": [], "k-ary": []}, {"binary": [], "k-ary": []}
+    for seed in range(bench.repeats):
+        for name in seconds:
+            start = time.perf_counter()
+            found = universal_robustness(
+                bench.model,
+                search=name,
+                generator=torch.Generator().manual_seed(seed),
+                steps=200,
+                batch_size=16,
+                **sets,
+                **CAPPED,
+            )
+            seconds[name].append(time.perf_counter() - start)
+            answers[name].append(found.epsilon or float("nan"))
+
+    def shown(values: list[float]) -> str:
+        listed = ", ".join(f"{value:.1f}" for value in values)
+        return f"{statistics.mean(values):.1f} ({listed})"
+
+    note = f"answers over {bench.repeats} seeds: k-ary {shown(answers['k-ary'])}, binary {shown(answers['binary'])}"
+    options = {"what": "eps_uni(0.75), K = 200, b = 10, m = 16", "unit": "s", "more_is_better": False, "note": note}
+    return [
+        bench.row("d", ours=seconds["k-ary"], peer=seconds["binary"], peer_name="the paper's binary search", **options)
+    ]
+
+
+def data(bench: Bench) -> list[Row]:
+    """Data: augmented images a second, and the share of a training epoch spent waiting for them"""
+    train, size = bench.splits.train, 128
+    generator = torch.Generator().manual_seed(0)
+
+    def ours() -> None:
+        for _ in train.batches(size, generator=generator, augment=True):
+            pass
+
+    few = first(train, 2560)
+    loader = peers.loader(few, size)
+
+    def theirs() -> None:
+        for x, y in loader:
+            x.to(bench.device), y.to(bench.device)
+
+    taken = bench.race({"ours": ours, "theirs": theirs})
+    model = copy.deepcopy(bench.model).train()
+    waited, total, pulled = 0.0, 0.0, timed(train.batches(size, generator=generator, augment=True, limit=2560))
+    start = time.perf_counter()
+    for seconds, (x, y) in pulled:
+        waited += seconds
+        with autocast(bench.device):
+            loss = F.cross_entropy(model(x).float(), y)
+        loss.backward()
+    bench.wait()
+    total = time.perf_counter() - start
+    rates = [len(train) / each for each in taken["ours"]]
+    return [
+        bench.row(
+            "e",
+            what="random crop + flip, batches of 128",
+            unit="images / s",
+            more_is_better=True,
+            ours=rates,
+            peer=[len(few) / each for each in taken["theirs"]],
+            peer_name="torchvision transforms, DataLoader, 2 workers",
+            note="",
+        ),
+        bench.row(
+            "e",
+            what="share of an ERM epoch spent waiting for data",
+            unit="%",
+            more_is_better=False,
+            ours=[100 * waited / total],
+            peer=None,
+            peer_name="(goal: under 2 %)",
+            note="",
+        ),
+    ]
+
+
+def timed(batches: Iterator) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
+    """Each item with the seconds it took to get it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, item
+
+
+def segmentation(bench: Bench) -> list[Row]:
+    """Segmentation: forward and backward passes of FCN-8s, as attacks need them"""
+    width, height, size, count = (64, 512, 1024, 5) if bench.on_cuda else (16, 180, 240, 5)
+    model = FCN8s(classes=19, width=width).to(bench.device).eval()
+    x = (torch.rand(count, 3, height, size) * 255).to(bench.device)
+    y = torch.randint(19, (count, height, size), device=bench.device)
+    bound = torch.full((1, 1, 1, 1), 8.0, device=bench.device)
+    zero = torch.zeros(1, *x.shape[1:], device=bench.device)
+    packed = x.contiguous(memory_format=torch.channels_last)
+
+    def plain() -> None:
+        xi = zero.clone().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(model((x + xi).clamp(0, 255)), y), xi)
+
+    with attackable(model) as net:
+
+        def ours() -> None:
+            ascend(net, packed, y, zero, eps=bound, alpha=bound, sharedness=count, **CAPPED)
+
+        taken = bench.race({"ours": ours, "plain": plain})
+        share = bench.share_of_peak(ours, statistics.median(taken["ours"]))
+    rates = {name: [count / each for each in seconds] for name, seconds in taken.items()}
+    options = {"what": f"FCN-8s (width {width}), {size}x{height}", "unit": "images / s", "more_is_better": True}
+    name = "PyTorch, float32, as it comes"
+    return [bench.row("f", ours=rates["ours"], peer=rates["plain"], peer_name=name, note=share, **options)]
+
+
+ROWS: dict[str, Callable[[Bench], list[Row]]] = {
+    "a": image_dependent,
+    "b": universal,
+    "c": training,
+    "d": search,
+    "e": data,
+    "f": segmentation,
+}
