@@ -111,7 +111,8 @@ class Bench:
     ) -> Row:
         """A row from repeated measurements, by their medians."""
         mine, other = statistics.median(ours), statistics.median(peer) if peer else None
-        ratio = None if other is None else mine / other if more_is_better else other / mine
+        below, above = (other, mine) if more_is_better else (mine, other)
+        ratio = above / below if above is not None and below else None
         return Row(row, what, mine, other, peer_name, unit, ratio, max(ours) - min(ours), self.name, note)
 
     @functools.cached_property
