@@ -1,0 +1,123 @@
+"""DeepFool and the universal perturbation built on it (Moosavi-Dezfooli et al. 2016, 2017)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from satlib.attacks import attackable
+from satlib.errors import SatlibError
+
+
+def deepfool(
+    model: nn.Module, images: Tensor, *, classes: int = 10, steps: int = 10, overshoot: float = 0.02
+) -> tuple[Tensor, Tensor]:
+    """DeepFool: for each image a small step, in the l2 norm, over the nearest decision boundary.
+
+    Each iteration linearises the logits at the perturbed image and goes to the nearest of the hyperplanes that part the
+    predicted class from its strongest rivals; the way so far, times 1 + overshoot, is what is added. An image stops
+    as soon as its prediction changes. images (d, C, H, W) float32; they may lie outside of 0..255, as x + v does, and
+    are clamped only before the model sees them. classes: the predicted one and its strongest rivals.
+
+    Returns the perturbations (d, C, H, W) in pixel units, and which of them changed the prediction (d,). Runs in
+    float32: the way to a boundary hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1
+    or a negative overshoot.
+    """
+    _check(classes=classes, steps=steps, overshoot=overshoot)
+    with attackable(model) as net:
+        return _deepfool(net, images.float(), classes, steps, overshoot)
+
+
+def _deepfool(net: nn.Module, images: Tensor, classes: int, steps: int, overshoot: float) -> tuple[Tensor, Tensor]:
+    total = torch.zeros_like(images)
+    with torch.no_grad():
+        logits = net(images.clamp(0, 255))
+    candidates = logits.topk(min(classes, logits.shape[1]), dim=1).indices
+    label, going = candidates[:, 0], torch.arange(len(images), device=images.device)
+    for _ in range(steps):
+        going = going[_predicted(net, images[going] + (1 + overshoot) * total[going]) == label[going]]
+        if not len(going):
+            break
+        logits, gradients = _linearised(net, images[going] + (1 + overshoot) * total[going], candidates[going])
+        normals = gradients[:, 1:] - gradients[:, :1]
+        lengths = normals.flatten(2).norm(dim=2).clamp(min=1e-12)
+        distances, nearest = ((logits[:, :1] - logits[:, 1:]) / lengths).min(1)  # to the rivals' hyperplanes
+        rows = torch.arange(len(going), device=images.device)
+        way = (distances + 1e-4) / lengths[rows, nearest]  # a little beyond: 1e-4 pixel units, as its authors do
+        total[going] += way.view(-1, 1, 1, 1) * normals[rows, nearest]
+    total *= 1 + overshoot
+    return total, _predicted(net, images + total) != label
+
+
+def universal_deepfool(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    eps: float,
+    batch_size: int = 1,
+    fooling_rate: float = 0.8,
+    passes: int = 10,
+    classes: int = 10,
+    steps: int = 10,
+    overshoot: float = 0.02,
+    generator: torch.Generator | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Tensor:
+    """The universal perturbation of Moosavi-Dezfooli et al. (2017), from DeepFool's steps: (1, C, H, W).
+
+    It walks the images in a fresh random order on every pass. Where v does not change an image's prediction yet, the
+    step that DeepFool finds from x + v is added to v, which is then projected on [-eps, eps]. It stops when v fools a
+    share `fooling_rate` of the images, or after `passes`. No label is used: fooled means that the prediction changes.
+
+    batch_size 1 is the algorithm as published, image by image. A larger batch takes its images' steps from the same v
+    and adds them up: a fraction of the time, and a little more than is needed, since none of them knows of the others.
+
+    images (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) is called after every
+    pass. Raises SatlibError on eps outside [0, 255], and on what else is out of range.
+    """
+    if not 0 <= eps <= 255:
+        raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
+    if not 0 < fooling_rate <= 1:
+        raise SatlibError(f"fooling_rate={fooling_rate!r}: expected a share in (0, 1]")
+    options = {"classes": classes, "steps": steps, "overshoot": overshoot}
+    _check(batch_size=batch_size, passes=passes, **options)
+    v = torch.zeros_like(images[:1], dtype=torch.float32)
+    with attackable(model) as net:
+        clean = _predicted(net, images)
+        for done in range(passes):
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+            for chosen in order.split(batch_size):
+                x = images[chosen] + v
+                x = x[_predicted(net, x) == clean[chosen]]
+                if len(x):
+                    found, changed = _deepfool(net, x, **options)
+                    v = (v + found[changed].sum(0, keepdim=True)).clamp(-eps, eps)
+            rate = (_predicted(net, images, v) != clean).float().mean().item()
+            if progress:
+                progress(f"pass {done + 1}/{passes}: {rate:.1%} fooled", (done + 1) / passes)
+            if rate >= fooling_rate:
+                break
+    return v
+
+
+@torch.no_grad()
+def _predicted(net: nn.Module, images: Tensor, v: Tensor | float = 0.0, batch_size: int = 512) -> Tensor:
+    """Predicted classes (n,) of images + v, clamped."""
+    return torch.cat([net((part + v).clamp(0, 255)).argmax(1) for part in images.split(batch_size)])
+
+
+@torch.enable_grad()
+def _linearised(net: nn.Module, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (d, k) of each image's candidate classes, and their gradients (d, k, C, H, W)."""
+    x = x.detach().requires_grad_()
+    logits = net(x.clamp(0, 255)).float().gather(1, candidates)
+    gradients = [torch.autograd.grad(logits[:, k].sum(), x, retain_graph=True)[0] for k in range(logits.shape[1])]
+    return logits.detach(), torch.stack(gradients, 1)
+
+
+def _check(*, classes: int, steps: int, overshoot: float, batch_size: int = 1, passes: int = 1) -> None:
+    least = {"classes": 2, "steps": 1, "overshoot": 0, "batch_size": 1, "passes": 1}
+    given = {"classes": classes, "steps": steps, "overshoot": overshoot, "batch_size": batch_size, "passes": passes}
+    for name, value in given.items():
+        if not value >= least[name]:
+            raise SatlibError(f"{name}={value!r}: expected at least {least[name]}")
