@@ -52,6 +52,12 @@ def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) ->
     return [beta * eps * weight / math.fsum(weights) for weight in weights]
 
 
+def check_eps(eps: float) -> None:
+    """Raises SatlibError where eps is not a number from 0 to 255."""
+    if not 0 <= eps <= 255:
+        raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
+
+
 def check_annealing(beta: float, gamma: float) -> None:
     """Raises SatlibError where beta or gamma of `annealed_step_sizes` is not a positive number."""
     for name, value in (("beta", beta), ("gamma", gamma)):

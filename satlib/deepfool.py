@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable
+from satlib.attacks import attackable, check_eps
 from satlib.errors import SatlibError
 
 
@@ -75,8 +75,7 @@ def universal_deepfool(
     images (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) is called after every
     pass. Raises SatlibError on eps outside [0, 255], and on what else is out of range.
     """
-    if not 0 <= eps <= 255:
-        raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
+    check_eps(eps)
     if not 0 < fooling_rate <= 1:
         raise SatlibError(f"fooling_rate={fooling_rate!r}: expected a share in (0, 1]")
     options = {"classes": classes, "steps": steps, "overshoot": overshoot}

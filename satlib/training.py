@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def shared_adversarial_loss(
 ) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
-    Both halves go through the model in one concatenated forward pass. images (d, C, H, W) float32 in 0..255.
+    images (d, C, H, W) float32 in 0..255, labels (d,); `settings` are those of the attack and of the loss.
     """
     sharedness = min(settings.sharedness, len(images))
     xi = heap_pgd(
@@ -114,13 +114,36 @@ def shared_adversarial_loss(
         label_smoothing=settings.label_smoothing,
         generator=generator,
     )
-    both = torch.cat([perturb(images, xi, sharedness), images])
+    return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
+
+
+def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
+    """sigma * L(theta, adversarial, y) + (1 - sigma) * L(theta, images, y), in one forward pass of both halves."""
+    both = torch.cat([adversarial, images])
     with autocast(images.device):
         logits = model(both.contiguous(memory_format=torch.channels_last)).float()
-    adversarial, clean = (
+    perturbed, clean = (
         F.cross_entropy(half, labels, label_smoothing=settings.label_smoothing) for half in logits.chunk(2)
     )
-    return settings.sigma * adversarial + (1 - settings.sigma) * clean
+    return settings.sigma * perturbed + (1 - settings.sigma) * clean
+
+
+class Adversary(Protocol):
+    """A defence that trains against perturbations of its own making, in place of the heap adversary."""
+
+    def start_epoch(self, model: nn.Module, epoch: int, generator: torch.Generator) -> None:
+        """Called before each epoch; what it finds now is what `loss` trains against."""
+
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
+    ) -> Tensor:
+        """The training loss of a mini-batch."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs to go on after an epoch."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
 
 
 def train(
@@ -128,12 +151,15 @@ def train(
     data: Any,
     settings: Training,
     *,
+    adversary: Adversary | None = None,
     state: dict[str, Tensor] | None = None,
     history: list[dict] | None = None,
     after_epoch: Callable[[dict[str, Tensor], list[dict]], None] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> list[dict]:
     """Train `model` in place on `data` (an ImageSet on the model's device); returns the history, an entry an epoch.
+
+    The loss is that of the `adversary` if one is given, else shared adversarial training's where sigma > 0, else ERM's.
 
     after_epoch(state, history) is called with everything that resuming needs; handed back as `state` and
     `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
@@ -149,6 +175,9 @@ def train(
         velocity = [
             state[f"velocity.{name}"].to(weight.device).clone() for name, weight in zip(names, weights, strict=True)
         ]
+        if adversary is not None:
+            found = {k.removeprefix("adversary."): v for k, v in state.items() if k.startswith("adversary.")}
+            adversary.load({name: value.to(weights[0].device) for name, value in found.items()})
     optimizer = torch.optim.SGD(
         weights,
         lr=settings.learning_rate,
@@ -163,11 +192,15 @@ def train(
     for epoch in range(len(history), settings.epochs):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
         total = torch.zeros((), device=weights[0].device)
+        if adversary is not None:
+            adversary.start_epoch(model, epoch, generator)
         model.train()
         batches = data.batches(settings.batch_size, generator=generator, augment=True, limit=images_each)
         for batch, (x, y) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + batch / batches_each)
-            if settings.sigma > 0:
+            if adversary is not None:
+                loss = adversary.loss(model, x, y, settings, generator)
+            elif settings.sigma > 0:
                 loss = shared_adversarial_loss(model, x, y, settings, generator)
             else:
                 with autocast(x.device):
@@ -193,7 +226,8 @@ def train(
             momenta = {
                 f"velocity.{n}": optimizer.state[w]["momentum_buffer"] for n, w in zip(names, weights, strict=True)
             }
-            after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta, history)
+            found = {f"adversary.{k}": v for k, v in adversary.state().items()} if adversary is not None else {}
+            after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta | found, history)
     model.eval()
     return history
 

@@ -1,0 +1,225 @@
+"""The baselines: what each trains against, when it renews it, and that training with it resumes bit-equal."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import satlib.defenses
+from satlib.attacks import success_rates
+from satlib.defenses import DEFENSES, DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining, mean_of_signs
+from satlib.errors import SatlibError
+from satlib.training import Training, mixed_loss, train
+
+pytestmark = pytest.mark.usefixtures("float32")
+SETTINGS = Training(epochs=3, batch_size=32, learning_rate=0.02, schedule="one-cycle", epoch_images=96, sigma=0.5)
+QUICK = {
+    "DeepFool UAD": {"pool_size": 2, "epochs_each": 2, "images_each": 16, "passes": 1, "batch_size": 8},
+    "fictitious play": {"steps": 4, "batch_size": 16},
+    "universal adversarial training": {},
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def build(name, data, eps=16.0):
+    return DEFENSES[name](data, eps=eps, **QUICK[name])
+
+
+@pytest.fixture
+def batch(tiny):
+    return tiny.train.images[:8].float(), tiny.train.labels[:8]
+
+
+@pytest.mark.parametrize("name", list(DEFENSES))
+def test_training_resumes_bit_equal(name, tiny, trained):
+    """Stopped after any epoch and handed its state, in between two renewals of a pool as well."""
+    states = []
+    whole = copy.deepcopy(trained)
+    train(
+        whole,
+        tiny.train,
+        SETTINGS,
+        adversary=build(name, tiny.train),
+        after_epoch=lambda state, history: states.append(
+            ({key: value.clone() for key, value in state.items()}, list(history))
+        ),
+    )
+    for state, history in states[:2]:
+        resumed = copy.deepcopy(trained)
+        train(resumed, tiny.train, SETTINGS, adversary=build(name, tiny.train), state=state, history=history)
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", list(DEFENSES))
+def test_perturbations_stay_within_eps_and_finding_them_leaves_the_model_alone(name, tiny, trained):
+    model, adversary = copy.deepcopy(trained).train(), build(name, tiny.train, eps=9.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adversary.start_epoch(model, 0, seeded())
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    x, y = tiny.train.images[:16].float(), tiny.train.labels[:16]
+    adversary.loss(model, x, y, SETTINGS, seeded())
+    (found,) = adversary.state().values()
+    assert 1 < found.abs().max() <= 9.0 and found.shape[1:] == x.shape[1:]
+
+
+@pytest.mark.parametrize("name", ["DeepFool UAD", "fictitious play"])
+def test_the_model_learns_to_resist_what_it_trains_against(name, tiny, trained):
+    """On images that neither has seen. (Against perturbations found anew it hardly helps: the paper's point.)"""
+    model, adversary, generator = copy.deepcopy(trained), build(name, tiny.train, eps=32.0), seeded()
+    adversary.start_epoch(model, 0, generator)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.02, momentum=0.9)
+    for _ in range(4):
+        for x, y in tiny.train.batches(32, generator=generator):
+            optimizer.zero_grad()
+            adversary.loss(model, x, y, SETTINGS, generator).backward()
+            optimizer.step()
+    test = (tiny.test.images, tiny.test.labels)
+    before, after = (success_rates(net.eval(), *test, adversary.pool[:1]).item() for net in (trained, model))
+    assert after < before / 2 and success_rates(model, *test, torch.zeros(1, 3, 8, 8)).item() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------ DeepFool UAD
+
+
+def test_the_pool_is_made_anew_every_few_epochs_from_images_drawn_anew(tiny, trained, monkeypatch):
+    seen = []
+
+    def craft(model, images, *, eps, generator, **options):
+        seen.append((images, eps, options))
+        return torch.full((1, 3, 8, 8), float(len(seen)))
+
+    monkeypatch.setattr(satlib.defenses, "universal_deepfool", craft)
+    said = []
+    adversary = DeepFoolUAD(
+        tiny.train, eps=7.0, pool_size=3, epochs_each=2, images_each=5, passes=4, progress=said.append
+    )
+    pools = []
+    for epoch in range(4):
+        adversary.start_epoch(trained, epoch, seeded(epoch))
+        pools.append(adversary.pool[:, 0, 0, 0].tolist())
+    assert pools == [[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]]
+    assert all(len(images) == 5 and eps == 7.0 and options == {"passes": 4} for images, eps, options in seen)
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert said[:3] == [f"universal perturbation {i}/3" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_share_is_the_probability_of_being_perturbed(tiny, trained, batch, share):
+    x, y = batch
+    adversary = DeepFoolUAD(tiny.train, eps=7.0, share=share)
+    adversary.pool = torch.full((2, 3, 8, 8), 7.0)
+    loss = adversary.loss(trained, x, y, SETTINGS, seeded())
+    expected = F.cross_entropy(trained((x + 7 * share).clamp(0, 255)), y, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_half_of_many_samples_are_perturbed_and_all_of_the_pool_is_used(tiny, trained):
+    many, seen = torch.full((4000, 3, 8, 8), 100.0), []
+    adversary = DeepFoolUAD(tiny.train, eps=9.0)
+    adversary.pool = torch.stack([torch.full((3, 8, 8), float(value)) for value in (2, 4, 6, 8)])
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.zeros(len(x), 4) + 0 * x.sum()
+
+    adversary.loss(Spy(), many, torch.zeros(4000, dtype=torch.long), SETTINGS, seeded())
+    added = (seen[0][:, 0, 0, 0] - 100).round().int()
+    counts = torch.bincount(added, minlength=9)[[0, 2, 4, 6, 8]]
+    assert abs(counts[0] / 4000 - 0.5) < 0.04 and (abs(counts[1:] / 4000 - 0.125) < 0.03).all()
+
+
+# --------------------------------------------------------------------------------------------- fictitious play
+
+
+def test_every_sample_has_one_vote_a_pixel(linear, tiny):
+    """Mean of signs, not sign of the mean: one huge gradient against two small ones loses the vote."""
+    weight = torch.zeros(2, 192)
+    weight[1] = 1.0
+    model = linear(weight / 1000, bias=torch.tensor([0.0, -128 * 192 / 1000]))
+    data = replace(tiny.train, labels=tiny.train.labels.clamp(max=1), classes=("a", "b"))
+    options = {"eps": 10.0, "steps": 1, "batch_size": 5}
+    start = mean_of_signs(model, data, relative_step_size=1e-9, generator=seeded(), **options)
+    two = mean_of_signs(model, data, relative_step_size=0.1, generator=seeded(), **options)
+    generator = seeded()
+    torch.rand(1, 3, 8, 8, generator=generator)
+    labels = data.labels[torch.randint(len(data), (5,), generator=generator)]
+    votes = (1 - 2 * labels.float()).mean()  # of a linear model: towards class 1 for class 0, and the other way round
+    expected = (start + votes).clamp(-10, 10)
+    assert two.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(two, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_response_fools_unseen_images(tiny, trained):
+    xi = mean_of_signs(trained, tiny.val, eps=30.0, steps=60, batch_size=32, generator=seeded())
+    noise = 30.0 * torch.randn(1, 3, 8, 8, generator=seeded()).sign()
+    rates = success_rates(trained, tiny.test.images, tiny.test.labels, torch.cat([xi, noise]))
+    assert xi.abs().max() <= 30.0 and rates[0] > rates[1] + 0.3
+
+
+def test_the_set_grows_by_one_response_an_epoch_and_each_is_met(tiny, trained, batch, monkeypatch):
+    monkeypatch.setattr(
+        satlib.defenses, "mean_of_signs", lambda model, data, **_: torch.full((1, 3, 8, 8), float(len(added)))
+    )
+    added, adversary = [], FictitiousPlay(tiny.train, eps=16.0)
+    for epoch in range(3):
+        adversary.start_epoch(trained, epoch, seeded())
+        added.append(epoch)
+        assert len(adversary.pool) == epoch + 1
+    met, generator = [], seeded()
+    monkeypatch.setattr(satlib.defenses, "perturb", lambda x, xi, s: met.append((xi.mean().item(), s)) or x)
+    x, y = batch
+    for _ in range(60):
+        adversary.loss(trained, x, y, SETTINGS, generator)
+    assert {value for value, _ in met} == {0.0, 1.0, 2.0} and {s for _, s in met} == {len(x)}
+
+
+# -------------------------------------------------------------------------------- universal adversarial training
+
+
+def test_one_ascent_step_a_mini_batch_on_one_perturbation_that_stays(tiny, trained, batch):
+    x, y = batch
+    adversary = UniversalAdversarialTraining(tiny.train, eps=8.0, relative_step_size=0.25)
+    path = [adversary.xi]
+    for epoch in (0, 0, 1, 1, 1):
+        adversary.start_epoch(trained, epoch, seeded())
+        loss = adversary.loss(trained, x, y, SETTINGS, seeded())
+        path.append(adversary.xi)
+    steps = [(after - before).abs() for before, after in pairwise(path)]
+    assert all(step.max() <= 2.0 + 1e-5 for step in steps) and (steps[0] > 1.9).float().mean() > 0.9
+    assert path[-1].abs().max() == 8.0
+    expected = mixed_loss(trained, x, (x + adversary.xi).clamp(0, 255), y, SETTINGS)
+    torch.testing.assert_close(loss, expected)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("DeepFool UAD", {"eps": 300.0}, r"eps=300\.0: expected a number from 0 to 255"),
+        ("DeepFool UAD", {"share": 1.5}, r"share=1\.5: expected a probability"),
+        ("DeepFool UAD", {"pool_size": 0}, r"pool_size=0: expected a whole number of at least 1"),
+        ("DeepFool UAD", {"epochs_each": 0.5}, r"epochs_each=0\.5"),
+        ("fictitious play", {"eps": -1.0}, r"eps=-1\.0"),
+        (
+            "universal adversarial training",
+            {"relative_step_size": 0.0},
+            r"relative_step_size=0\.0: expected a positive",
+        ),
+    ],
+)
+def test_a_defence_names_what_is_wrong(name, changes, message, tiny):
+    with pytest.raises(SatlibError, match=message):
+        DEFENSES[name](tiny.train, **({"eps": 8.0} | changes))
+    with pytest.raises(SatlibError, match="steps=0: expected a whole number"):
+        mean_of_signs(None, tiny.train, eps=8.0, steps=0)
