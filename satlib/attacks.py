@@ -2,14 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from satlib import graphs
 from satlib.errors import SatlibError
 from satlib.precision import autocast
 
@@ -114,6 +114,13 @@ def ascend(
     return torch.clamp(xi.detach() + step * gradient.sign(), -eps, eps), losses.detach()
 
 
+def _iteration(
+    net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor, eps: Tensor, alpha: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ascend`, with all that may change from call to call in one row."""
+    return ascend(net, images, labels, xi, eps=eps, alpha=alpha, **options)
+
+
 def heap_pgd(
     model: nn.Module,
     images: Tensor,
@@ -164,9 +171,10 @@ def heap_pgd(
         return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, loss, best_loss)
 
     with attackable(model) as net:
+        step = graphs.prepared(_iteration, net, images, labels, xi, eps, alphas[0], sharedness=sharedness, **options)
         for alpha in alphas:
             previous = xi
-            xi, losses = ascend(net, images, labels, xi, eps=eps, alpha=alpha, sharedness=sharedness, **options)
+            xi, losses = step(images, labels, xi, eps, alpha)
             if keep_best:
                 best, best_loss = better(previous, losses)
         if not keep_best:
@@ -224,23 +232,19 @@ def universal_pgd(
     xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
     marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
     kept = []
+    options = {"targeted": targeted, "loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    order = _minibatches(len(images), batch_size, steps, generator).to(device)
+
+    def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """A mini-batch once for each eps."""
+        x, y = images[chosen].float().repeat(heaps, 1, 1, 1), labels[chosen]
+        return x.contiguous(memory_format=torch.channels_last), y.repeat(heaps, *[1] * (y.ndim - 1))
+
     with attackable(model) as net:
-        stream = _minibatches(len(images), batch_size, steps, generator)
-        for step, (chosen, alpha) in enumerate(zip(stream, alphas, strict=True), start=1):
-            chosen = chosen.to(device)
-            x, y = images[chosen].float(), labels[chosen]
-            xi, _ = ascend(
-                net,
-                x.repeat(heaps, 1, 1, 1).contiguous(memory_format=torch.channels_last),
-                y.repeat(heaps, *[1] * (y.ndim - 1)),
-                xi,
-                eps=bound,
-                alpha=alpha * bound,
-                sharedness=batch_size,
-                targeted=targeted,
-                loss_threshold=loss_threshold,
-                label_smoothing=label_smoothing,
-            )
+        example = (*batch(order[0]), xi, bound, alphas[0] * bound)
+        advance = graphs.prepared(_iteration, net, *example, sharedness=batch_size, **options)
+        for step, (chosen, alpha) in enumerate(zip(order, alphas, strict=True), start=1):
+            xi, _ = advance(*batch(chosen), xi, bound, alpha * bound)
             if step in marks:
                 kept.append(xi)
         if len(kept) == 1:
@@ -289,14 +293,11 @@ def heap_means(values: Tensor, sharedness: int) -> Tensor:
     return padded.view(heaps, sharedness).sum(1) / sizes
 
 
-def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Iterable[Tensor]:
-    """`steps` index batches, drawn without repetition from one shuffled pass after another."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in repeat(None, steps):
-        if len(order) < batch_size:
-            order = torch.randperm(count, generator=generator)
-        yield order[:batch_size]
-        order = order[batch_size:]
+def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Tensor:
+    """Indices (steps, batch_size), drawn without repetition from one shuffled pass after another."""
+    passes = -(-steps // (count // batch_size))
+    orders = [torch.randperm(count, generator=generator) for _ in range(passes)]
+    return torch.cat([order[: count - count % batch_size].view(-1, batch_size) for order in orders])[:steps]
 
 
 def _check_pair(images: Tensor, labels: Tensor) -> None:
@@ -326,7 +327,7 @@ def _per_heap(name: str, value: Any, heaps: int, device: torch.device, *, top: f
     return tensor.to(device).view(-1, 1, 1, 1)
 
 
-def _per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Iterable[Tensor]:
+def _per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
     """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
     if steps < 1:
         raise SatlibError(f"steps={steps!r}: expected at least 1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from satlib import precision
-from satlib.attacks import heap_pgd, perturb, success_rates, universal_pgd
+from satlib.attacks import attack_loss, attackable, heap_pgd, perturb, success_rates, universal_pgd
 from satlib.errors import SatlibError
 from satlib.precision import autocast, fastest_dtype
 from satlib.training import Training, train
@@ -116,6 +116,25 @@ def test_attacks_in_bfloat16_succeed_as_in_float32(choose, trained, tiny):
         rates[value] = torch.stack([heap_rate, *success_rates(trained, images, labels, universal)])
     assert (rates["float32"] - rates["bfloat16"]).abs().max() < 0.1
     assert rates["float32"].min() > 0.3
+
+
+def test_signs_of_gradients_agree_where_they_matter(choose, trained, tiny):
+    """PGD steps by signs. Weighed by how much a pixel matters, hardly any sign depends on the format."""
+    images, labels, gradients = tiny.test.images.float(), tiny.test.labels, {}
+    for value in ("float32", "bfloat16"):
+        choose(value)
+        with attackable(trained) as net:
+            x = images.clone().requires_grad_()
+            with autocast(x.device):
+                losses = attack_loss(net(x), labels)
+            (gradients[value],) = torch.autograd.grad(losses.sum(), x)
+    exact, rough = gradients["float32"], gradients["bfloat16"]
+    agree = exact.sign() == rough.sign()
+    weight = exact.abs() / exact.abs().sum((1, 2, 3), keepdim=True)
+    assert not torch.equal(exact, rough) and agree.float().mean() > 0.9
+    assert (weight * agree).sum((1, 2, 3)).mean() > 0.98
+    large = exact.abs() > exact.abs().flatten(1).median(1).values.view(-1, 1, 1, 1)
+    assert agree[large].float().mean() > 0.97
 
 
 def test_eps_zero_changes_no_prediction_in_bfloat16(choose, trained, tiny):
