@@ -42,7 +42,7 @@ class Recording:
 
     @torch.no_grad()
     def __call__(self, *tensors: Tensor) -> Outputs:
-        """The outputs for `tensors`, as new tensors; what is the same object as in the last call is not copied again."""
+        """The outputs for `tensors`, as new tensors. What is the same object as in the last call is not copied."""
         for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
             if tensor is not last:
                 buffer.copy_(tensor)
