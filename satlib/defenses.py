@@ -113,7 +113,14 @@ class UniversalAdversarialTraining:
     loss capped as in section 4.3, and then the weights on the perturbed and the clean images (sigma and 1 - sigma).
     """
 
-    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25) -> None:
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        eps: float,
+        relative_step_size: float = 0.25,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         check_eps(eps)
         if not relative_step_size > 0:
             raise SatlibError(f"relative_step_size={relative_step_size!r}: expected a positive number")
@@ -121,7 +128,7 @@ class UniversalAdversarialTraining:
         self.xi = torch.zeros(1, *data.images.shape[1:], device=data.device)
 
     def start_epoch(self, model: nn.Module, epoch: int, generator: torch.Generator) -> None:
-        pass  # the perturbation goes on from where it is
+        """Nothing to do: the perturbation goes on from where it is."""
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from satlib import profiles
+from satlib.errors import SatlibError
 from satlib.lab import Run
 from satlib.paper import CIFAR10, METHOD, Cifar10, Method
 from satlib.training import Training
@@ -17,18 +18,35 @@ Settings = TypeVar("Settings", Cifar10, Method)
 # Section 6.1
 
 
+Point = tuple[int, float, float]  # sharedness, eps, sigma
+Baseline = tuple[str, float]  # name of the defence, eps
+
+
 @dataclass(frozen=True)
 class Cifar10Plan:
-    """The runs of section 6.1: the ERM model, a fine-tuned model for each (s, eps, sigma), and their robustness."""
+    """The runs of section 6.1: the models, how both attacks do on each of them, and what an epoch costs.
+
+    models: by (s, eps, sigma); baselines: by (name, eps). robustness and deepfool: of every model, the former with
+    one search for each seed.
+    """
 
     erm: Run
-    models: dict[tuple[int, float, float], Run]
-    robustness: dict[Run, list[Run]]  # one search for each seed
+    models: dict[Point, Run]
+    baselines: dict[Baseline, Run]
+    robustness: dict[Run, list[Run]]
+    deepfool: dict[Run, Run]
+    cost: Run
+
+    @property
+    def trained(self) -> list[Run]:
+        """All models, the undefended one first, in order of importance."""
+        return [self.erm, *self.models.values(), *self.baselines.values()]
 
     @property
     def runs(self) -> list[Run]:
-        """In order of importance: each model followed by its evaluation, the undefended one first."""
-        return [run for model in (self.erm, *self.models.values()) for run in (model, *self.robustness[model])]
+        """In order of importance: each model followed by its evaluations."""
+        found = [run for model in self.trained for run in (model, *self.robustness[model], self.deepfool[model])]
+        return [*found, self.cost]
 
 
 def cifar10(settings: Cifar10) -> Cifar10Plan:
@@ -38,11 +56,13 @@ def cifar10(settings: Cifar10) -> Cifar10Plan:
         (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
     ]
     models = {point: finetune_run(settings, erm, *point) for point in points}
+    baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
+    trained = (erm, *models.values(), *baselines.values())
     searches = {
-        model: [robustness_run(settings, model, seed=seed) for seed in range(settings.search_seeds)]
-        for model in (erm, *models.values())
+        model: [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)] for model in trained
     }
-    return Cifar10Plan(erm, models, searches)
+    deepfool = {model: deepfool_run(settings, model) for model in trained}
+    return Cifar10Plan(erm, models, baselines, searches, deepfool, cost_run(settings, erm))
 
 
 def erm_run(settings: Cifar10) -> Run:
@@ -64,7 +84,43 @@ def erm_run(settings: Cifar10) -> Run:
 
 def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float) -> Run:
     """Fine-tuning of the ERM model by (shared) adversarial training (section 6.1)."""
-    training = Training(
+    training = _finetuning(settings, sharedness=sharedness, eps=eps, sigma=sigma)
+    return _train_run(settings, training, f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", {"init": erm})
+
+
+def baseline_run(settings: Cifar10, erm: Run, name: str, eps: float) -> Run:
+    """Fine-tuning of the ERM model by one of the defences that the paper compares with (section 6.1)."""
+    options = baseline_options(settings)
+    if name not in options:
+        raise SatlibError(f"baselines: {name!r} is no defence; expected one of {', '.join(options)}")
+    training = _finetuning(settings, sharedness=1, eps=eps, sigma=settings.baseline_sigma)
+    defense = {"name": name, "eps": eps} | options[name]
+    rounds = -(-settings.finetune_epochs // settings.uad_epochs)
+    finding = {
+        "DeepFool UAD": rounds * settings.uad_pool * settings.uad_images * 40,  # 10 gradients, a few times for each
+        "fictitious play": settings.finetune_epochs * settings.response_steps * settings.batch_size,
+    }
+    run = _train_run(settings, training, f"{name}, eps={eps:g}", {"init": erm}, defense=defense)
+    return replace(run, cost=run.cost / 2 + finding.get(name, 0))
+
+
+def baseline_options(settings: Cifar10) -> dict[str, dict[str, Any]]:
+    """Settings of each defence of `satlib.defenses`, but for eps."""
+    return {
+        "DeepFool UAD": {
+            "pool_size": settings.uad_pool,
+            "epochs_each": settings.uad_epochs,
+            "images_each": settings.uad_images,
+            "passes": settings.deepfool_passes,
+            "batch_size": settings.deepfool_batch,
+        },
+        "fictitious play": {"steps": settings.response_steps, "batch_size": settings.batch_size},
+        "universal adversarial training": {},
+    }
+
+
+def _finetuning(settings: Cifar10, **attack: Any) -> Training:
+    return Training(
         epochs=settings.finetune_epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.finetune_learning_rate,
@@ -74,18 +130,15 @@ def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma
         epoch_images=settings.finetune_epoch_images,
         momentum=settings.momentum,
         label_smoothing=settings.label_smoothing,
-        sigma=sigma,
-        eps=eps,
-        sharedness=sharedness,
         steps=settings.steps,
         relative_step_size=settings.relative_step_size,
         loss_threshold=settings.loss_threshold,
         seed=settings.seed,
+        **attack,
     )
-    return _train_run(settings, training, f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", {"init": erm})
 
 
-def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[str, Run]) -> Run:
+def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[str, Run], **more: Any) -> Run:
     passes = 1.5 if training.sigma == 0 else training.steps + 3
     images = training.epoch_images or TRAIN_IMAGES.get(settings.dataset, 45_000)
     return Run(
@@ -96,6 +149,7 @@ def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[
             "dataset": settings.dataset,
             "architecture": {"depth": settings.depth, "width": settings.width},
             "training": training.config(),
+            **more,
         },
         parents=parents,
         cost=passes * images * training.epochs,
@@ -133,6 +187,49 @@ def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
         },
         parents={"model": model},
         cost=passes * settings.search_steps * settings.search_batch,
+        labels={"section": "6.1"},
+    )
+
+
+def deepfool_run(settings: Cifar10, model: Run) -> Run:
+    """Accuracy of a trained model under a DeepFool universal perturbation (Figure 3, right)."""
+    attack = {"passes": settings.deepfool_passes, "batch_size": settings.deepfool_batch}
+    return Run(
+        kind="universal_deepfool",
+        title=f"DeepFool on {model.title}",
+        dataset=settings.dataset,
+        config={
+            "dataset": settings.dataset,
+            "eps": settings.deepfool_eps,
+            "images": settings.deepfool_images,
+            "attack": attack,
+            "seed": settings.seed,
+        },
+        parents={"model": model},
+        cost=settings.deepfool_images * settings.deepfool_passes * 10,
+        labels={"section": "6.1"},
+    )
+
+
+def cost_run(settings: Cifar10, model: Run) -> Run:
+    """Seconds that an epoch of each way of training takes (section 6.1)."""
+    training = _finetuning(settings, sharedness=1, eps=8.0, sigma=0.5)
+    defenses = {name: {"eps": 8.0} | options for name, options in baseline_options(settings).items()}
+    ways = len(settings.sharedness) + len(defenses) + 1
+    return Run(
+        kind="epoch_cost",
+        title="cost of an epoch",
+        dataset=settings.dataset,
+        config={
+            "dataset": settings.dataset,
+            "training": training.config(),
+            "sharedness": list(settings.sharedness),
+            "defenses": defenses,
+            "images": settings.cost_images,
+            "seed": settings.seed,
+        },
+        parents={"model": model},
+        cost=ways * settings.cost_images * (settings.steps + 3),
         labels={"section": "6.1"},
     )
 

@@ -1,8 +1,9 @@
 """How each kind of run is computed: from its settings and parents to metrics and artefacts."""
 
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from satlib.attacks import (
     success_rates,
     universal_pgd,
 )
+from satlib.deepfool import universal_deepfool
+from satlib.defenses import DEFENSES
 from satlib.ledger import Workspace
 from satlib.precision import autocast
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
@@ -47,6 +50,11 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
         history = info["history"]
     began, first, fresh = time.monotonic(), len(history) / settings.epochs, len(history)
 
+    adversary = None
+    if defense := run.config.get("defense"):
+        options = {name: value for name, value in defense.items() if name != "name"}
+        adversary = DEFENSES[defense["name"]](splits.train, progress=lambda text: progress(text, first), **options)
+
     def after_epoch(state: dict, history: list[dict]) -> None:
         work.save_checkpoint(state, {"history": history})
         if len(history) < settings.epochs:
@@ -59,6 +67,7 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
         model,
         splits.train,
         settings,
+        adversary=adversary,
         state=state,
         history=history,
         after_epoch=after_epoch,
@@ -109,6 +118,76 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
         "images": {"craft": len(craft), "choose": len(choose), "report": len(report)},
         "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
     }
+
+
+def compute_universal_deepfool(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Accuracy on test images under a DeepFool universal perturbation, found on validation images (Figure 3, right)."""
+    config, splits = run.config, lab.splits(run.dataset)
+    craft = splits.val.first(min(config["images"], len(splits.val)))
+    model, began = lab.model(run.parents["model"]), time.monotonic()
+
+    def progress(text: str, done: float) -> None:
+        lab.report(run, text, done, began)
+
+    xi = universal_deepfool(
+        model,
+        craft.images,
+        eps=config["eps"],
+        generator=torch.Generator().manual_seed(config["seed"]),
+        progress=progress,
+        **config["attack"],
+    )
+    work.save_tensors("perturbation", {"perturbation": xi.cpu()})
+    test, nothing = splits.test, torch.zeros_like(xi)
+    with torch.no_grad():
+        clean = torch.cat([model(x).argmax(1) for x, _ in test.batches(512)])
+    both = torch.cat([xi, nothing])
+    attacked, unattacked = (1 - success_rates(model, test.images, test.labels, both)).tolist()
+    return {
+        "accuracy": attacked,
+        "clean_accuracy": unattacked,
+        "fooling_rate": success_rates(model, test.images, clean, xi).item(),
+        "magnitude": xi.abs().max().item(),
+        "images": {"craft": len(craft), "report": len(test)},
+    }
+
+
+def compute_epoch_cost(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Seconds an epoch of each way of training takes here, one after the other on the same model.
+
+    Measured on some of the images and scaled to all; what a baseline finds once for several epochs is shared out.
+    """
+    config, train_set = run.config, lab.splits(run.dataset).train
+    base, some = lab.model(run.parents["model"]), min(config["images"], len(train_set))
+    scale, began = len(train_set) / some, time.monotonic()
+    settings = Training.from_config(config["training"])
+    ways = [("ERM", replace(settings, sigma=0.0), None)]
+    ways += [(f"s = {s}", replace(settings, sharedness=s), None) for s in config["sharedness"]]
+    ways += [(name, settings, options) for name, options in config["defenses"].items()]
+    seconds: dict[str, float] = {}
+    for index, (name, each, options) in enumerate(ways):
+        model, finding = copy.deepcopy(base), 0.0
+        adversary = None
+        if options is not None:
+            epochs, crafted = options.get("epochs_each", 1), options.get("pool_size", 1)
+            adversary = DEFENSES[name](train_set, **options | ({"pool_size": 1} if "pool_size" in options else {}))
+            start = time.perf_counter()
+            adversary.start_epoch(model, 0, torch.Generator().manual_seed(config["seed"]))
+            _wait(lab.device)
+            finding = (time.perf_counter() - start) * crafted / epochs
+            adversary.start_epoch = lambda *_: None  # it has been found, and is not part of what follows
+        train(model, train_set, replace(each, epochs=1, epoch_images=settings.batch_size), adversary=adversary)
+        start = time.perf_counter()
+        train(model, train_set, replace(each, epochs=1, epoch_images=some), adversary=adversary)
+        _wait(lab.device)
+        seconds[name] = (time.perf_counter() - start) * scale + finding
+        lab.report(run, name, (index + 1) / len(ways), began)
+    return {"seconds": seconds, "images": some, "scaled_to": len(train_set)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def compute_adversarial_robustness(lab: "Lab", run: "Run", work: Workspace) -> dict:
@@ -305,6 +384,8 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
 KINDS = {
     "train": Kind(1, compute_train, ("weights",)),
     "universal_robustness": Kind(1, compute_universal_robustness),
+    "universal_deepfool": Kind(1, compute_universal_deepfool),
+    "epoch_cost": Kind(1, compute_epoch_cost),
     "adversarial_robustness": Kind(1, compute_adversarial_robustness, ("epsilons",)),
     "gallery": Kind(1, compute_gallery, ("gallery",)),
     "error_curves": Kind(1, compute_error_curves),

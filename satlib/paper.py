@@ -56,6 +56,24 @@ class Cifar10:
     choose_images: int = 512  # our choice: decides the search, apart from the images that report
     report_images: int = 512
     search_seeds: int = 1  # our choice: searches that start from other random numbers
+    # Figure 3 (right): DeepFool-based universal perturbations of a fixed size. All but the size is our choice.
+    deepfool_eps: float = 20.0
+    deepfool_images: int = 1000
+    deepfool_passes: int = 10
+    deepfool_batch: int = 32
+    # Baselines, (name, eps) with a name of `satlib.defenses.DEFENSES`; trained as long as the others. Our choice.
+    baselines: tuple[tuple[str, float], ...] = tuple(
+        (name, eps)
+        for eps in (14.0, 8.0, 20.0, 26.0)
+        for name in ("DeepFool UAD", "fictitious play", "universal adversarial training")
+    )
+    baseline_sigma: float = 0.5
+    uad_pool: int = 10
+    uad_epochs: int = 5
+    uad_images: int = 1000
+    response_steps: int = 100
+    # The cost of an epoch is measured on this many training images, and scaled to all of them. Our choice.
+    cost_images: int = 2560
 
 
 CIFAR10 = Cifar10()

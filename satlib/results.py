@@ -1,17 +1,21 @@
 """The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.lab import Run
-from satlib.ledger import Ledger, Record
+from satlib.claims import Model, Records, cifar10_models
+from satlib.ledger import Ledger
 from satlib.paper import CIFAR10, REPORTED, Reported
-from satlib.records import digest_of
 
+COSTS = {  # a reported time, and the way of training whose epoch it is
+    "cifar10/cost/shared": "s = 64",
+    "cifar10/cost/standard": "s = 1",
+    "cifar10/cost/uad": "DeepFool UAD",
+    "cifar10/cost/fictitious-play": "fictitious play",
+}
 BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts for more
 
 
@@ -37,94 +41,6 @@ class Row:
     verdict: str = "not run"
 
 
-class Records:
-    """Finds the records of planned runs by their settings, so that nobody needs the data to look them up."""
-
-    def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
-        ledger = ledger or Ledger()
-        self._by_settings: dict[tuple[str, str], list[Record]] = {}
-        for record in sorted(ledger.records(), key=lambda record: record.created, reverse=True):
-            if not published or (ledger.ledger / record.id).is_dir():
-                self._by_settings.setdefault((record.kind, digest_of(record.config)), []).append(record)
-
-    def of(self, run: Run) -> Record | None:
-        """The newest record of the run's kind and settings that builds on records of its parents."""
-        return next(iter(self._all(run)), None)
-
-    def _all(self, run: Run) -> list[Record]:
-        parents = {role: {r.id for r in self._all(parent)} for role, parent in run.parents.items()}
-        return [
-            record
-            for record in self._by_settings.get((run.kind, digest_of(run.config)), [])
-            if record.parents.keys() == parents.keys()
-            and all(record.parents[role] in found for role, found in parents.items())
-        ]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
-
-    sharedness, eps and sigma are None for the undefended model; eps_uni is None where no search succeeded.
-    """
-
-    title: str
-    sharedness: int | None
-    eps: float | None
-    sigma: float | None
-    accuracy: float
-    eps_uni: float | None
-    spread: float | None
-    seeds: int
-    train: Record
-    searches: tuple[Record, ...]
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        return (self.train, *self.searches)
-
-
-def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Model]:
-    """The models of section 6.1 that have a record, the undefended one first."""
-    points = [(None, None, None), *plan.models]
-    found = []
-    for point, run in zip(points, (plan.erm, *plan.models.values()), strict=True):
-        train = records.of(run)
-        searches = tuple(r for search in plan.robustness[run] if (r := records.of(search)))
-        if train is None or not searches:
-            continue
-        values = [r.metrics["eps_uni"] for r in searches if r.metrics["eps_uni"] is not None]
-        found.append(
-            Model(
-                run.title,
-                *point,
-                accuracy=100 * train.metrics["accuracy"],
-                eps_uni=statistics.mean(values) if len(values) == len(searches) else None,
-                spread=statistics.stdev(values) if len(values) == len(searches) > 1 else None,
-                seeds=len(searches),
-                train=train,
-                searches=searches,
-            )
-        )
-    return found
-
-
-def domination(models: Sequence[Model], better: int, worse: int) -> str:
-    """Whether sharedness `better` dominates `worse`: every such model is beaten by one as accurate and more robust."""
-    found = [m for m in models if m.eps_uni is not None]
-    strong, weak = ([m for m in found if m.sharedness == s] for s in (better, worse))
-
-    def beats(a: Model, b: Model) -> bool:
-        return a.accuracy >= b.accuracy and (a.eps_uni or 0.0) > (b.eps_uni or 0.0)
-
-    if not strong or not weak:
-        return "not run"
-    if all(any(beats(a, b) for a in strong) for b in weak):
-        return "holds here"
-    contradicted = any(beats(b, a) for a in strong for b in weak)
-    return "does not hold here" if contradicted else "not decided by these models"
-
-
 def cifar10_plan(profile: str) -> experiments.Cifar10Plan:
     """The plan of section 6.1 under a profile."""
     return experiments.cifar10(experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10")))
@@ -138,10 +54,11 @@ def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | N
 
 def cifar10_rows(profile: str, records: Records) -> list[Row]:
     """The rows of section 6.1 for a profile's records."""
-    models = cifar10_models(cifar10_plan(profile), records)
+    plan = cifar10_plan(profile)
+    models, cost = cifar10_models(plan, records), records.of(plan.cost)
     reported = {r.key: r for r in REPORTED if r.key.startswith("cifar10/")}
     rows = {key: _row(r) for key, r in reported.items()}
-    erm = next((m for m in models if m.sharedness is None), None)
+    erm = next((m for m in models if m.family == "ERM"), None)
     if erm is not None:
 
         def fill(key: str, ours: float | None, used: list[Model], verdict: str, spread: float | None = None) -> None:
@@ -185,6 +102,16 @@ def cifar10_rows(profile: str, records: Records) -> list[Row]:
             gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
             used = list({m.title: m for pair in pairs for m in pair}.values())
             fill("cifar10/gain", gain, used, "same direction" if gain > 0 else "not reproduced")
+    if cost is not None:
+        dataset = cost.labels.get("dataset")
+        for key, way in COSTS.items():
+            measured = {
+                "ours": cost.metrics["seconds"][way],
+                "profile": profile,
+                "dataset": dataset,
+                "runs": (cost.id,),
+            }
+            rows[key] = Row(**asdict(_row(reported[key])) | measured | {"verdict": "other setting"})
     return list(rows.values())
 
 

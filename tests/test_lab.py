@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from satlib import experiments, paper, profiles, results
+from satlib import claims, experiments, paper, profiles, results
 from satlib import lab as lab_module
 from satlib.__main__ import main
+from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
 from satlib.kinds import KINDS
 from satlib.lab import BudgetSpent, Lab
@@ -41,6 +42,15 @@ SMALL = {
     "craft_images": 32,
     "choose_images": 32,
     "report_images": 16,
+    "baselines": [["DeepFool UAD", 8.0], ["fictitious play", 8.0], ["universal adversarial training", 8.0]],
+    "uad_pool": 2,
+    "uad_epochs": 1,
+    "uad_images": 8,
+    "response_steps": 2,
+    "deepfool_images": 16,
+    "deepfool_passes": 1,
+    "deepfool_batch": 8,
+    "cost_images": 64,
 }
 
 
@@ -52,7 +62,8 @@ def small(tiny, monkeypatch, float32):
 
 
 def metrics(ledger: Ledger) -> dict[str, dict]:
-    return {record.id: record.metrics for record in ledger.records()}
+    """Of all runs but the one whose metrics are times."""
+    return {record.id: record.metrics for record in ledger.records() if record.kind != "epoch_cost"}
 
 
 def weights(ledger: Ledger) -> dict[str, dict]:
@@ -62,7 +73,7 @@ def weights(ledger: Ledger) -> dict[str, dict]:
 def test_plan_is_carried_out_once_and_found_again(small, tmp_path):
     lab = Lab(ledger=Ledger(tmp_path), device="cpu", profile="p")
     records = lab.carry_out(small.runs)
-    assert len(records) == len({r.id for r in records}) == 6 == len(lab.ledger.records())
+    assert len(records) == len({r.id for r in records}) == len(set(small.runs)) == len(lab.ledger.records())
     assert all(r.labels["profile"] == "p" and r.labels["dataset"] == "Tiny" for r in records)
     created = {r.id: r.created for r in records}
     again = Lab(ledger=Ledger(tmp_path), device="cpu")
@@ -70,7 +81,10 @@ def test_plan_is_carried_out_once_and_found_again(small, tmp_path):
     assert {r.id: r.created for r in again.carry_out(small.runs)} == created
     forced = Lab(ledger=Ledger(tmp_path), device="cpu", force=True).carry_out(small.runs)
     assert all(r.created > created[r.id] for r in forced)
-    assert {r.id: r.metrics for r in forced} == {r.id: r.metrics for r in records}
+    times = {"epoch_cost"}
+    assert {r.id: r.metrics for r in forced if r.kind not in times} == {
+        r.id: r.metrics for r in records if r.kind not in times
+    }
 
 
 def test_ids_follow_settings_and_parents(small, tmp_path):
@@ -155,6 +169,7 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
     stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
     kinds = {record.kind for stem in stems for record in lab.carry_out(plan.of(stem))}
+    kinds |= {run.kind for run in small.runs}
     assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"
     risks = lab.record(plan.risks[plan.erm]).metrics
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
@@ -210,10 +225,38 @@ def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
     Lab(ledger=ledger, device="cpu", profile="quick").carry_out(small.runs)
     monkeypatch.setattr(lab_module.data, "load", lambda name: pytest.fail("results need no data"))
-    models = results.cifar10_models(small, results.Records(ledger))
-    assert [m.title for m in models] == ["ERM", "s=8, eps=10, sigma=0.7", "s=1, eps=4, sigma=0.5"]
+    models = claims.cifar10_models(small, claims.Records(ledger))
+    assert [m.title for m in models[:3]] == ["ERM", "s=8, eps=10, sigma=0.7", "s=1, eps=4, sigma=0.5"]
+    assert [m.title for m in models[3:]] == [f"{name}, eps=8" for name, _ in SMALL["baselines"]]
+    assert [m.family for m in models] == ["ERM", "s = 8", "s = 1", *(name for name, _ in SMALL["baselines"])]
+    for m in models:
+        assert m.deepfool == 100 * m.deepfool_record.metrics["accuracy"] and len(m.records) == 3
+    cost = claims.Records(ledger).of(small.cost)
+    ways = ["ERM", "s = 1", "s = 8", "s = 64", *(name for name, _ in SMALL["baselines"])]
+    assert list(cost.metrics["seconds"]) == ways and min(cost.metrics["seconds"].values()) > 0
     other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
-    assert results.cifar10_models(other, results.Records(ledger)) == []
+    assert claims.cifar10_models(other, claims.Records(ledger)) == []
+
+
+def test_deepfool_runs_score_unseen_images_under_the_perturbation_that_they_keep(small, tiny, tmp_path):
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    record = lab.record(small.deepfool[small.erm])
+    xi, model = record.tensors("perturbation")["perturbation"], lab.model(small.erm)
+    assert xi.abs().max().item() == record.metrics["magnitude"] <= 20.0
+    x, y = tiny.test.images.float(), tiny.test.labels
+    with torch.no_grad():
+        clean, attacked = model(x).argmax(1), model((x + xi).clamp(0, 255)).argmax(1)
+    for name, value in {
+        "accuracy": (attacked == y).float().mean(),
+        "clean_accuracy": (clean == y).float().mean(),
+        "fooling_rate": (attacked != clean).float().mean(),
+    }.items():
+        assert record.metrics[name] == pytest.approx(value.item()), name
+
+
+def test_a_baseline_that_nobody_knows_is_named():
+    with pytest.raises(SatlibError, match="baselines: 'magic' is no defence; expected one of DeepFool UAD, "):
+        experiments.cifar10(with_parameters(paper.CIFAR10, {"baselines": [["magic", 8.0]]}))
 
 
 def test_results_json_has_every_number_of_the_paper(capsys, monkeypatch, tmp_path):

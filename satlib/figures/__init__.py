@@ -23,12 +23,18 @@ from satlib.paths import project_root
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc")
 RED = "#b2182b"  # a wrong prediction, a failed attack
 
-# One colour and one marker for each model wherever it appears.
+# One colour and one marker for each kind of model wherever it appears.
 ERM = {"color": "black", "marker": "*"}
 BY_SHAREDNESS = {
     1: {"color": VERMILION, "marker": "o"},
     8: {"color": ORANGE, "marker": "s"},
     64: {"color": BLUE, "marker": "D"},
+}
+BY_FAMILY = {"ERM": ERM} | {f"s = {s}": look for s, look in BY_SHAREDNESS.items()}
+BY_FAMILY |= {
+    "DeepFool UAD": {"color": GREEN, "marker": "^"},
+    "fictitious play": {"color": PURPLE, "marker": "v"},
+    "universal adversarial training": {"color": "#949494", "marker": "P"},
 }
 REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x", "markeredgewidth": 2}  # the paper's own numbers
 

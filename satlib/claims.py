@@ -1,0 +1,197 @@
+"""Models with what both attacks say of them, Pareto fronts, and the paper's claims evaluated on records."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from satlib import experiments
+from satlib.lab import Run
+from satlib.ledger import Ledger, Record
+from satlib.records import digest_of
+
+
+class Records:
+    """Finds the records of planned runs by their settings, so that nobody needs the data to look them up."""
+
+    def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
+        ledger = ledger or Ledger()
+        self._by_settings: dict[tuple[str, str], list[Record]] = {}
+        for record in sorted(ledger.records(), key=lambda record: record.created, reverse=True):
+            if not published or (ledger.ledger / record.id).is_dir():
+                self._by_settings.setdefault((record.kind, digest_of(record.config)), []).append(record)
+
+    def of(self, run: Run) -> Record | None:
+        """The newest record of the run's kind and settings that builds on records of its parents."""
+        return next(iter(self._all(run)), None)
+
+    def _all(self, run: Run) -> list[Record]:
+        parents = {role: {r.id for r in self._all(parent)} for role, parent in run.parents.items()}
+        return [
+            record
+            for record in self._by_settings.get((run.kind, digest_of(run.config)), [])
+            if record.parents.keys() == parents.keys()
+            and all(record.parents[role] in found for role, found in parents.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
+
+    family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
+    training, eps for ERM. eps_uni: mean over the searches, None where one did not succeed; spread: their standard
+    deviation, None of a single one. deepfool: accuracy in % under the DeepFool universal perturbation, None if not run.
+    """
+
+    title: str
+    family: str
+    sharedness: int | None
+    eps: float | None
+    sigma: float | None
+    accuracy: float
+    eps_uni: float | None
+    spread: float | None
+    seeds: int
+    deepfool: float | None
+    train: Record
+    searches: tuple[Record, ...]
+    deepfool_record: Record | None
+
+    def robustness(self, measure: str) -> float | None:
+        """By "eps_uni" (pixel units) or "deepfool" (%)."""
+        return {"eps_uni": self.eps_uni, "deepfool": self.deepfool}[measure]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(filter(None, (self.train, *self.searches, self.deepfool_record)))
+
+
+def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Model]:
+    """The models of section 6.1 that have a record, the undefended one first."""
+    described: list[tuple[Run, str, int | None, float | None, float | None]] = [(plan.erm, "ERM", None, None, None)]
+    described += [(run, f"s = {s}", s, eps, sigma) for (s, eps, sigma), run in plan.models.items()]
+    described += [(run, name, None, eps, None) for (name, eps), run in plan.baselines.items()]
+    found = []
+    for run, family, sharedness, eps, sigma in described:
+        train, deepfool = records.of(run), records.of(plan.deepfool[run])
+        searches = tuple(r for search in plan.robustness[run] if (r := records.of(search)))
+        if train is None or not searches:
+            continue
+        values = [r.metrics["eps_uni"] for r in searches if r.metrics["eps_uni"] is not None]
+        found.append(
+            Model(
+                title=run.title,
+                family=family,
+                sharedness=sharedness,
+                eps=eps,
+                sigma=sigma,
+                accuracy=100 * train.metrics["accuracy"],
+                eps_uni=statistics.mean(values) if len(values) == len(searches) else None,
+                spread=statistics.stdev(values) if len(values) == len(searches) > 1 else None,
+                seeds=len(searches),
+                deepfool=100 * deepfool.metrics["accuracy"] if deepfool else None,
+                train=train,
+                searches=searches,
+                deepfool_record=deepfool,
+            )
+        )
+    return found
+
+
+ATTACKS = {"S-PGD": "eps_uni", "DeepFool": "deepfool"}  # the measure of robustness under each attack
+
+
+def front(models: Sequence[Model], measure: str = "eps_uni") -> list[tuple[Model, float]]:
+    """The Pareto front with each model's robustness: those that no other beats in accuracy and robustness.
+
+    measure: "eps_uni" or "deepfool"; models without it are left out. The most accurate one is the last.
+    """
+    known = [(model, value) for model in models if (value := model.robustness(measure)) is not None]
+    best: list[tuple[Model, float]] = []
+    for model, value in sorted(known, key=lambda pair: (-pair[0].accuracy, -pair[1])):
+        if not best or value > best[-1][1]:
+            best.append((model, value))
+    return best[::-1]
+
+
+def domination(models: Sequence[Model], better: str, worse: str, measure: str = "eps_uni") -> tuple[str, str]:
+    """Whether family `better` dominates `worse`, by the fronts of both: (verdict, what it rests on).
+
+    Each model on the worse front is compared with the most robust one of `better` that is at least as accurate. It
+    holds if all that can be compared are beaten, and at least one can; it does not hold if one of them is more robust
+    by more than the spread of the searches; with none to compare, or differences within it, it is not decided.
+    """
+    strong, weak = (front([m for m in models if m.family == family], measure) for family in (better, worse))
+    if not strong or not weak:
+        return "not run", ""
+    gaps = []
+    for model, value in weak:
+        above = [other for m, other in strong if m.accuracy >= model.accuracy]
+        gaps += [max(above) - value] if above else []
+    if not gaps:
+        return "not decided", f"no {better} model is as accurate as one of {worse}"
+    noise = max(m.spread or 0.0 for m, _ in (*strong, *weak)) if measure == "eps_uni" else 0.0
+    unit = "pixel units" if measure == "eps_uni" else "points"
+    listed = ", ".join(f"{gap:+.1f}" for gap in gaps)
+    evidence = f"{len(gaps)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
+    if all(gap > noise for gap in gaps):
+        return "holds", evidence
+    return ("does not hold" if any(gap < -noise for gap in gaps) else "not decided"), evidence
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, evaluated on records: "holds", "does not hold", "not decided" or "not run"."""
+
+    claim: str
+    verdict: str
+    evidence: str
+
+
+def cifar10_claims(models: Sequence[Model], cost: Record | None) -> list[Claim]:
+    """The claims of section 6.1."""
+    found = [
+        Claim(f"s = 64 dominates s = {s} ({attack})", *domination(models, "s = 64", f"s = {s}", measure))
+        for attack, measure in ATTACKS.items()
+        for s in (1, 8)
+    ]
+    for name in ("DeepFool UAD", "fictitious play"):
+        for attack, measure in ATTACKS.items():
+            each = {s: domination(models, f"s = {s}", name, measure) for s in (1, 8, 64)}
+            verdicts = {verdict for verdict, _ in each.values()}
+            order = ("does not hold", "not run", "not decided", "holds")
+            text = "; ".join(f"s = {s}: {verdict} ({evidence})" for s, (verdict, evidence) in each.items() if evidence)
+            worst = next(verdict for verdict in order if verdict in verdicts)
+            found.append(Claim(f"all (shared) adversarial training dominates {name} ({attack})", worst, text))
+    found += _against_erm(models)
+    if cost is None:
+        found.append(Claim("s = 1 and s = 64 cost the same", "not run", ""))
+    else:
+        ratio = cost.metrics["seconds"]["s = 64"] / cost.metrics["seconds"]["s = 1"]
+        verdict = "holds" if abs(ratio - 1) <= 0.1 else "does not hold"
+        found.append(
+            Claim("s = 1 and s = 64 cost the same", verdict, f"an epoch of s = 64 takes {ratio:.2f} times s = 1's")
+        )
+    return found
+
+
+def _against_erm(models: Sequence[Model]) -> list[Claim]:
+    """What s = 64 gains over the undefended model, and what it costs in accuracy."""
+    undefended, shared = (front([m for m in models if m.family == family]) for family in ("ERM", "s = 64"))
+    if not undefended or not shared:
+        return []
+    erm, base = undefended[0]
+    closest, value = shared[-1]
+    verdict = "holds" if any(m.accuracy >= erm.accuracy and value > base for m, value in shared) else "does not hold"
+    text = f"{closest.title} loses {erm.accuracy - closest.accuracy:.1f} points, eps_uni {base:.1f} -> {value:.1f}"
+    claims = [Claim("s = 64 raises robustness without loss of accuracy (paper: 14.9 -> 22.7)", verdict, text)]
+    for factor, points, said in ((3.0, 3.5, "paper: 14.9 -> 44.1"), (2.0, 5.0, "our weaker form of it")):
+        claim = f"s = 64 is about {factor:g} times as robust at under {points:g} points of accuracy ({said})"
+        within = [(value / base, m) for m, value in shared if erm.accuracy - m.accuracy < points]
+        if not within or not base:
+            claims.append(Claim(claim, "does not hold", f"every s = 64 model loses more than {points:g} points"))
+            continue
+        times, model = max(within, key=lambda pair: pair[0])
+        text = f"{model.title}: {times:.2f} times at {erm.accuracy - model.accuracy:.1f} points"
+        claims.append(Claim(claim, "holds" if times >= 0.95 * factor else "does not hold", text))
+    return claims

@@ -1,0 +1,95 @@
+"""Pareto fronts, and the paper's claims on models made up so that the answer is known."""
+
+import types
+
+import pytest
+
+from satlib.claims import Claim, Model, cifar10_claims, domination, front
+
+
+def model(family, accuracy, eps_uni, *, deepfool=None, spread=None, eps=8.0):
+    sharedness = int(family.removeprefix("s = ")) if family.startswith("s = ") else None
+    title = f"{family}, {accuracy:g}"
+    return Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, spread, 1, deepfool, None, (), None)
+
+
+def verdict_of(found: list[Claim], start: str) -> Claim:
+    (claim,) = [claim for claim in found if claim.claim.startswith(start)]
+    return claim
+
+
+ERM = model("ERM", 90.0, 15.0, deepfool=30.0, eps=None)
+
+
+def test_the_front_is_what_nobody_beats():
+    points = {(90, 10), (88, 20), (88, 18), (87, 19), (85, 30), (80, 30), (79, 31)}
+    best = front([model("s = 1", a, r) for a, r in points])
+    assert [(m.accuracy, value) for m, value in best] == [(79, 31), (85, 30), (88, 20), (90, 10)]
+    assert front([model("s = 1", 90.0, None)]) == []
+    both = [model("s = 1", 90.0, 5.0, deepfool=10.0), model("s = 1", 89.0, 9.0, deepfool=8.0)]
+    assert len(front(both)) == 2 and len(front(both, "deepfool")) == 1
+
+
+@pytest.mark.parametrize(
+    ("strong", "weak", "spread", "expected"),
+    [
+        ([(88, 40)], [(87, 30), (86, 35)], None, "holds"),
+        ([(88, 40), (84, 50)], [(90, 10), (87, 30), (83, 45)], None, "holds"),  # at 90 there is nothing to compare
+        ([(88, 40)], [(87, 30), (86, 45)], None, "does not hold"),
+        ([(88, 40)], [(86, 41)], 2.0, "not decided"),
+        ([(88, 40)], [(86, 39)], 2.0, "not decided"),
+        ([(88, 40)], [(89, 20)], None, "not decided"),
+        ([(88, 40)], [(87, 30), (86, 5)], None, "holds"),  # the latter is no model of the front
+        ([], [(87, 30)], None, "not run"),
+        ([(87, None)], [(87, 30)], None, "not run"),
+    ],
+)
+def test_domination_compares_at_equal_accuracy_or_more(strong, weak, spread, expected):
+    models = [model("s = 64", a, r, spread=spread) for a, r in strong]
+    models += [model("s = 1", a, r, spread=spread) for a, r in weak]
+    verdict, evidence = domination(models, "s = 64", "s = 1")
+    assert verdict == expected and bool(evidence) == (expected != "not run")
+
+
+def test_domination_under_deepfool_looks_at_that_accuracy():
+    models = [model("s = 64", 88, 1.0, deepfool=60.0), model("s = 1", 87, 99.0, deepfool=50.0)]
+    assert domination(models, "s = 64", "s = 1", "deepfool") == (
+        "holds",
+        "1 of 1 s = 1 models can be compared: +10.0 points",
+    )
+    assert domination(models, "s = 64", "s = 1")[0] == "does not hold"
+
+
+def test_all_of_adversarial_training_has_to_beat_a_baseline():
+    models = [ERM, model("fictitious play", 85.0, 20.0)]
+    models += [model(f"s = {s}", 86.0, 30.0 + s) for s in (1, 8, 64)]
+    start = "all (shared) adversarial training dominates fictitious play (S-PGD)"
+    assert verdict_of(cifar10_claims(models, None), start).verdict == "holds"
+    models[2] = model("s = 1", 86.0, 19.0)
+    found = verdict_of(cifar10_claims(models, None), start)
+    assert found.verdict == "does not hold" and "s = 1: does not hold" in found.evidence
+    missing = verdict_of(cifar10_claims(models, None), start.replace("fictitious play", "DeepFool UAD"))
+    assert missing.verdict == "not run"
+
+
+@pytest.mark.parametrize(
+    ("shared", "verdicts"),
+    [
+        ([(90.5, 23.0), (87.0, 44.0)], ["holds", "holds", "holds"]),
+        ([(89.0, 23.0), (87.0, 31.0)], ["does not hold", "does not hold", "holds"]),
+        ([(84.0, 60.0)], ["does not hold", "does not hold", "does not hold"]),
+        ([(91.0, 14.0)], ["does not hold", "does not hold", "does not hold"]),
+    ],
+)
+def test_what_is_gained_over_the_undefended_model(shared, verdicts):
+    found = cifar10_claims([ERM, *(model("s = 64", a, r) for a, r in shared)], None)
+    starts = ("s = 64 raises robustness", "s = 64 is about 3 times", "s = 64 is about 2 times")
+    assert [verdict_of(found, start).verdict for start in starts] == verdicts
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.02, "holds"), (0.95, "holds"), (1.3, "does not hold")])
+def test_the_cost_of_sharing(ratio, verdict):
+    cost = types.SimpleNamespace(metrics={"seconds": {"s = 1": 100.0, "s = 64": 100.0 * ratio}})
+    claim = verdict_of(cifar10_claims([ERM], cost), "s = 1 and s = 64 cost the same")
+    assert claim.verdict == verdict and f"{ratio:.2f}" in claim.evidence
+    assert verdict_of(cifar10_claims([ERM], None), "s = 1 and s = 64 cost").verdict == "not run"

@@ -1,0 +1,88 @@
+"""Figures of section 6.1: every model is there, fronts are steps, spectra are what Fourier says."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from test_claims import model
+
+from satlib.figures import cifar10
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def labels_of(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_figure_3_draws_both_attacks_the_fronts_as_steps_and_the_rest_faint():
+    models = [
+        model("ERM", 90.0, 15.0, deepfool=30.0, eps=None),
+        model("s = 64", 88.0, 30.0, deepfool=60.0, eps=14.0),
+        model("s = 64", 86.0, 40.0, deepfool=70.0, eps=22.0),
+        model("s = 64", 85.0, 35.0, deepfool=65.0, eps=99.0),
+        model("fictitious play", 87.0, 20.0, deepfool=None, eps=8.0),
+    ]
+    figure = cifar10.figure3(models, [(93.25, 14.9, "ERM")], delta=0.75, eps=20.0, dataset="made up")
+    figure.canvas.draw()
+    left, right = figure.axes
+    steps = {line.get_label(): line for line in left.lines if line.get_drawstyle() == "steps-pre"}
+    assert list(steps) == ["ERM (undefended)", "s = 64", "fictitious play"]
+    assert list(steps["s = 64"].get_xdata()) == [86, 88] and list(steps["s = 64"].get_ydata()) == [40, 30]
+    (shared,) = [line for line in right.lines if line.get_label() == "s = 64"]
+    assert list(shared.get_ydata()) == [70, 60]
+    assert "fictitious play" not in [line.get_label() for line in right.lines]
+    faint = [bars.lines[0] for bars in left.containers if bars.lines[0].get_alpha() == 0.3]
+    assert [line.get_xdata()[0] for line in faint] == [85.0]
+    assert {"14, 0.5", "22, 0.5", "8, 0.5", "ERM"} == set(labels_of(left))
+    assert "pixel units" in left.get_ylabel() and "%" in right.get_ylabel() and "%" in right.get_xlabel()
+    cross = next(line for line in left.lines if line.get_marker() == "x")
+    assert cross.get_markeredgewidth() > 0
+
+
+def test_a_model_that_no_search_could_break_is_named():
+    models = [model("ERM", 90.0, 15.0, eps=None), model("s = 1", 80.0, None)]
+    left = cifar10.figure3(models, [], delta=0.75, eps=20.0, dataset="made up").axes[0]
+    assert "> 255: s = 1, 80" in labels_of(left)
+
+
+def test_the_spectrum_of_a_wave_is_two_points_at_its_frequency():
+    x = np.arange(32)
+    wave = np.cos(2 * np.pi * 4 * x / 32)[None, None, :].repeat(3, 0).repeat(32, 1)
+    magnitude = cifar10.spectrum(wave)
+    assert sorted(map(tuple, np.argwhere(magnitude > magnitude.max() / 2))) == [(16, 12), (16, 20)]
+    radius, share = cifar10.energy_below(wave)
+    assert share[radius < 4 / 32 - 1e-9].max() < 1e-9 and share[radius <= 4 / 32 + 1e-9].max() == pytest.approx(1)
+
+
+def test_random_signs_spread_their_energy_and_smooth_patterns_do_not():
+    random = np.sign(np.random.default_rng(1).standard_normal((3, 32, 32)))
+    smooth = np.ones((3, 32, 32)) * np.sign(np.sin(np.arange(32) / 5))
+    low = {}
+    for name, xi in (("random", random), ("smooth", smooth)):
+        radius, share = cifar10.energy_below(xi)
+        low[name] = share[radius <= 0.125].max()
+    assert low["random"] < 0.1 < 0.7 < low["smooth"]
+    figure = cifar10.spectra({"random": random, "smooth": smooth}, dataset="made up")
+    figure.canvas.draw()
+    *_, below = [axis for axis in figure.axes if axis.get_xlabel().startswith("spatial frequency")]
+    assert [line.get_label() for line in below.lines] == ["random", "smooth", "random signs"]
+
+
+def test_the_gallery_marks_wrong_predictions():
+    rows = [
+        {"title": "ERM", "eps_uni": 8.0, "perturbation": np.full((3, 4, 4), 8.0)}
+        | {"predictions": [("cat", True), ("dog", False)]}
+    ]
+    figure = cifar10.perturbation_gallery(rows, np.zeros((2, 3, 4, 4)), dataset="made up")
+    figure.canvas.draw()
+    named = {axis.get_xlabel(): axis.xaxis.label.get_color() for axis in figure.axes if axis.get_xlabel()}
+    assert named == {"cat": "0.25", "dog": "tab:red"}
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert shown[-1].max() == 8
