@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import statistics
 import time
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from satlib.errors import SatlibError
 
+PAIRS = 9  # timed in each format
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,19 +34,29 @@ def fastest_dtype(device_type: str) -> torch.dtype:
         return torch.float32
     net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
     net = net.requires_grad_(False).to(memory_format=torch.channels_last)
-    x = torch.zeros(32, 16, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.zeros(16, 16, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
 
     def seconds(dtype: torch.dtype) -> float:
-        best = float("inf")
-        for _ in range(4):
-            start = time.perf_counter()
-            with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-                torch.autograd.grad(net(x).float().sum(), x)
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.thread_time()
+        with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            torch.autograd.grad(net(x).float().sum(), x)
+        return time.thread_time() - start
 
-    # The margin keeps a noisy measurement from changing the format between two runs on one machine.
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+    # The processor time of one thread, taking turns: what else runs on the machine hardly changes the ratio. The
+    # margin keeps what noise is left from changing the format, and with it all results, between two processes.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ratios = [seconds(torch.bfloat16) / seconds(torch.float32) for _ in range(1 + PAIRS)][1:]
+    finally:
+        torch.set_num_threads(threads)
+    return torch.bfloat16 if statistics.median(ratios) < 0.8 else torch.float32
+
+
+def used_dtype() -> torch.dtype | None:
+    """The format that this process runs convolutions in, None where it has not run any."""
+    device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+    return fastest_dtype(device) if fastest_dtype.cache_info().currsize else None
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -12,6 +12,7 @@ import torch
 
 import satlib
 from satlib.paths import project_root
+from satlib.precision import used_dtype
 
 
 @functools.cache
@@ -43,9 +44,11 @@ def device_name() -> str:
 
 
 def provenance() -> dict:
-    """Device, versions, commit (with whether satlib differs from it) and time, as they stand in a record."""
+    """Device, versions and number format, commit (with whether satlib differs from it) and time, as in a record."""
     commit, dirty = _commit()
     versions = {"satlib": satlib.__version__, "python": platform.python_version()}
     versions |= {"torch": str(torch.__version__), "numpy": np.__version__}
+    if used := used_dtype():
+        versions["convolutions"] = str(used).removeprefix("torch.")
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
     return {"device": device_name(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}

@@ -48,7 +48,7 @@ def figure3(
         title="DeepFool universal perturbations",
     )
     for axis in (left, right):
-        axis.margins(x=0.12, y=0.12)
+        axis.margins(x=0.12, y=0.2)
         axis.set_ylim(bottom=0)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
