@@ -3,9 +3,12 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from satlib.errors import SatlibError
+
+if TYPE_CHECKING:
+    from satlib.lab import Lab, Run
 
 
 def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
@@ -19,7 +22,9 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
     parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
     parser.add_argument("--force", action="store_true", help="compute again what is already known")
-    parser.add_argument("--dry-run", action="store_true", help="only list the runs and what is known of them")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.set_defaults(function=lambda arguments: _sweep(arguments, deadline(arguments.budget)))
 
@@ -31,9 +36,7 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     runs = experiments.profile_runs(arguments.profile)
     lab = Lab(profile=arguments.profile, device=arguments.device, force=arguments.force, deadline=deadline)
     if arguments.dry_run:
-        waiting = {lab.spec(run).id for run in lab.pending(runs)}
-        for key, run in {lab.spec(run).id: run for run in runs}.items():
-            print(f"{key[:12]}  {'waiting' if key in waiting else 'done':8}  {run.kind:22}  {run.title}")
+        _dry_run(lab, runs)
         return 0
     try:
         lab.carry_out(runs)
@@ -42,6 +45,28 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
         return 3
     print(f"all runs of the profile {arguments.profile!r} have a record")
     return 0
+
+
+def _dry_run(lab: "Lab", runs: list["Run"]) -> None:
+    """Every run of the plan in its order, with an estimate of its time from a measured probe of its model."""
+    from satlib.progress import duration
+    from satlib.provenance import device_name
+
+    unique = {lab.spec(r).id: r for run in runs for r in run.ancestry()}
+    waiting = {lab.spec(run).id for run in lab.pending(unique.values())}
+    seconds, disk = 0.0, 0
+    for key, run in unique.items():
+        state = "done"
+        if key in waiting:
+            needed = run.cost / lab.passes_per_second(run)
+            seconds, disk, state = seconds + needed, disk + lab.weight_bytes(run), f"about {duration(needed)}"
+        print(f"{key[:12]}  {state:20}  {run.kind:22}  {run.title}")
+    speeds = {round(lab.passes_per_second(run)) for key, run in unique.items() if key in waiting}
+    probe = f"; probe: {', '.join(f'{speed:,}' for speed in speeds)} attack passes a second" if speeds else ""
+    print(
+        f"{len(waiting)} of {len(unique)} runs are waiting: about {seconds / 3600:.1f} h on {device_name()}{probe};"
+        f" {disk / 1e6:.0f} MB of weights on disk"
+    )
 
 
 def add_results(commands: Any) -> None:

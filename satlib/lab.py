@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from satlib import data
+from satlib.attacks import heap_pgd
 from satlib.kinds import KINDS
 from satlib.ledger import Ledger, Record, RunSpec, Workspace
 from satlib.models import ResNet
@@ -73,6 +74,7 @@ class Lab:
         self._done: dict[str, Record] = {}
         self._specs: dict[Run, RunSpec] = {}
         self._spent = self._worked = 0.0  # seconds, and work in the unit of Run.cost, of the runs computed here
+        self._speeds: dict[str, float] = {}  # by architecture
         self._order: dict[str, int] = {}  # the plan in hand: place of each run, and the runs still to do
         self._waiting: dict[str, Run] = {}
 
@@ -177,6 +179,26 @@ class Lab:
         torch.manual_seed(run.config["training"]["seed"])
         model = ResNet(classes=len(train.classes), mean=train.mean, std=train.std, **run.config["architecture"])
         return model.to(self.device)
+
+    def passes_per_second(self, run: Run) -> float:
+        """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
+        trained = next(r for r in reversed(list(run.ancestry())) if r.kind == "train")
+        key = str(trained.config["architecture"]) + trained.dataset
+        if key not in self._speeds:
+            train, model, steps = self.splits(trained.dataset).train, self.new_model(trained), 4
+            part = train.first(min(128, len(train)))
+            options = {"eps": 8.0, "sharedness": 1, "steps": steps, "step_size": 2.0}
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                heap_pgd(model, part.images.float(), part.labels, **options).sum().item()  # the sum waits for it
+                seconds.append(time.perf_counter() - start)
+            self._speeds[key] = steps * len(part) / min(seconds)
+        return self._speeds[key]
+
+    def weight_bytes(self, run: Run) -> int:
+        """Bytes that the weights of a `train` run take; 0 of other runs."""
+        return sum(t.nbytes for t in self.new_model(run).state_dict().values()) if run.kind == "train" else 0
 
     def check_budget(self, needed: float = 0.0) -> None:
         """Raises BudgetSpent where fewer than `needed` seconds are left."""

@@ -218,6 +218,23 @@ def test_paper_profile_is_the_paper():
     assert len(experiments.cifar10(settings).models) == 9 * 4 * 3
 
 
+def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(tiny, tmp_path, monkeypatch, capsys, float32):
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    monkeypatch.setattr(lab_module, "Ledger", lambda: Ledger(tmp_path))
+    plan = {title: f"{key:.12}" for key, title in _planned("quick", tmp_path)}
+    assert main(["sweep", "--profile", "quick", "--dry-run"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in lines] == list(plan.values()) and all("  about " in line for line in lines)
+    assert total.startswith(f"{len(lines)} of {len(lines)} runs are waiting: about ") and "MB of weights" in total
+    assert " attack passes a second" in total and not list(tmp_path.glob("runs/*/record.json"))
+
+
+def _planned(profile, root):
+    lab = Lab(ledger=Ledger(root), device="cpu")
+    runs = [r for run in experiments.profile_runs(profile) for r in run.ancestry()]
+    return {lab.spec(run).id: f"{run.kind} {run.title} {lab.spec(run).id}" for run in runs}.items()
+
+
 # Results
 
 

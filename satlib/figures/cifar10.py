@@ -1,5 +1,6 @@
 """Figures of section 6.1: the Pareto fronts, and what the universal perturbations look like."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -136,9 +137,9 @@ def energy_below(perturbation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spectra(perturbations: Mapping[str, np.ndarray], *, dataset: str) -> Figure:
-    """Fourier magnitudes of universal perturbations, by model, and how their energy is spread over frequencies.
+    """Fourier magnitudes of universal perturbations, and how their energy is spread over frequencies.
 
-    perturbations: (C, H, W) in pixel units, by the model's title. Random signs are drawn for comparison.
+    perturbations: (C, H, W) in pixel units, by the family of the model. Random signs are drawn for comparison.
     """
     shape = next(iter(perturbations.values())).shape
     random = np.sign(np.random.default_rng(0).standard_normal(shape))
@@ -154,12 +155,13 @@ def spectra(perturbations: Mapping[str, np.ndarray], *, dataset: str) -> Figure:
         axis.set(xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5] if not column else [])
         axis.tick_params(labelsize=7)
         axis.grid(False)
-        axis.set_title(title, fontsize=8.5)
+        axis.set_title(textwrap.fill(title, 18), fontsize=8.5)
     axis.figure.colorbar(picture, ax=figure.axes, location="right", shrink=0.8, label="log10 magnitude", pad=0.01)
     below = figure.add_subplot(grid[1, :])
     for title, xi in perturbations.items():
-        below.plot(*energy_below(xi), label=title, linewidth=1.6)
-    below.plot(*energy_below(random), color="0.5", linestyle="--", label="random signs")
+        color = BY_FAMILY.get(title, OTHER)["color"]
+        below.plot(*energy_below(xi), label=title, linewidth=1.6, color=color)
+    below.plot(*energy_below(random), color="0.3", linestyle=":", label="random signs")
     below.set(
         xlabel="spatial frequency (cycles a pixel)",
         ylabel="share of energy at or below",
