@@ -66,7 +66,7 @@ def cifar10(settings: Cifar10) -> Cifar10Plan:
 
 
 def erm_run(settings: Cifar10) -> Run:
-    """Pre-training by empirical risk minimisation (section 6.1)."""
+    """Pre-training by empirical risk minimisation (section 6.1), with a restart where the settings ask for one."""
     training = Training(
         epochs=settings.erm_epochs,
         batch_size=settings.erm_batch_size,
@@ -79,7 +79,16 @@ def erm_run(settings: Cifar10) -> Run:
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
     )
-    return _train_run(settings, training, "ERM", {})
+    if not settings.erm_restart_epochs:
+        return _train_run(settings, training, "ERM", {})
+    again = replace(
+        training,
+        epochs=settings.erm_restart_epochs,
+        learning_rate=settings.erm_restart_learning_rate,
+        schedule="one-cycle",
+        seed=settings.seed + 1,  # other mini-batches than in the first epochs
+    )
+    return _train_run(settings, again, "ERM", {"init": _train_run(settings, training, "ERM, first cycle", {})})
 
 
 def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float) -> Run:

@@ -29,6 +29,8 @@ class Cifar10:
     erm_schedule: str = "step"
     erm_milestones: tuple[int, ...] = (82, 123)
     erm_weight_decay: float = 5e-4
+    erm_restart_epochs: int = 0  # a second, shorter one-cycle from where the first training ended; 0: none
+    erm_restart_learning_rate: float = 0.1
     # Fine-tuning.
     finetune_epochs: int = 65
     finetune_learning_rate: float = 0.0025

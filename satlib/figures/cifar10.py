@@ -28,13 +28,7 @@ def figure3(
     for accuracy, eps_uni, what in reported:
         left.plot(accuracy, eps_uni, **REFERENCE)
         left.annotate(
-            what,
-            (accuracy, eps_uni),
-            xytext=(0, -13),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.35",
-            ha="center",
+            what, (accuracy, eps_uni), xytext=(-8, -3), textcoords="offset points", fontsize=8, color="0.35", ha="right"
         )
     if reported:
         left.plot([], [], label="the paper, CIFAR10", **REFERENCE)
