@@ -314,6 +314,19 @@ def start_sweep(root: Path) -> subprocess.Popen:
     )
 
 
+def test_a_restart_goes_on_from_the_first_cycle_s_weights(small, tmp_path):
+    settings = with_parameters(paper.CIFAR10, SMALL | {"erm_restart_epochs": 1})
+    erm, lab = experiments.erm_run(settings), Lab(ledger=Ledger(tmp_path), device="cpu")
+    (first,) = erm.parents.values()
+    assert (first.title, erm.title) == ("ERM, first cycle", "ERM") and not first.parents
+    assert lab.spec(first).id == lab.spec(small.erm).id, "a plan without restart trains the same first cycle"
+    before, after = (lab.record(run).tensors("weights")["head.weight"] for run in (first, erm))
+    assert 0 < (before - after).norm() < before.norm()
+    assert len(lab.record(erm).metrics["history"]) == 1
+    plan = experiments.cifar10(settings)
+    assert all(lab.spec(run.parents["init"]).id == lab.spec(erm).id for run in plan.trained[1:])
+
+
 def test_killed_sweep_ends_as_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start_sweep(whole).wait() == 0
