@@ -106,10 +106,9 @@ def add_bench(commands: Any) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from satlib import bench
 
-    rows, where = bench.run(only=arguments.only, device=arguments.device, repeats=arguments.repeats)
+    options = {"only": arguments.only, "device": arguments.device, "repeats": arguments.repeats}
+    rows, where = bench.run(**options, path=arguments.json)
     print(f"\n{where['device']}; PyTorch {where['versions']['torch']}; {where['platform']}\n\n{bench.table(rows)}")
-    if arguments.json:
-        bench.write(arguments.json, rows)
     return 0
 
 

@@ -53,7 +53,7 @@ class Bench:
 
     def __init__(self, *, device: str | None = None, repeats: int = 3) -> None:
         self.lab = Lab(profile="bench", device=device)
-        self.device, self.repeats = self.lab.device, repeats
+        self.device, self.repeats, self.progress = self.lab.device, repeats, self.lab.progress
         self.on_cuda = self.device.type == "cuda"
         threads = "" if self.on_cuda else f", {torch.get_num_threads()} threads"
         self.name = (torch.cuda.get_device_name() if self.on_cuda else device_name()) + threads
@@ -95,6 +95,7 @@ class Bench:
         for _ in range(self.repeats):
             for name, function in functions.items():
                 taken[name].append(self.seconds(function))
+                self.progress.update(f"[bench] {name}: {taken[name][-1]:.2f} s")
         return taken
 
     def row(
@@ -131,10 +132,13 @@ class Bench:
         return f"{share:.0%} of the {self.peak / 1e12:.2f} TFLOP/s that a large matrix product reaches here"
 
 
-def run(*, only: str | None = None, device: str | None = None, repeats: int = 3) -> tuple[list[Row], dict]:
+def run(
+    *, only: str | None = None, device: str | None = None, repeats: int = 3, path: Path | None = None
+) -> tuple[list[Row], dict]:
     """Measures the rows (all, or those of `only`: "a,c"), each told when it is done: (rows, what was measured on).
 
-    Raises SatlibError for an unknown row.
+    path: a JSON file of the rows, written anew after each, so that a kill loses the row in progress alone. Raises
+    SatlibError for an unknown row, before anything is measured.
     """
     from satlib.bench.rows import ROWS
 
@@ -148,6 +152,8 @@ def run(*, only: str | None = None, device: str | None = None, repeats: int = 3)
     for name in wanted:
         start = time.monotonic()
         found += ROWS[name](bench)
+        if path:
+            write(path, found)
         print(f"[bench] {name}: {ROWS[name].__doc__} ({time.monotonic() - start:.0f} s)", flush=True)
     return found, provenance() | {"device": bench.name, "platform": platform.platform(), "repeats": repeats}
 

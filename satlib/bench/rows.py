@@ -96,6 +96,7 @@ def universal(bench: Bench) -> list[Row]:
         ]
     found = []
     for attacker in ("pgd", "deepfool"):
+        bench.progress.line(f"[bench] ART's UniversalPerturbation ({attacker}) on {len(craft)} images: minutes")
         start = time.perf_counter()
         xi = peers.universal(attacker, model, x, y, eps=eps)
         budget, goal = time.perf_counter() - start, error(xi)
