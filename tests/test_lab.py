@@ -277,7 +277,7 @@ def test_a_baseline_that_nobody_knows_is_named():
 
 
 def test_results_json_has_every_number_of_the_paper(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(results, "Ledger", lambda: Ledger(tmp_path))
+    monkeypatch.setattr(claims, "Ledger", lambda: Ledger(tmp_path))
     assert main(["results", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     keys = {"section", "quantity", "unit", "paper", "ours", "spread", "seeds", "profile", "dataset", "runs", "verdict"}
