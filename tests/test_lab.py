@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from satlib import claims, experiments, paper, profiles, results
+from satlib import claims, experiments, paper, profiles
 from satlib import lab as lab_module
 from satlib.__main__ import main
 from satlib.errors import SatlibError
