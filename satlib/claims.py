@@ -1,7 +1,7 @@
 """Models with what both attacks say of them, Pareto fronts, and the paper's claims evaluated on records."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from satlib import experiments
@@ -39,8 +39,9 @@ class Model:
     """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
 
     family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
-    training, eps for ERM. eps_uni: mean over the searches, None where one did not succeed; spread: their standard
-    deviation, None of a single one. deepfool: accuracy in % under the DeepFool universal perturbation, None if not run.
+    training, eps for ERM. accuracy: mean over the trainings. eps_uni: mean over all searches, None where one did not
+    succeed. deepfool: accuracy in % under the DeepFool universal perturbation, None if not run. spreads: the standard
+    deviation of each of the three over its seeds, by name, where there are several. run: the first training.
     """
 
     title: str
@@ -50,12 +51,12 @@ class Model:
     sigma: float | None
     accuracy: float
     eps_uni: float | None
-    spread: float | None
-    seeds: int
     deepfool: float | None
-    train: Record
-    searches: tuple[Record, ...]
-    deepfool_record: Record | None
+    spreads: Mapping[str, float]
+    run: Run | None = None
+    trainings: tuple[Record, ...] = ()
+    searches: tuple[Record, ...] = ()
+    deepfools: tuple[Record, ...] = ()
 
     def robustness(self, measure: str) -> float | None:
         """By "eps_uni" (pixel units) or "deepfool" (%)."""
@@ -63,36 +64,44 @@ class Model:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return tuple(filter(None, (self.train, *self.searches, self.deepfool_record)))
+        return (*self.trainings, *self.searches, *self.deepfools)
 
 
 def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Model]:
     """The models of section 6.1 that have a record, the undefended one first."""
-    described: list[tuple[Run, str, int | None, float | None, float | None]] = [(plan.erm, "ERM", None, None, None)]
-    described += [(run, f"s = {s}", s, eps, sigma) for (s, eps, sigma), run in plan.models.items()]
-    described += [(run, name, None, eps, None) for (name, eps), run in plan.baselines.items()]
+    described: list[tuple[list[Run], str, int | None, float | None, float | None]] = [
+        ([plan.erm], "ERM", None, None, None),
+        *((runs, f"s = {s}", s, eps, sigma) for (s, eps, sigma), runs in plan.models.items()),
+        *(([run], name, None, eps, None) for (name, eps), run in plan.baselines.items()),
+    ]
     found = []
-    for run, family, sharedness, eps, sigma in described:
-        train, deepfool = records.of(run), records.of(plan.deepfool[run])
-        searches = tuple(r for search in plan.robustness[run] if (r := records.of(search)))
-        if train is None or not searches:
+    for runs, family, sharedness, eps, sigma in described:
+        trainings = tuple(r for run in runs if (r := records.of(run)))
+        searches = tuple(r for run in runs for search in plan.robustness[run] if (r := records.of(search)))
+        deepfools = tuple(r for run in runs if (r := records.of(plan.deepfool[run])))
+        if not trainings or not searches:
             continue
-        values = [r.metrics["eps_uni"] for r in searches if r.metrics["eps_uni"] is not None]
+        sizes = [r.metrics["eps_uni"] for r in searches]
+        values = {
+            "accuracy": [100 * r.metrics["accuracy"] for r in trainings],
+            "eps_uni": [] if None in sizes else sizes,
+            "deepfool": [100 * r.metrics["accuracy"] for r in deepfools],
+        }
         found.append(
             Model(
-                title=run.title,
+                title=runs[0].title,
                 family=family,
                 sharedness=sharedness,
                 eps=eps,
                 sigma=sigma,
-                accuracy=100 * train.metrics["accuracy"],
-                eps_uni=statistics.mean(values) if len(values) == len(searches) else None,
-                spread=statistics.stdev(values) if len(values) == len(searches) > 1 else None,
-                seeds=len(searches),
-                deepfool=100 * deepfool.metrics["accuracy"] if deepfool else None,
-                train=train,
+                accuracy=statistics.mean(values["accuracy"]),
+                eps_uni=statistics.mean(values["eps_uni"]) if values["eps_uni"] else None,
+                deepfool=statistics.mean(values["deepfool"]) if values["deepfool"] else None,
+                spreads={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+                run=runs[0],
+                trainings=trainings,
                 searches=searches,
-                deepfool_record=deepfool,
+                deepfools=deepfools,
             )
         )
     return found
@@ -119,7 +128,7 @@ def domination(models: Sequence[Model], better: str, worse: str, measure: str = 
 
     Each model on the worse front is compared with the most robust one of `better` that is at least as accurate. It
     holds if all that can be compared are beaten, and at least one can; it does not hold if one of them is more robust
-    by more than the spread of the searches; with none to compare, or differences within it, it is not decided.
+    by more than the spread over seeds; with none to compare, or differences within it, it is not decided.
     """
     strong, weak = (front([m for m in models if m.family == family], measure) for family in (better, worse))
     if not strong or not weak:
@@ -130,7 +139,7 @@ def domination(models: Sequence[Model], better: str, worse: str, measure: str = 
         gaps += [max(above) - value] if above else []
     if not gaps:
         return "not decided", f"no {better} model is as accurate as one of {worse}"
-    noise = max(m.spread or 0.0 for m, _ in (*strong, *weak)) if measure == "eps_uni" else 0.0
+    noise = max(m.spreads.get(measure, 0.0) for m, _ in (*strong, *weak))
     unit = "pixel units" if measure == "eps_uni" else "points"
     listed = ", ".join(f"{gap:+.1f}" for gap in gaps)
     evidence = f"{len(gaps)} of {len(weak)} {worse} models can be compared: {listed} {unit}"

@@ -26,12 +26,12 @@ Baseline = tuple[str, float]  # name of the defence, eps
 class Cifar10Plan:
     """The runs of section 6.1: the models, how both attacks do on each of them, and what an epoch costs.
 
-    models: by (s, eps, sigma); baselines: by (name, eps). robustness and deepfool: of every model, the former with
-    one search for each seed.
+    models: by (s, eps, sigma), one for each seed of training; baselines: by (name, eps). robustness and deepfool: of
+    every model, the former with one search for each seed.
     """
 
     erm: Run
-    models: dict[Point, Run]
+    models: dict[Point, list[Run]]
     baselines: dict[Baseline, Run]
     robustness: dict[Run, list[Run]]
     deepfool: dict[Run, Run]
@@ -39,8 +39,10 @@ class Cifar10Plan:
 
     @property
     def trained(self) -> list[Run]:
-        """All models, the undefended one first, in order of importance."""
-        return [self.erm, *self.models.values(), *self.baselines.values()]
+        """All models, the undefended one first, in order of importance: repetitions come last."""
+        first = [runs[0] for runs in self.models.values()]
+        again = [run for runs in self.models.values() for run in runs[1:]]
+        return [self.erm, *first, *self.baselines.values(), *again]
 
     @property
     def runs(self) -> list[Run]:
@@ -52,12 +54,20 @@ class Cifar10Plan:
 def cifar10(settings: Cifar10) -> Cifar10Plan:
     """Plan of section 6.1 under the given settings."""
     erm = erm_run(settings)
-    points = settings.points or [
+    points = settings.points or tuple(
         (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
-    ]
-    models = {point: finetune_run(settings, erm, *point) for point in points}
+    )
+    if unknown := set(settings.repeated) - set(points):
+        raise SatlibError(f"repeated: {sorted(unknown)} are not among the points; add them there, or drop them here")
+    models = {
+        point: [
+            finetune_run(settings, erm, *point, seed=settings.seed + i)
+            for i in range(settings.train_seeds if point in settings.repeated else 1)
+        ]
+        for point in points
+    }
     baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
-    trained = (erm, *models.values(), *baselines.values())
+    trained = (erm, *(run for runs in models.values() for run in runs), *baselines.values())
     searches = {
         model: [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)] for model in trained
     }
@@ -91,10 +101,15 @@ def erm_run(settings: Cifar10) -> Run:
     return _train_run(settings, again, "ERM", {"init": _train_run(settings, training, "ERM, first cycle", {})})
 
 
-def finetune_run(settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float) -> Run:
-    """Fine-tuning of the ERM model by (shared) adversarial training (section 6.1)."""
+def finetune_run(
+    settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float, *, seed: int | None = None
+) -> Run:
+    """Fine-tuning of the ERM model by (shared) adversarial training (section 6.1); seed: None for the settings' own."""
     training = _finetuning(settings, sharedness=sharedness, eps=eps, sigma=sigma)
-    return _train_run(settings, training, f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", {"init": erm})
+    title = f"s={sharedness}, eps={eps:g}, sigma={sigma:g}"
+    if seed is not None and seed != training.seed:
+        training, title = replace(training, seed=seed), f"{title}, seed {seed}"
+    return _train_run(settings, training, title, {"init": erm})
 
 
 def baseline_run(settings: Cifar10, erm: Run, name: str, eps: float) -> Run:

@@ -42,6 +42,8 @@ class Cifar10:
     epsilons: tuple[float, ...] = EPSILONS
     sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     points: tuple[tuple[int, float, float], ...] = ()  # (s, eps, sigma) instead of the whole grid; () means the grid
+    repeated: tuple[tuple[int, float, float], ...] = ()  # our choice: the points that are trained from several seeds
+    train_seeds: int = 2  # our choice: how many
     steps: int = 4  # K of training
     relative_step_size: float = 0.5  # alpha_k / eps
     loss_threshold: float = KAPPA
@@ -57,7 +59,7 @@ class Cifar10:
     craft_images: int = 5000
     choose_images: int = 512  # our choice: decides the search, apart from the images that report
     report_images: int = 512
-    search_seeds: int = 1  # our choice: searches that start from other random numbers
+    search_seeds: int = 1  # our choice: searches of each model, which start from other random numbers
     # Figure 3 (right): DeepFool-based universal perturbations of a fixed size. All but the size is our choice.
     deepfool_eps: float = 20.0
     deepfool_images: int = 1000

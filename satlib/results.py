@@ -23,7 +23,8 @@ BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts
 class Row:
     """One number of the paper and ours for it; None where there is none.
 
-    spread: standard deviation over `seeds` repeated searches. runs: ids of the records that `ours` follows from.
+    spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
+    `ours` follows from.
     verdict: "same direction" or "not reproduced" for a claim that compares models, "other setting" for a number of
     one model that is smaller, shorter trained or on other data than the paper's, "not run".
     """
@@ -67,16 +68,16 @@ def cifar10_rows(profile: str, records: Records) -> list[Row]:
                 | {
                     "ours": ours,
                     "spread": spread,
-                    "seeds": min((m.seeds for m in used), default=0),
+                    "seeds": min((len(m.searches) for m in used), default=0),
                     "profile": profile,
-                    "dataset": erm.train.labels.get("dataset"),
+                    "dataset": erm.trainings[0].labels.get("dataset"),
                     "runs": tuple(r.id for m in used for r in m.records),
                     "verdict": verdict,
                 }
             )
 
-        fill("cifar10/erm/accuracy", erm.accuracy, [erm], "other setting")
-        fill("cifar10/erm/eps_uni", erm.eps_uni, [erm], "other setting", erm.spread)
+        fill("cifar10/erm/accuracy", erm.accuracy, [erm], "other setting", erm.spreads.get("accuracy"))
+        fill("cifar10/erm/eps_uni", erm.eps_uni, [erm], "other setting", erm.spreads.get("eps_uni"))
         if any(m.sharedness == 64 for m in models):
             base = erm.eps_uni or 0.0
             kept = _best(models, sharedness=64, accuracy=erm.accuracy)
@@ -85,10 +86,8 @@ def cifar10_rows(profile: str, records: Records) -> list[Row]:
                 if model is None:
                     fill(key, None, [erm], "not reproduced")
                 else:
-                    better = (model.eps_uni or 0.0) > base
-                    fill(
-                        key, model.eps_uni, [erm, model], "same direction" if better else "not reproduced", model.spread
-                    )
+                    verdict = "same direction" if (model.eps_uni or 0.0) > base else "not reproduced"
+                    fill(key, model.eps_uni, [erm, model], verdict, model.spreads.get("eps_uni"))
             if accepted is not None:
                 fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "same direction")
         pairs = [

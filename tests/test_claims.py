@@ -10,7 +10,8 @@ from satlib.claims import Claim, Model, cifar10_claims, domination, front
 def model(family, accuracy, eps_uni, *, deepfool=None, spread=None, eps=8.0):
     sharedness = int(family.removeprefix("s = ")) if family.startswith("s = ") else None
     title = f"{family}, {accuracy:g}"
-    return Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, spread, 1, deepfool, None, (), None)
+    spreads = {} if spread is None else {"eps_uni": spread}
+    return Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, deepfool, spreads)
 
 
 def verdict_of(found: list[Claim], start: str) -> Claim:

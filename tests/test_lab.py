@@ -247,12 +247,35 @@ def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     assert [m.title for m in models[3:]] == [f"{name}, eps=8" for name, _ in SMALL["baselines"]]
     assert [m.family for m in models] == ["ERM", "s = 8", "s = 1", *(name for name, _ in SMALL["baselines"])]
     for m in models:
-        assert m.deepfool == 100 * m.deepfool_record.metrics["accuracy"] and len(m.records) == 3
+        assert m.deepfool == 100 * m.deepfools[0].metrics["accuracy"] and len(m.records) == 3 and not m.spreads
     cost = claims.Records(ledger).of(small.cost)
     ways = ["ERM", "s = 1", "s = 8", "s = 64", *(name for name, _ in SMALL["baselines"])]
     assert list(cost.metrics["seconds"]) == ways and min(cost.metrics["seconds"].values()) > 0
     other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
     assert claims.cifar10_models(other, claims.Records(ledger)) == []
+
+
+def test_seeds_of_a_point_make_one_model_with_spread(small, tmp_path):
+    seeds = {"repeated": [[8, 10.0, 0.7]], "train_seeds": 2, "search_seeds": 2, "baselines": []}
+    plan = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | seeds))
+    again = plan.trained[-1]
+    assert again.title == "s=8, eps=10, sigma=0.7, seed 1" and len(plan.trained) == 4
+    assert {"eps_uni of ERM", "eps_uni of ERM, seed 1"} < {run.title for run in plan.runs}
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    lab.carry_out(plan.runs)
+    _, repeated, once = claims.cifar10_models(plan, claims.Records(lab.ledger))
+    accuracies = [100 * record.metrics["accuracy"] for record in repeated.trainings]
+    assert len(accuracies) == 2 and len(repeated.searches) == 4 and len(once.searches) == 2
+    assert repeated.accuracy == pytest.approx(sum(accuracies) / 2)
+    assert repeated.spreads["accuracy"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert "accuracy" not in once.spreads and set(repeated.spreads) >= {"accuracy", "deepfool"}
+    first, second = (lab.record(run).tensors("weights")["head.weight"] for run in plan.models[8, 10.0, 0.7])
+    assert not torch.equal(first, second)
+
+
+def test_a_repeated_point_that_is_not_planned_is_named():
+    with pytest.raises(SatlibError, match=r"repeated: \[\(8, 9.0, 0.5\)\] are not among the points"):
+        experiments.cifar10(with_parameters(paper.CIFAR10, {"repeated": [[8, 9.0, 0.5]]}))
 
 
 def test_deepfool_runs_score_unseen_images_under_the_perturbation_that_they_keep(small, tiny, tmp_path):

@@ -64,7 +64,8 @@ def _fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
             axis.errorbar(
                 model.accuracy,
                 model.robustness(measure),
-                yerr=model.spread if measure == "eps_uni" else None,
+                xerr=model.spreads.get("accuracy"),
+                yerr=model.spreads.get(measure),
                 linestyle="none",
                 capsize=3,
                 markersize=15 if look is ERM else 8,
