@@ -87,6 +87,17 @@ def attackable(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.enable_grad()
+def input_gradients(
+    model: nn.Module, inputs: Tensor, labels: Tensor, *, loss_threshold: float | None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Gradient of each sample's L_adv with respect to what the model sees, (d, C, H, W), and the losses."""
+    inputs = inputs.detach().requires_grad_()
+    with autocast(inputs.device):
+        logits = model(inputs)
+    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+    return torch.autograd.grad(losses.sum(), inputs)[0], losses.detach()
+
+
 def ascend(
     model: nn.Module,
     images: Tensor,
@@ -102,16 +113,21 @@ def ascend(
 ) -> tuple[Tensor, Tensor]:
     """One PGD iteration for every heap at once (section 3.2, with L_uni of section 4.2 as each heap's loss).
 
-    xi <- clip(xi + alpha * sign(grad_xi sum_{i in heap} L_adv(x_i + xi, y_i)), -eps, eps); a targeted attack
-    descends instead. eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and the losses at the old.
+    xi <- clip(xi + alpha * sign(sum_{i in heap} grad_z L_adv(z_i, y_i)), -eps, eps) with z_i = x_i + xi, clamped to
+    [0, 255]; a targeted attack descends instead. The gradient is that of the image as the model sees it, as in the
+    PGD of Madry et al. (2018): a derivative through the clamp would be zero at every pixel that xi drives out of
+    range, and such a pixel could never come back. eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and
+    the losses at the old.
     """
-    xi = xi.detach().requires_grad_()
-    with autocast(images.device):
-        logits = model(perturb(images, xi, sharedness))
-    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
-    (gradient,) = torch.autograd.grad(losses.sum(), xi)
+    gradients, losses = input_gradients(
+        model,
+        perturb(images, xi, sharedness),
+        labels,
+        loss_threshold=loss_threshold,
+        label_smoothing=label_smoothing,
+    )
     step = -alpha if targeted else alpha
-    return torch.clamp(xi.detach() + step * gradient.sign(), -eps, eps), losses.detach()
+    return torch.clamp(xi + step * heap_sums(gradients, sharedness).sign(), -eps, eps), losses
 
 
 def _iteration(
@@ -284,13 +300,18 @@ def success_rates(
     return wins / total
 
 
+def heap_sums(values: Tensor, sharedness: int) -> Tensor:
+    """Sum of (d, ...) values over each heap of `sharedness` consecutive ones; the last heap may be smaller."""
+    if sharedness == 1:
+        return values
+    whole = len(values) - len(values) % sharedness
+    sums = values[:whole].unflatten(0, (-1, sharedness)).sum(1) if whole else values[:0]
+    return sums if whole == len(values) else torch.cat([sums, values[whole:].sum(0, keepdim=True)])
+
+
 def heap_means(values: Tensor, sharedness: int) -> Tensor:
     """Mean of (d,) values over each heap of `sharedness` consecutive ones; the last heap may be smaller."""
-    heaps = -(-len(values) // sharedness)
-    padded = F.pad(values, (0, heaps * sharedness - len(values)))
-    sizes = torch.full((heaps,), sharedness, device=values.device)
-    sizes[-1] = len(values) - (heaps - 1) * sharedness
-    return padded.view(heaps, sharedness).sum(1) / sizes
+    return heap_sums(values, sharedness) / heap_sums(torch.ones_like(values), sharedness)
 
 
 def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Tensor:

@@ -13,8 +13,8 @@ from satlib.attacks import (
     ascend,
     attack_loss,
     attackable,
-    broadcast,
     heap_pgd,
+    input_gradients,
     perturb,
     success_rates,
     universal_pgd,
@@ -22,7 +22,6 @@ from satlib.attacks import (
 from satlib.deepfool import universal_deepfool
 from satlib.defenses import DEFENSES
 from satlib.ledger import Workspace
-from satlib.precision import autocast
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.training import Training, accuracy, train
@@ -354,10 +353,7 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
         heaps, bound = -(-len(x) // s), torch.tensor(eps).view(1, 1, 1, 1)
         xi = (torch.rand((heaps, *x.shape[1:]), generator=torch.Generator().manual_seed(config["seed"])) * 2 - 1) * eps
         xi, bound = xi.to(x.device), bound.to(x.device)
-        each = broadcast(xi, s, len(x)).clone().requires_grad_()  # a copy for each image, so a gradient for each
-        with autocast(x.device):
-            logits = net(perturb(x, each, 1))
-        (gradients,) = torch.autograd.grad(attack_loss(logits, y, **options).sum(), each)
+        gradients, _ = input_gradients(net, perturb(x, xi, s), y, **options)
         steps = [xi]
         for _ in range(config["steps"]):
             xi, _ = ascend(net, x, y, xi, eps=bound, alpha=alpha, sharedness=s, **options)

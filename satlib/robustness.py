@@ -13,8 +13,10 @@ from satlib.attacks import attackable, check_annealing, heap_pgd, success_rates,
 from satlib.errors import SatlibError
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
-BELOW = (0.78, 0.86, 0.93)  # of the smallest success: where the k-ary search asks next
+BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
 ANYWHERE = (0.5, 0.75, 1.0)  # of LARGEST, while there is none
+SKETCHED = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
+COARSE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
 CHANCE = 0.05  # how far a success rate may fall, as eps grows, before it counts as more than chance
 Labelled = tuple[Tensor, Tensor]  # images (n, C, H, W) in 0..255, and their labels
 
@@ -180,10 +182,11 @@ def k_ary_search(hunt: Hunt, iterations: int) -> None:
     """
     resolution = LARGEST / 2**iterations
     steps = max(1, hunt.attack.get("steps", 200) // 5)
-    sketches = hunt.craft([LARGEST / 2**i for i in (5, 4, 3, 2, 1)], "sketched", steps=steps, snapshots=1)
-    for _, xi in itertools.islice(sketches, 2):
-        hunt.clip(xi, 0.0, resolution)
+    sketches = hunt.craft([share * LARGEST for share in SKETCHED], "sketched", steps=steps, snapshots=1)
+    for eps, xi in itertools.islice(sketches, 2):
+        hunt.clip(xi, 0.0, max(resolution, COARSE * eps))
     hunt.say(0.3)
+    winners: dict[float, Tensor] = {}
     for _ in range(iterations):
         shares = ANYWHERE if hunt.best is None else BELOW
         asked = [share * min(hunt.smallest, LARGEST) for share in shares]
@@ -194,6 +197,8 @@ def k_ary_search(hunt: Hunt, iterations: int) -> None:
         hunt.say(1.0)
         if asked[0] not in winners:
             break
+    if hunt.best is not None and not winners:
+        hunt.clip(hunt.best, hunt.missed(hunt.smallest), resolution)  # so far only coarsely
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
