@@ -93,7 +93,7 @@ def input_gradients(
     """Gradient of each sample's L_adv with respect to what the model sees, (d, C, H, W), and the losses."""
     inputs = inputs.detach().requires_grad_()
     with autocast(inputs.device):
-        logits = model(inputs)
+        logits = model(inputs.view_as(inputs))  # a view, since PyTorch's FLOP counter cannot take the leaf itself
     losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
     return torch.autograd.grad(losses.sum(), inputs)[0], losses.detach()
 
