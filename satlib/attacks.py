@@ -1,6 +1,7 @@
 """One heap PGD loop: image-dependent (s = 1), shared (s) and universal (s = d) attacks follow from it."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -98,6 +99,32 @@ def input_gradients(
     return torch.autograd.grad(losses.sum(), inputs)[0], losses.detach()
 
 
+def heap_gradients(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    xi: Tensor,
+    *,
+    sharedness: int,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """sum_{i in heap} grad_z L_adv(z_i, y_i) with z_i = x_i + xi, clamped: (heaps, C, H, W), and the losses.
+
+    The gradient is that of the image as the model sees it, as in the PGD of Madry et al. (2018): a derivative through
+    the clamp would be zero at every pixel that xi drives out of [0, 255], and such a pixel could never come back.
+    """
+    seen = perturb(images, xi, sharedness)
+    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    gradients, losses = input_gradients(model, seen, labels, **options)
+    return heap_sums(gradients, sharedness), losses
+
+
+def stepped(xi: Tensor, gradients: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
+    """clip(xi + alpha * sign(gradients), -eps, eps); a targeted attack descends instead."""
+    return torch.clamp(xi + (-alpha if targeted else alpha) * gradients.sign(), -eps, eps)
+
+
 def ascend(
     model: nn.Module,
     images: Tensor,
@@ -113,21 +140,11 @@ def ascend(
 ) -> tuple[Tensor, Tensor]:
     """One PGD iteration for every heap at once (section 3.2, with L_uni of section 4.2 as each heap's loss).
 
-    xi <- clip(xi + alpha * sign(sum_{i in heap} grad_z L_adv(z_i, y_i)), -eps, eps) with z_i = x_i + xi, clamped to
-    [0, 255]; a targeted attack descends instead. The gradient is that of the image as the model sees it, as in the
-    PGD of Madry et al. (2018): a derivative through the clamp would be zero at every pixel that xi drives out of
-    range, and such a pixel could never come back. eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and
-    the losses at the old.
+    eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and the losses (d,) or (d, H, W) at the old.
     """
-    gradients, losses = input_gradients(
-        model,
-        perturb(images, xi, sharedness),
-        labels,
-        loss_threshold=loss_threshold,
-        label_smoothing=label_smoothing,
-    )
-    step = -alpha if targeted else alpha
-    return torch.clamp(xi + step * heap_sums(gradients, sharedness).sign(), -eps, eps), losses
+    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    gradients, losses = heap_gradients(model, images, labels, xi, sharedness=sharedness, **options)
+    return stepped(xi, gradients, eps=eps, alpha=alpha, targeted=targeted), losses
 
 
 def _iteration(
@@ -218,6 +235,7 @@ def universal_pgd(
     start: Tensor | None = None,
     snapshots: int = 4,
     score_images: int = 256,
+    micro_batch: int | None = None,
 ) -> Tensor:
     """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
 
@@ -229,7 +247,10 @@ def universal_pgd(
     The last iterate is not always the best: `snapshots` iterates spread over the second half of the steps are
     scored on `score_images` of the crafting images, and for each eps the most successful one is returned.
 
-    Raises SatlibError on bad eps, steps, batch_size, beta, gamma, loss_threshold or mismatched shapes.
+    micro_batch: a mini-batch that does not fit the device is taken in parts of so many images, whose gradients are
+    summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000).
+
+    Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold or mismatched shapes.
     """
     _check_pair(images, labels)
     _check_threshold(loss_threshold, targeted)
@@ -239,6 +260,8 @@ def universal_pgd(
     check_annealing(beta, gamma)
     if not 1 <= batch_size <= len(images):
         raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
+    if micro_batch is not None and micro_batch < 1:
+        raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to take mini-batches whole")
     if snapshots < 1 or score_images < 1:
         raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
     heaps, device = len(epsilons), images.device
@@ -248,19 +271,22 @@ def universal_pgd(
     xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
     marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
     kept = []
-    options = {"targeted": targeted, "loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
     order = _minibatches(len(images), batch_size, steps, generator).to(device)
+    part = min(micro_batch or batch_size, batch_size)
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """A mini-batch once for each eps."""
+        """A mini-batch, or a part of one, once for each eps."""
         x, y = images[chosen].float().repeat(heaps, 1, 1, 1), labels[chosen]
         return x.contiguous(memory_format=torch.channels_last), y.repeat(heaps, *[1] * (y.ndim - 1))
 
     with attackable(model) as net:
-        example = (*batch(order[0]), xi, bound, alphas[0] * bound)
-        advance = graphs.prepared(_iteration, net, *example, sharedness=batch_size, **options)
+        whole = graphs.prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options)
+        rest = functools.partial(heap_gradients, net, sharedness=batch_size % part, **options)
         for step, (chosen, alpha) in enumerate(zip(order, alphas, strict=True), start=1):
-            xi, _ = advance(*batch(chosen), xi, bound, alpha * bound)
+            parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
+            gradients = functools.reduce(torch.add, parts)
+            xi = stepped(xi, gradients, eps=bound, alpha=alpha * bound, targeted=targeted)
             if step in marks:
                 kept.append(xi)
         if len(kept) == 1:

@@ -691,6 +691,19 @@ def test_keep_best_returns_each_heap_s_best_iterate(exact, small, targeted):
     assert len(set(order.tolist())) > 1
 
 
+@pytest.mark.parametrize("micro_batch", [1, 5, 12, 16, 99])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_gradients_accumulated_over_parts_of_a_mini_batch_give_the_same_attack(exact, tiny, micro_batch, targeted):
+    images, labels = tiny.val.images[:64].double(), tiny.val.labels[:64]
+    options = {"eps": [4.0, 8.0], "steps": 6, "batch_size": 16, "targeted": targeted, "label_smoothing": 0.1}
+    whole, parts = (
+        universal_pgd(exact, images, labels, micro_batch=size, generator=seeded(), **options)
+        for size in (None, micro_batch)
+    )
+    assert torch.equal(whole, parts)
+    assert (whole[1].abs() > 4).any()
+
+
 def test_universal_attack_returns_the_most_successful_snapshot(trained, tiny):
     """Large steps that never decay: the last iterate is a matter of luck. All crafting images are scored."""
     images, labels = tiny.val.images[:64], tiny.val.labels[:64]
@@ -816,6 +829,7 @@ def test_heap_attack_names_what_is_wrong(two_class, changes, message):
         ({"gamma": -0.9}, r"gamma=-0\.9: expected a positive number"),
         ({"gamma": math.nan}, r"gamma=nan"),
         ({"snapshots": 0}, r"snapshots=0"),
+        ({"micro_batch": 0}, r"micro_batch=0: expected at least 1"),
         ({"score_images": 0}, r"score_images=0"),
         ({"start": torch.zeros(2, *SHAPE)}, r"start of shape \(2, 3, 4, 4\)"),
         ({"loss_threshold": -1.0}, r"loss_threshold=-1\.0"),
