@@ -15,7 +15,7 @@ from satlib import data
 from satlib.attacks import heap_pgd
 from satlib.kinds import KINDS
 from satlib.ledger import Ledger, Record, RunSpec, Workspace
-from satlib.models import ResNet
+from satlib.models import build
 from satlib.progress import Progress, duration
 
 
@@ -177,7 +177,7 @@ class Lab:
         """The untrained classifier of a `train` run, initialised from its seed, on the lab's device."""
         train = self.splits(run.dataset).train
         torch.manual_seed(run.config["training"]["seed"])
-        model = ResNet(classes=len(train.classes), mean=train.mean, std=train.std, **run.config["architecture"])
+        model = build(run.config["architecture"], classes=len(train.classes), mean=train.mean, std=train.std)
         return model.to(self.device)
 
     def passes_per_second(self, run: Run) -> float:

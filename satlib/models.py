@@ -1,11 +1,17 @@
 """Classifiers that take pixels in 0..255 and normalise inside themselves."""
 
 import copy
-from collections.abc import Sequence
-from typing import Self
+import inspect
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -21,10 +27,18 @@ def conv_norm(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) ->
 
 
 def fold_batch_norm(module: nn.Module) -> None:
-    """Merge every `conv_norm` pair below `module` into one convolution, in place (evaluation only)."""
+    """Merge every convolution below `module` with its batch norm, in place (evaluation only).
+
+    Pairs are those of `conv_norm`, and the `convN` and `bnN` of torchvision's residual networks.
+    """
     for child in module.modules():
         if isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[1], nn.BatchNorm2d):
             child[0], child[1] = fuse_conv_bn_eval(child[0], child[1]), nn.Identity()
+        for name, norm in list(child.named_children()):
+            if isinstance(norm, nn.BatchNorm2d) and name.startswith("bn"):
+                conv = name.replace("bn", "conv")
+                setattr(child, conv, fuse_conv_bn_eval(getattr(child, conv), norm))
+                setattr(child, name, nn.Identity())
 
 
 class BasicBlock(nn.Module):
@@ -110,6 +124,55 @@ class ResNet(Normalised):
         return self.head(x.mean((2, 3)))
 
 
+class BottleneckResNet(Normalised):
+    """torchvision's residual network of bottleneck blocks; by default WRN-50-2 (section 6.2), 224x224 or larger.
+
+    Input: (n, channels, H, W) float32 in 0..255. Output: logits (n, classes). layers: blocks in each of the four
+    stages; group_width: inner maps of the first stage's blocks, doubled from stage to stage (ResNet-50: 64, WRN-50-2:
+    128); expansion: each stage's maps, in units of 64, 128, 256, 512 (the default: 4). stem: "large", a 7x7
+    convolution and a pooling that leave a quarter of the resolution; for small images "half", a 3x3 convolution
+    with stride 2, or "full", without. The weights' names below `net.` are torchvision's: see `load_pretrained`.
+
+    Raises SatlibError where a setting is not as described, or mean and std do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        group_width: int = 128,
+        expansion: int = 4,
+        stem: str = "large",
+        classes: int = 200,
+        mean: Sequence[float] = (127.5, 127.5, 127.5),
+        std: Sequence[float] = (64.0, 64.0, 64.0),
+    ):
+        from torchvision.models import resnet  # here, for it takes long to import
+
+        super().__init__(mean, std)
+        if len(layers) != 4 or min(layers) < 1:
+            raise SatlibError(f"layers={tuple(layers)}: expected the number of blocks of each of four stages")
+        for name, value in (("group_width", group_width), ("expansion", expansion), ("classes", classes)):
+            if value < 1:
+                raise SatlibError(f"{name}={value!r}: expected a positive whole number")
+        if stem not in STEMS:
+            raise SatlibError(f"stem={stem!r}: expected one of {', '.join(STEMS)}")
+        block = type("Bottleneck", (resnet.Bottleneck,), {"expansion": expansion})
+        self.net = resnet.ResNet(block, list(layers), num_classes=classes, width_per_group=group_width)
+        if stem != "large" or len(mean) != 3:
+            kernel, stride = STEMS[stem]
+            self.net.conv1 = nn.Conv2d(len(mean), 64, kernel, stride, padding=kernel // 2, bias=False)
+        if stem != "large":
+            self.net.maxpool = nn.Identity()
+        self.initialise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - self.mean) / self.std)
+
+
+STEMS = {"large": (7, 2), "half": (3, 2), "full": (3, 1)}  # kernel and stride
+
+
 class FCN8s(Normalised):
     """FCN-8s (Long et al. 2015) on a VGG-16 encoder with batch norm, `width` maps in its first stage (VGG-16: 64).
 
@@ -157,3 +220,91 @@ class FCN8s(Normalised):
         for score, skip in zip(self.scores[1:], (maps[3], maps[2]), strict=True):
             logits = F.interpolate(logits, skip.shape[2:], mode="bilinear") + score(skip)
         return F.interpolate(logits.float(), size, mode="bilinear")
+
+
+ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet}
+
+
+def build(architecture: Mapping[str, Any], **data: Any) -> nn.Module:
+    """The classifier that `architecture` describes: `name`, a key of ARCHITECTURES ("resnet" if missing), and its
+    settings. data: `classes`, `mean` and `std`.
+
+    Raises SatlibError for an unknown name or setting, and what the classifier raises.
+    """
+    settings = dict(architecture)
+    name = settings.pop("name", "resnet")
+    if name not in ARCHITECTURES:
+        raise SatlibError(f"architecture {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    known = inspect.signature(ARCHITECTURES[name]).parameters
+    if unknown := sorted(set(settings) - set(known)):
+        raise SatlibError(f"{name} has no setting {unknown[0]!r}: expected some of {', '.join(known)}")
+    return ARCHITECTURES[name](**settings, **data)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What of a file of weights fitted a model: the names of the tensors taken, and of those that were not, and why."""
+
+    taken: tuple[str, ...]
+    missing: tuple[str, ...]  # of the model, not in the file: left as they were
+    unused: tuple[str, ...]  # of the file, not in the model
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # name: (the file's, the model's)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.taken)} tensors taken"]
+        if self.other_shape:
+            listed = (f"{name} {tuple(a)} in the file, {tuple(b)} here" for name, (a, b) in self.other_shape.items())
+            lines.append(f"other shapes, left as they were: {'; '.join(listed)}")
+        for what, names in (("not in the file, left as they were", self.missing), ("of no use here", self.unused)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"{what}: {', '.join(names[:5])}{more}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
+    """Take over the weights of a file as far as they fit; the result says what did, and what did not.
+
+    path: a .safetensors file, or a state dict as torch.save writes it (read with weights_only, so that no code in it
+    runs), on its own or below the key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the
+    latter. A head for other classes has another shape, and is left as it was.
+
+    Raises SatlibError where the file cannot be read, or nothing in it fits.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SatlibError(f"no weights at {path}; expected a .safetensors file or a state dict of torch.save") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SatlibError(
+            f"cannot read weights from {path} ({reason}); expected a .safetensors file or a state dict of torch.save"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise SatlibError(f"{path} holds no state dict; expected tensors by name")
+    wanted = model.state_dict()
+    plain = {name.removeprefix("net."): name for name in wanted}
+    taken, unused, other_shape = [], [], {}
+    for name, value in found.items():
+        own = plain.get(name.removeprefix("module.").removeprefix("net."))
+        if own is None:
+            unused.append(name)
+        elif wanted[own].shape != value.shape:
+            other_shape[own] = (tuple(value.shape), tuple(wanted[own].shape))
+        else:
+            wanted[own].copy_(value)
+            taken.append(own)
+    if not taken:
+        raise SatlibError(
+            f"nothing in {path} fits: it has {', '.join(list(found)[:3])}, ...; expected {list(plain)[:3]}"
+        )
+    missing = (name for name in wanted if name not in taken and name not in other_shape)
+    return Fitted(tuple(taken), tuple(missing), tuple(unused), other_shape)

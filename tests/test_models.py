@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from satlib.errors import SatlibError
-from satlib.models import BasicBlock, FCN8s, ResNet
+from satlib.models import BasicBlock, BottleneckResNet, FCN8s, ResNet, build, load_pretrained
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -202,3 +204,112 @@ def test_folded_fcn_8s_computes_the_same():
 def test_fcn_8s_names_what_is_wrong(changes, message):
     with pytest.raises(SatlibError, match=message):
         FCN8s(**({"classes": 3, "width": 2} | changes))
+
+
+# ------------------------------------------------------------------------- torchvision's bottlenecks, pretrained
+
+
+SMALL = {"layers": (1, 1, 1, 1), "group_width": 8, "expansion": 1, "classes": 5}
+
+
+@pytest.fixture
+def bottleneck() -> BottleneckResNet:
+    torch.manual_seed(0)
+    model = BottleneckResNet(stem="half", **SMALL)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2), norm.weight.data.uniform_(0.5, 2)
+    return model.eval()
+
+
+def test_default_bottleneck_network_is_wrn_50_2():
+    with torch.device("meta"):
+        model, peer = BottleneckResNet(classes=1000), torchvision.models.wide_resnet50_2()
+    ours = {name.removeprefix("net."): value.shape for name, value in model.state_dict().items()}
+    assert ours == {name: value.shape for name, value in peer.state_dict().items()} | {
+        name: torch.Size((1, 3, 1, 1)) for name in ("mean", "std")
+    }
+    assert sum(p.numel() for p in model.parameters()) == 68_883_240  # as torchvision's documentation says
+
+
+@pytest.mark.parametrize(("stem", "size"), [("large", 2), ("half", 4), ("full", 8)])
+def test_stem_decides_the_resolution(stem, size):
+    model, seen = BottleneckResNet(stem=stem, **SMALL), []
+    model.net.layer4.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[1:])))
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    assert seen == [(512, size, size)]
+
+
+@torch.no_grad()
+def test_folded_bottleneck_network_computes_the_same(bottleneck):
+    images = torch.empty(3, 3, 32, 32).uniform_(0, 255, generator=torch.Generator().manual_seed(0))
+    folded = bottleneck.folded()
+    torch.testing.assert_close(folded(images), bottleneck(images), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in bottleneck.modules())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "checkpoint", "parallel"])
+def test_pretrained_weights_are_taken_as_far_as_they_fit(bottleneck, tmp_path, form):
+    torch.manual_seed(1)
+    other = BottleneckResNet(stem="half", **SMALL | {"classes": 9})
+    weights = {
+        name.removeprefix("net."): value.contiguous()
+        for name, value in other.state_dict().items()
+        if name not in ("mean", "std")
+    }
+    head = bottleneck.net.fc.weight.clone()
+    if form == "safetensors":
+        save_file(weights, path := tmp_path / "w.safetensors")
+    else:
+        named = {f"module.{name}": value for name, value in weights.items()} if form == "parallel" else weights
+        torch.save({"state_dict": named, "epoch": 3} if form == "checkpoint" else named, path := tmp_path / "w.pt")
+    fitted = load_pretrained(bottleneck, path)
+    assert set(fitted.other_shape) == {"net.fc.weight", "net.fc.bias"} and not fitted.unused
+    assert set(fitted.missing) == {"mean", "std"} and len(fitted.taken) == len(weights) - 2
+    assert torch.equal(bottleneck.net.layer1[0].conv1.weight, other.net.layer1[0].conv1.weight)
+    assert torch.equal(bottleneck.net.fc.weight, head)
+    assert "net.fc.weight (9, 512) in the file, (5, 512) here" in str(fitted)
+
+
+class Mischief:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_weights_that_do_not_fit_are_named(bottleneck, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    with pytest.raises(SatlibError, match=r"no weights at .*w\.pt"):
+        load_pretrained(bottleneck, path)
+    for content, message in (
+        ({"weights": Mischief()}, r"cannot read weights from .*w\.pt"),
+        ([1, 2], "holds no state dict"),
+        ({"a": torch.zeros(2)}, r"nothing in .*w\.pt fits: it has a"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(SatlibError, match=message):
+            load_pretrained(bottleneck, path)
+    path.write_bytes(b"not weights")
+    with pytest.raises(SatlibError, match=r"cannot read weights from .*w\.pt"):
+        load_pretrained(bottleneck, path)
+    assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"name": "transformer"}, "architecture 'transformer': expected one of resnet, bottleneck"),
+        ({"name": "resnet", "layers": 3}, "resnet has no setting 'layers': expected some of depth, width"),
+        ({"name": "bottleneck", "layers": (1, 1)}, r"layers=\(1, 1\): expected the number of blocks"),
+        ({"name": "bottleneck", "stem": "tiny"}, "stem='tiny': expected one of large, half, full"),
+        ({"name": "bottleneck", "expansion": 0}, "expansion=0: expected a positive whole number"),
+    ],
+)
+def test_architectures_name_what_is_wrong(architecture, message):
+    with pytest.raises(SatlibError, match=message):
+        build(architecture, classes=3)
+
+
+def test_architecture_without_a_name_is_the_resnet():
+    assert isinstance(build({"depth": 8, "width": 2}, classes=3), ResNet)
+    assert isinstance(build({"name": "bottleneck", "layers": [1, 1, 1, 1], "group_width": 8}), BottleneckResNet)
