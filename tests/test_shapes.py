@@ -10,26 +10,31 @@ from satlib import data
 from satlib.data import shapes
 
 
-def test_shapes_are_the_same_bits_on_every_machine():
-    splits = data.load("shapes32")
-    assert {split: images.fingerprint for split, images in vars(splits).items()} == shapes.FINGERPRINTS
+@pytest.mark.parametrize("family", shapes.FAMILIES.values(), ids=lambda family: family.name)
+def test_shapes_are_the_same_bits_on_every_machine(family):
+    splits = data.load(family.name)
+    assert {split: images.fingerprint for split, images in vars(splits).items()} == family.fingerprints
 
 
 def test_shapes_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(shapes.os, "cpu_count", lambda: 1)
-    assert shapes.generate("val").fingerprint == shapes.FINGERPRINTS["val"]
+    assert shapes.generate("val").fingerprint == shapes.SHAPES32.fingerprints["val"]
 
 
-def test_shapes_are_balanced_shuffled_and_distinct():
-    splits = data.load("shapes32")
-    assert [len(s) for s in vars(splits).values()] == [9000, 1500, 1500]
+@pytest.mark.parametrize(
+    ("name", "size", "counts"), [("shapes32", 32, [9000, 1500, 1500]), ("shapes64", 64, [8000, 1600, 1600])]
+)
+def test_shapes_are_balanced_shuffled_and_distinct(name, size, counts):
+    splits = data.load(name)
+    classes = len(shapes.FAMILIES[name].classes)
+    assert [len(s) for s in vars(splits).values()] == counts
     rows = []
     for images in vars(splits).values():
-        assert images.images.shape[1:] == (3, 32, 32) and images.title == "synthetic stand-in (shapes32)"
-        assert torch.bincount(images.labels).tolist() == [len(images) // 10] * 10
-        assert torch.bincount(images.first(300).labels, minlength=10).min() > 10
+        assert images.images.shape[1:] == (3, size, size) and images.title == f"synthetic stand-in ({name})"
+        assert torch.bincount(images.labels).tolist() == [len(images) // classes] * classes
+        assert torch.bincount(images.first(30 * classes).labels, minlength=classes).min() > 10
         rows += [hashlib.sha1(image.numpy().tobytes()).digest() for image in images.images]
-    assert len(set(rows)) == 12_000
+    assert len(set(rows)) == sum(counts)
 
 
 def test_rotations_lie_on_the_circle_and_go_all_the_way_round():
@@ -44,10 +49,10 @@ def test_shape_noise_has_mean_0_and_standard_deviation_1():
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", shapes.CLASSES)
+@pytest.mark.parametrize("name", shapes.SHAPES64.classes)
 def test_each_shape_fills_its_frame_and_no_more(name):
     grid = (np.arange(400, dtype=np.float32) + 0.5) / 160 - 1.25
-    inside = shapes.SHAPES[name](grid[None, :], grid[:, None]) < 0
+    inside = shapes.SHAPES64.shapes[name](grid[None, :], grid[:, None]) < 0
     rows, columns = np.where(inside)
     assert 0.1 < inside.mean() < 0.5
     assert max(abs(grid[rows]).max(), abs(grid[columns]).max()) <= 1.05

@@ -1,5 +1,6 @@
-"""Data sets by name: `load("cifar10")`, or `load("shapes32")` for the embedded synthetic stand-in."""
+"""Data sets by name: `load("cifar10")`, or `load("shapes32")` for an embedded synthetic stand-in."""
 
+from functools import partial
 from pathlib import Path
 
 from satlib.data import cifar10, shapes
@@ -9,7 +10,7 @@ from satlib.paths import data_root
 
 __all__ = ["NAMES", "ImageSet", "Splits", "download", "load"]
 
-_LOADERS = {"cifar10": cifar10.load, "shapes32": shapes.load}
+_LOADERS = {"cifar10": cifar10.load} | {name: partial(shapes.load, name) for name in shapes.FAMILIES}
 _DOWNLOADS = {"cifar10": cifar10.download}
 NAMES = tuple(_LOADERS)
 

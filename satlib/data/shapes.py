@@ -1,4 +1,6 @@
-"""Shapes32: ten classes of coloured, textured, rotated, noisy shapes, drawn in code; the embedded stand-in.
+"""Coloured, textured, rotated, noisy shapes, drawn in code: the embedded stand-ins.
+
+shapes32 has ten classes at 32x32; shapes64 has twenty at 64x64, the same ten each with a close relative.
 
 The same images, bit by bit, on every machine: each value comes from PCG64's raw stream (which NumPy
 guarantees) by operations that IEEE 754 rounds exactly (+ - * / sqrt, floor, abs, comparisons), one element at
@@ -7,9 +9,10 @@ a time; there are no sums over axes, and no sines. Rotations use the rational po
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, reduce
+from dataclasses import dataclass
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,6 @@ import torch
 from numpy import ndarray as Array
 
 from satlib.data.imageset import ImageSet, Splits
-
-TITLE = "synthetic stand-in (shapes32)"
-SIZE = 32
-PER_CLASS = {"train": 900, "val": 150, "test": 150}
-SEED = 3203
-CHUNK = 150  # images drawn at a time; PER_CLASS in multiples of it
 
 # What makes the task hard. Contrasts, textures and noise are in pixel units, 0..255.
 SCALE = (0.6, 0.88)  # half the size of a shape; 1 is half the image
@@ -36,13 +33,6 @@ BRIGHTNESS = (80.0, 175.0)  # of the background, each channel by itself
 OCCLUSION = 0.4  # probability that a line crosses the shape
 NOISE = (5.0, 17.0)  # standard deviation for each pixel and channel
 TENDENCY = 0.7  # at most this share of colour and texture follows the class (0: none, 1: all)
-
-# What `generate` must give on every machine; whoever changes anything above or below records them anew.
-FINGERPRINTS = {
-    "train": "5ab47d4abeecdc871a4b337ba76b104994dd52e56bcb6abcc2042ff1a8bcd239",
-    "val": "cb60132503e6ecb00c3ee706a7dc6dd2895a38337dc7565b5cc82f5960daedc9",
-    "test": "135bcdb54977fb73b9f6d13e2cc1af7a4801c39c48c446fbc788fed03c9a0e68",
-}
 
 
 def _union(*distances: Array) -> Array:
@@ -89,7 +79,76 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     ),
     "corner": lambda x, y: _union(_box(x + 0.5, y, 0.3, 0.85), _box(x, y - 0.55, 0.8, 0.3)),
 }
-CLASSES = tuple(SHAPES)
+
+# Relatives, each hard to tell from the shape that it is named after.
+FINER = {
+    "ellipse": lambda x, y: _circle(x, 1.8 * y, 0.95),
+    "target": lambda x, y: _union(np.abs(_circle(x, y, 0.76)) - 0.16, _circle(x, y, 0.26)),
+    "rectangle": lambda x, y: _box(x, y, 0.92, 0.46),
+    "right triangle": lambda x, y: _intersection(-x - 0.7, -y - 0.7, 0.7071068 * (x + y) - 0.12),
+    "sparkle": lambda x, y: 0.3162278 * _union(np.abs(x) + 3 * np.abs(y) - 1, 3 * np.abs(x) + np.abs(y) - 1),
+    "tee": lambda x, y: _union(_box(x, y + 0.65, 0.95, 0.28), _box(x, y, 0.28, 0.93)),
+    "half moon": lambda x, y: _intersection(_circle(x - 0.3, y, 0.95), x - 0.2),
+    "three bars": lambda x, y: _union(_box(x, y, 0.9, 0.15), _box(x, np.abs(y) - 0.65, 0.9, 0.15)),
+    "chevron": lambda x, y: _intersection(
+        0.7071068 * (x + np.abs(y)) - 0.62, -0.7071068 * (x + np.abs(y)) + 0.2, np.abs(y) - 0.85
+    ),
+    "bracket": lambda x, y: _union(_box(x + 0.6, y, 0.25, 0.85), _box(x, np.abs(y) - 0.65, 0.8, 0.2)),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What `generate` draws: images of size x size pixels, `per_class` of each shape in each split.
+
+    chunk: images drawn at a time, of which per_class has multiples. fingerprints: what `generate` must give on every
+    machine; whoever changes the drawing records them anew.
+    """
+
+    name: str
+    size: int
+    shapes: Mapping[str, Callable[[Array, Array], Array]]
+    per_class: Mapping[str, int]
+    seed: int
+    chunk: int
+    fingerprints: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        return f"synthetic stand-in ({self.name})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+
+SHAPES32 = Family(
+    name="shapes32",
+    size=32,
+    shapes=SHAPES,
+    per_class={"train": 900, "val": 150, "test": 150},
+    seed=3203,
+    chunk=150,
+    fingerprints={
+        "train": "5ab47d4abeecdc871a4b337ba76b104994dd52e56bcb6abcc2042ff1a8bcd239",
+        "val": "cb60132503e6ecb00c3ee706a7dc6dd2895a38337dc7565b5cc82f5960daedc9",
+        "test": "135bcdb54977fb73b9f6d13e2cc1af7a4801c39c48c446fbc788fed03c9a0e68",
+    },
+)
+SHAPES64 = Family(
+    name="shapes64",
+    size=64,
+    shapes={name: shape for pair in zip(SHAPES.items(), FINER.items(), strict=True) for name, shape in pair},
+    per_class={"train": 400, "val": 80, "test": 80},
+    seed=6403,
+    chunk=40,
+    fingerprints={
+        "train": "e11b185f36b3f714c39f2d9e0956497b5b62fab71ce982950021abcf66dc5d7b",
+        "val": "6de83f34de75155c460a6e3929b11fa5c17bba1a6d1edc8ce90c40dff94f717b",
+        "test": "d5458f835426fdd1eb32dd2c3783f075a84135a0c18faa6dfce521feb0ba274b",
+    },
+)
+FAMILIES = {family.name: family for family in (SHAPES32, SHAPES64)}
 
 
 class _Draws:
@@ -126,9 +185,9 @@ def _wave(t: Array) -> Array:
     return 4 * np.abs(t - np.floor(t) - 0.5) - 1
 
 
-def _cover(distance: Array) -> Array:
-    """Share of each pixel that lies inside, from the signed distance in half images."""
-    return np.clip(0.5 - distance * (SIZE / 2), 0, 1)
+def _cover(distance: Array, size: int) -> Array:
+    """Share of each pixel that lies inside, from the signed distance in half images of `size` pixels."""
+    return np.clip(0.5 - distance * (size / 2), 0, 1)
 
 
 def _texture(draw: _Draws, x: Array, y: Array, frequency: Array, slant: Array) -> Array:
@@ -139,31 +198,32 @@ def _texture(draw: _Draws, x: Array, y: Array, frequency: Array, slant: Array) -
 
 
 def _line(draw: _Draws, x: Array, y: Array, reach: float) -> Array:
-    """Cover of an endless line at most `reach` from (0, 0)."""
+    """Signed distance from an endless line at most `reach` from (0, 0)."""
     c, s = draw.turn()
-    return _cover(np.abs(c * x + s * y - draw.uniform(-reach, reach)) - draw.uniform(0.03, 0.08))
+    return np.abs(c * x + s * y - draw.uniform(-reach, reach)) - draw.uniform(0.03, 0.08)
 
 
 def _blob(draw: _Draws, x: Array, y: Array) -> Array:
-    """Cover of a small rectangle anywhere in the image."""
+    """Signed distance from a small rectangle anywhere in the image."""
     c, s = draw.turn()
     x, y = x - draw.uniform(-1, 1), y - draw.uniform(-1, 1)
-    return _cover(_box(c * x + s * y, c * y - s * x, draw.uniform(0.04, 0.45), draw.uniform(0.04, 0.15)))
+    return _box(c * x + s * y, c * y - s * x, draw.uniform(0.04, 0.45), draw.uniform(0.04, 0.15))
 
 
-def _render(label: int, draw: _Draws) -> Array:
-    """Images of one class, uint8 (n, 32, 32, 3)."""
-    grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
+def _render(family: Family, label: int, draw: _Draws) -> Array:
+    """Images of one class, uint8 (n, size, size, 3)."""
+    size, cover = family.size, partial(_cover, size=family.size)
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / (size / 2) - 1
     x, y = grid[None, None, :], grid[None, :, None]
 
     scale, stretch, (c, s) = draw.uniform(*SCALE), draw.uniform(0.85, 1.18), draw.turn()
     room = np.maximum(1 - scale, 0.1)
     dx, dy = x - room * draw.uniform(-1, 1), y - room * draw.uniform(-1, 1)
     u, v = (c * dx + s * dy) / (scale * stretch), (c * dy - s * dx) / scale * stretch
-    shape = _cover(scale * SHAPES[CLASSES[label]](u, v))
+    shape = cover(scale * family.shapes[family.classes[label]](u, v))
 
     # A class has a taste in texture and colour, and each image follows it more or less.
-    taste, follow = _Draws(1, SEED, len(PER_CLASS), label), draw.uniform(0, TENDENCY)
+    taste, follow = _Draws(1, family.seed, len(family.per_class), label), draw.uniform(0, TENDENCY)
 
     def blend(low: float, high: float) -> Array:
         return follow * taste.uniform(low, high) + (1 - follow) * draw.uniform(low, high)
@@ -174,9 +234,9 @@ def _render(label: int, draw: _Draws) -> Array:
 
     relief = draw.uniform(*BACKGROUND_TEXTURE) * _texture(draw, x, y, draw.uniform(2, 9), draw.uniform(-1, 1))
     relief = relief + draw.uniform(-GRADIENT, GRADIENT) * x + draw.uniform(-GRADIENT, GRADIENT) * y
-    blobs = [_blob(draw, x, y) for _ in range(CLUTTER)]
-    line = draw.either(OCCLUSION) * _line(draw, dx, dy, 0.4)
-    noise = draw.uniform(*NOISE)[..., None] * draw.noise(SIZE, SIZE, 3)
+    blobs = [cover(_blob(draw, x, y)) for _ in range(CLUTTER)]
+    line = draw.either(OCCLUSION) * cover(_line(draw, dx, dy, 0.4))
+    noise = draw.uniform(*NOISE)[..., None] * draw.noise(size, size, 3)
 
     pixels = np.empty(noise.shape, dtype=np.uint8)
     for channel in range(3):
@@ -190,22 +250,27 @@ def _render(label: int, draw: _Draws) -> Array:
     return pixels
 
 
-def load(root: Path | None = None, *, progress: bool = True) -> Splits:
-    """9,000 train, 1,500 val and 1,500 test images of 3x32x32, balanced and shuffled; no files are needed."""
-    return Splits(**{split: generate(split) for split in PER_CLASS})
+def load(name: str, root: Path | None = None, *, progress: bool = True) -> Splits:
+    """The three sets of a family, balanced and shuffled; no files are needed.
+
+    shapes32: 9,000 train, 1,500 val and 1,500 test images of 3x32x32 in 10 classes. shapes64: 8,000, 1,600 and 1,600
+    of 3x64x64 in 20.
+    """
+    return Splits(**{split: generate(split, name) for split in FAMILIES[name].per_class})
 
 
 @cache
-def generate(split: str) -> ImageSet:
-    """One split, drawn once in a process (in about a second) and the same ever after."""
-    key = (SEED, list(PER_CLASS).index(split))
+def generate(split: str, name: str = SHAPES32.name) -> ImageSet:
+    """One split, drawn once in a process (in a second or two) and the same ever after."""
+    family = FAMILIES[name]
+    key, count = (family.seed, list(family.per_class).index(split)), family.per_class[split]
     # Chunks have streams of their own, so that the images do not depend on how many are drawn at once, and
     # are small enough to stay in the processor's cache.
-    tasks = [(label, part) for label in range(len(CLASSES)) for part in range(PER_CLASS[split] // CHUNK)]
+    tasks = [(label, part) for label in range(len(family.classes)) for part in range(count // family.chunk)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(lambda task: _render(task[0], _Draws(CHUNK, *key, *task)), tasks)
+        chunks = pool.map(lambda task: _render(family, task[0], _Draws(family.chunk, *key, *task)), tasks)
         pixels = np.concatenate(list(chunks))
-    labels = np.repeat(np.arange(len(CLASSES)), PER_CLASS[split])
+    labels = np.repeat(np.arange(len(family.classes)), count)
     order = np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(labels)), kind="stable")
     images = torch.from_numpy(pixels[order]).permute(0, 3, 1, 2)
-    return ImageSet(images, torch.from_numpy(labels[order]), CLASSES, "shapes32", TITLE, split)
+    return ImageSet(images, torch.from_numpy(labels[order]), family.classes, family.name, family.title, split)
