@@ -3,14 +3,17 @@
 from functools import partial
 from pathlib import Path
 
-from satlib.data import cifar10, shapes
+from satlib.data import cifar10, imagenet, shapes
 from satlib.data.imageset import ImageSet, Splits
 from satlib.errors import SatlibError
 from satlib.paths import data_root
 
 __all__ = ["NAMES", "ImageSet", "Splits", "download", "load"]
 
-_LOADERS = {"cifar10": cifar10.load} | {name: partial(shapes.load, name) for name in shapes.FAMILIES}
+_LOADERS = {"cifar10": cifar10.load, "imagenet200": imagenet.load} | {
+    name: partial(shapes.load, name) for name in shapes.FAMILIES
+}
+_WITH_OPTION = ("imagenet200",)
 _DOWNLOADS = {"cifar10": cifar10.download}
 NAMES = tuple(_LOADERS)
 
@@ -18,13 +21,17 @@ NAMES = tuple(_LOADERS)
 def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> Splits:
     """The train, val and test sets of the data set `name`, on the CPU.
 
+    "imagenet200:40" is ImageNet with 40 of the 200 classes, "imagenet200:FILE" with those whose wnids the file lists.
     `root` is the folder of the data sets, by default `satlib.paths.data_root()`; embedded sets need none.
     `progress` shows long decoding on stderr. Raises `SatlibError` for an unknown name, and for data that is
     missing or damaged.
     """
+    name, _, option = name.partition(":")
     if name not in _LOADERS:
         raise SatlibError(f"unknown data set {name!r}; expected one of {', '.join(_LOADERS)}")
-    return _LOADERS[name](_resolved(root), progress=progress)
+    if option and name not in _WITH_OPTION:
+        raise SatlibError(f"data set {name!r} has no options: {option!r}; only {', '.join(_WITH_OPTION)} has")
+    return _LOADERS[name](_resolved(root), *filter(None, [option]), progress=progress)
 
 
 def download(name: str, *, root: str | Path | None = None) -> None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from satlib.data.cache import cached_splits
-from satlib.data.imageset import ImageSet, Splits
+from satlib.data.imageset import Splits
 from satlib.data.imagetree import ImageTree, read_images, scan_tree
+from satlib.data.splitting import RULE, held_out
 from satlib.errors import SatlibError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = (32, 32)
-VALIDATION_FRACTION = 0.1  # of the training images, class by class: 5,000 of CIFAR-10's 50,000
-SPLIT_SEED = 20190519
 BATCHES = "cifar-10-batches-py"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
 
@@ -33,19 +32,19 @@ def load(root: Path, *, progress: bool = True) -> Splits:
     """
     for folder in (root / BATCHES, root / "cifar10" / BATCHES):
         if folder.is_dir():
-            return _split("CIFAR-10", read_batches(folder))
+            return held_out("cifar10", "CIFAR-10", CLASSES, read_batches(folder))
     tree_folder = root / "cifar10"
     if not (tree_folder / "train").is_dir() and not (tree_folder / "test").is_dir():
         raise SatlibError(_missing(root))
     tree = scan_tree(tree_folder, splits=("train", "test"), classes=CLASSES)
     sources = {
-        "split": [VALIDATION_FRACTION, SPLIT_SEED],
+        "split": RULE,
         "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
     }
 
     def build() -> Splits:
         decoded = {split: read_images(tree, split, size=SIZE, progress=progress) for split in tree.files}
-        return _split(_title(tree), decoded)
+        return held_out("cifar10", _title(tree), CLASSES, decoded)
 
     return cached_splits("cifar10", sources, root, build)
 
@@ -84,33 +83,6 @@ def _missing(root: Path) -> str:
         "cifar10/{train,test}/<class>/*.{png,jpg,jpeg}; set SATLIB_DATA to the folder that holds one of them, "
         "place it there, or run `python -m satlib data download cifar10`"
     )
-
-
-def _split(title: str, decoded: dict[str, tuple[Tensor, Tensor]]) -> Splits:
-    images, labels = decoded["train"]
-    order = _shuffled(len(labels), SPLIT_SEED)
-    ordered = labels[order]
-    validation = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(CLASSES)):
-        members = torch.nonzero(ordered == label).flatten()
-        validation[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
-    chosen = {
-        "train": (images, labels, order[~validation]),
-        "val": (images, labels, order[validation]),
-        "test": (*decoded["test"], _shuffled(len(decoded["test"][1]), SPLIT_SEED + 1)),
-    }
-    return Splits(
-        **{
-            split: ImageSet(images[rows], labels[rows], CLASSES, "cifar10", title, split)
-            for split, (images, labels, rows) in chosen.items()
-        }
-    )
-
-
-def _shuffled(n: int, seed: int) -> Tensor:
-    """A fixed order of n rows. NumPy guarantees PCG64's raw stream (not what `Generator` makes of it)."""
-    keys = np.random.PCG64(seed).random_raw(n)
-    return torch.from_numpy(np.argsort(keys, kind="stable"))
 
 
 def read_batches(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

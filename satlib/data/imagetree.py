@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,15 @@ class ImageTree:
     files: dict[str, tuple[ImageFile, ...]]
 
 
-def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str] | None = None) -> ImageTree:
+def scan_tree(
+    folder: Path, *, splits: Sequence[str], classes: Sequence[str] | None = None, others: bool = False
+) -> ImageTree:
     """List `folder`/<split>/<class>/*.{png,jpg,jpeg}, without reading the images.
 
-    `classes` are the expected class folders; None takes those of the first split, sorted. Hidden files, and
-    files that are no images by their names, are passed over. Raises `SatlibError` for a missing split, a
-    missing, empty or unexpected class folder, or an image of a kind that is not read.
+    `classes` are the expected class folders; None takes those of the first split, sorted. `others` passes other
+    class folders over; hidden files, and files that are no images by their names, always are. Raises
+    `SatlibError` for a missing split, a missing, empty or unexpected class folder, or an image of a kind that is
+    not read.
     """
     files = {}
     for split in splits:
@@ -63,7 +67,7 @@ def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str] | N
                 f"no class folder {folder / split / missing[0]} ({len(missing)} of {len(classes)} missing); "
                 f"put it back or unpack the data set again"
             )
-        if unexpected := [name for name in found if name not in classes]:
+        if unexpected := [name for name in found if name not in classes and not others]:
             raise SatlibError(
                 f"unexpected class folder {folder / split / unexpected[0]} ({len(unexpected)} in all); "
                 f"every split needs the same {len(classes)} classes: {', '.join(classes)}"
@@ -94,12 +98,18 @@ def _scan_class(folder: Path, path: str, label: int) -> list[ImageFile]:
 
 
 def read_images(
-    tree: ImageTree, split: str, *, size: tuple[int, int] | None = None, progress: bool = True
+    tree: ImageTree,
+    split: str,
+    *,
+    size: tuple[int, int] | None = None,
+    progress: bool = True,
+    skip_damaged: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Decode one split: uint8 (n, 3, H, W) in channels_last order, and int64 labels (n,).
 
     `size` is the expected (H, W); None takes that of the first image. Raises `SatlibError` that names the
-    first file that cannot be decoded or has another size, and counts the rest.
+    first file that cannot be decoded or has another size, and counts the rest; `skip_damaged` leaves such files out
+    instead, and a warning names them.
     """
     files = tree.files[split]
     if size is None:
@@ -122,11 +132,18 @@ def read_images(
         images[done : done + len(pixels)] = pixels
         bad += problems
         done += len(pixels)
+    labels = torch.tensor([file.label for file in files])
     if bad:
         (path, problem), others = bad[0], len(bad) - 1
         more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
-        raise SatlibError(f"bad image {tree.folder / path}: {problem}{more}; replace or remove it")
-    return images.permute(0, 3, 1, 2), torch.tensor([file.label for file in files])
+        if not skip_damaged:
+            raise SatlibError(f"bad image {tree.folder / path}: {problem}{more}; replace or remove it")
+        listed = ", ".join(path for path, _ in bad[:10]) + (", ..." if len(bad) > 10 else "")
+        warnings.warn(f"{len(bad)} bad images of {tree.folder} left out: {listed}", stacklevel=2)
+        left_out = {path for path, _ in bad}
+        sound = torch.tensor([file.path not in left_out for file in files])
+        images, labels = images[sound], labels[sound]
+    return images.permute(0, 3, 1, 2), labels
 
 
 class _Decoder(Dataset):

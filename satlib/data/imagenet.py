@@ -1,0 +1,86 @@
+"""ImageNet with 200 classes at 64x64: Tiny ImageNet as shipped (section 6.2 on a small machine)."""
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+from satlib.data.cache import cached_splits
+from satlib.data.imageset import Splits
+from satlib.data.imagetree import ImageTree, read_images, scan_tree
+from satlib.data.splitting import RULE, held_out
+from satlib.errors import SatlibError
+
+SIZE = (64, 64)
+FOLDERS = ("imagenet200", "tiny-imagenet-200")
+
+
+def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
+    """Tiny ImageNet below `root`: of each class nine tenths of its train/ images as train, the others as val, and
+    its val/ images as test; 3x64x64.
+
+    Read from `root`/imagenet200/{train,val}/<wnid>/*.JPEG, decoded once and then cached. option: which classes, as
+    `wnids` takes it. A damaged image ends it, named; with SATLIB_SKIP_DAMAGED=1 in the environment it is left
+    out, with a warning. Raises `SatlibError` if the folders are not there, and for what is damaged.
+    """
+    chosen = wnids(option)
+    folder = next((root / name for name in FOLDERS if (root / name / "train").is_dir()), None)
+    if folder is None:
+        raise SatlibError(
+            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG; "
+            "set SATLIB_DATA to the folder that holds it, or place it there"
+        )
+    tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
+    skip = os.environ.get("SATLIB_SKIP_DAMAGED") == "1"
+    sources = {
+        "split": RULE,
+        "skip": skip,
+        "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
+    }
+
+    def build() -> Splits:
+        decoded = {
+            name: read_images(tree, split, size=SIZE, progress=progress, skip_damaged=skip)
+            for name, split in (("train", "train"), ("test", "val"))
+        }
+        classes = tuple(names()[wnid] for wnid in chosen)
+        return held_out("imagenet200" + (f":{option}" if option else ""), _title(tree), classes, decoded)
+
+    which = hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:8]
+    return cached_splits(f"imagenet200-{which}", sources, root, build)
+
+
+@cache
+def names() -> dict[str, str]:
+    """The 200 classes: a name for each wnid, in the order of the wnids."""
+    lines = Path(__file__).with_name("imagenet200.tsv").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t", 1) for line in lines)
+
+
+def wnids(option: str = "") -> tuple[str, ...]:
+    """The classes that `option` stands for: all 200; evenly spaced ones, for a number; those listed in a text file,
+    one wnid a line, for its path.
+
+    Raises `SatlibError` for a number outside 2..200, a file that cannot be read, or a wnid that is not of the 200.
+    """
+    known = tuple(names())
+    if not option:
+        return known
+    if option.isdecimal():
+        if not 2 <= int(option) <= len(known):
+            raise SatlibError(f"{option} classes of ImageNet: expected 2 to {len(known)}")
+        return tuple(known[i * len(known) // int(option)] for i in range(int(option)))
+    try:
+        listed = tuple(Path(option).read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SatlibError(f"cannot read the classes in {option} ({error}); expected one wnid a line") from None
+    if unknown := [wnid for wnid in listed if wnid not in known]:
+        raise SatlibError(f"{option}: {unknown[0]!r} is none of the {len(known)} wnids of Tiny ImageNet")
+    if len(set(listed)) != len(listed) or len(listed) < 2:
+        raise SatlibError(f"{option}: expected at least two wnids, each once")
+    return listed
+
+
+def _title(tree: ImageTree) -> str:
+    count = len(tree.classes)
+    return "Tiny ImageNet (64x64)" + (f", {count} of its classes" if count < len(names()) else "")
