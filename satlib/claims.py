@@ -67,8 +67,8 @@ class Model:
         return (*self.trainings, *self.searches, *self.deepfools)
 
 
-def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Model]:
-    """The models of section 6.1 that have a record, the undefended one first."""
+def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
+    """The models of a plan that have a record, the undefended one first."""
     described: list[tuple[list[Run], str, int | None, float | None, float | None]] = [
         ([plan.erm], "ERM", None, None, None),
         *((runs, f"s = {s}", s, eps, sigma) for (s, eps, sigma), runs in plan.models.items()),
@@ -78,7 +78,7 @@ def cifar10_models(plan: experiments.Cifar10Plan, records: Records) -> list[Mode
     for runs, family, sharedness, eps, sigma in described:
         trainings = tuple(r for run in runs if (r := records.of(run)))
         searches = tuple(r for run in runs for search in plan.robustness[run] if (r := records.of(search)))
-        deepfools = tuple(r for run in runs if (r := records.of(plan.deepfool[run])))
+        deepfools = tuple(r for run in runs if run in plan.deepfool and (r := records.of(plan.deepfool[run])))
         if not trainings or not searches:
             continue
         sizes = [r.metrics["eps_uni"] for r in searches]

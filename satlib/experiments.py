@@ -1,21 +1,21 @@
 """What each section needs, as a list of runs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from satlib import profiles
 from satlib.errors import SatlibError
 from satlib.lab import Run
-from satlib.paper import CIFAR10, METHOD, Cifar10, Method
+from satlib.paper import CIFAR10, IMAGENET, METHOD, Cifar10, Classification, ImageNet, Method
 from satlib.training import Training
 
 # Images in an epoch, for estimates alone: plans are made without loading data.
-TRAIN_IMAGES = {"cifar10": 45_000, "shapes32": 9_000}
+TRAIN_IMAGES = {"cifar10": 45_000, "imagenet200": 90_000, "shapes32": 9_000, "shapes64": 8_000}
 
-Settings = TypeVar("Settings", Cifar10, Method)
+Settings = TypeVar("Settings", Cifar10, ImageNet, Method)
 
-# Section 6.1
+# Sections 6.1 and 6.2
 
 
 Point = tuple[int, float, float]  # sharedness, eps, sigma
@@ -23,19 +23,20 @@ Baseline = tuple[str, float]  # name of the defence, eps
 
 
 @dataclass(frozen=True)
-class Cifar10Plan:
-    """The runs of section 6.1: the models, how both attacks do on each of them, and what an epoch costs.
+class Plan:
+    """The runs of section 6.1 or 6.2: the models, how attacks do on each of them, and what an epoch costs.
 
-    models: by (s, eps, sigma), one for each seed of training; baselines: by (name, eps). robustness and deepfool: of
-    every model, the former with one search for each seed.
+    models: by (s, eps, sigma), one for each seed of training; baselines: by (name, eps). robustness: of every model,
+    one search for each seed; deepfool, predictions: of every model, where the section has them.
     """
 
     erm: Run
     models: dict[Point, list[Run]]
-    baselines: dict[Baseline, Run]
     robustness: dict[Run, list[Run]]
-    deepfool: dict[Run, Run]
-    cost: Run
+    baselines: dict[Baseline, Run] = field(default_factory=dict)
+    deepfool: dict[Run, Run] = field(default_factory=dict)
+    predictions: dict[Run, Run] = field(default_factory=dict)
+    cost: Run | None = None
 
     @property
     def trained(self) -> list[Run]:
@@ -47,36 +48,58 @@ class Cifar10Plan:
     @property
     def runs(self) -> list[Run]:
         """In order of importance: each model followed by its evaluations."""
-        found = [run for model in self.trained for run in (model, *self.robustness[model], self.deepfool[model])]
-        return [*found, self.cost]
+        found = []
+        for model in self.trained:
+            others = (of[model] for of in (self.deepfool, self.predictions) if model in of)
+            found += [model, *self.robustness[model], *others]
+        return found + ([self.cost] if self.cost else [])
 
 
-def cifar10(settings: Cifar10) -> Cifar10Plan:
+def cifar10(settings: Cifar10) -> Plan:
     """Plan of section 6.1 under the given settings."""
-    erm = erm_run(settings)
+    erm, models = erm_run(settings), _models(settings)
+    baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
+    trained = [erm, *(run for runs in models.values() for run in runs), *baselines.values()]
+    return Plan(
+        erm=erm,
+        models=models,
+        baselines=baselines,
+        robustness=_searches(settings, trained),
+        deepfool={model: deepfool_run(settings, model) for model in trained},
+        cost=cost_run(settings, erm),
+    )
+
+
+def imagenet(settings: ImageNet) -> Plan:
+    """Plan of section 6.2 under the given settings."""
+    erm, models = erm_run(settings), _models(settings)
+    searches = _searches(settings, [erm, *(run for runs in models.values() for run in runs)])
+    predictions = {model: predictions_run(settings, model, each[0]) for model, each in searches.items()}
+    return Plan(erm=erm, models=models, robustness=searches, predictions=predictions)
+
+
+def _models(settings: Classification) -> dict[Point, list[Run]]:
     points = settings.points or tuple(
         (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
     )
     if unknown := set(settings.repeated) - set(points):
         raise SatlibError(f"repeated: {sorted(unknown)} are not among the points; add them there, or drop them here")
-    models = {
+    erm = erm_run(settings)
+    return {
         point: [
             finetune_run(settings, erm, *point, seed=settings.seed + i)
             for i in range(settings.train_seeds if point in settings.repeated else 1)
         ]
         for point in points
     }
-    baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
-    trained = (erm, *(run for runs in models.values() for run in runs), *baselines.values())
-    searches = {
-        model: [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)] for model in trained
-    }
-    deepfool = {model: deepfool_run(settings, model) for model in trained}
-    return Cifar10Plan(erm, models, baselines, searches, deepfool, cost_run(settings, erm))
 
 
-def erm_run(settings: Cifar10) -> Run:
-    """Pre-training by empirical risk minimisation (section 6.1), with a restart where the settings ask for one."""
+def _searches(settings: Classification, models: Iterable[Run]) -> dict[Run, list[Run]]:
+    return {model: [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)] for model in models}
+
+
+def erm_run(settings: Classification) -> Run:
+    """Pre-training by empirical risk minimisation, with a restart where the settings ask for one."""
     training = Training(
         epochs=settings.erm_epochs,
         batch_size=settings.erm_batch_size,
@@ -102,9 +125,9 @@ def erm_run(settings: Cifar10) -> Run:
 
 
 def finetune_run(
-    settings: Cifar10, erm: Run, sharedness: int, eps: float, sigma: float, *, seed: int | None = None
+    settings: Classification, erm: Run, sharedness: int, eps: float, sigma: float, *, seed: int | None = None
 ) -> Run:
-    """Fine-tuning of the ERM model by (shared) adversarial training (section 6.1); seed: None for the settings' own."""
+    """Fine-tuning of the ERM model by (shared) adversarial training; seed: None for the settings' own."""
     training = _finetuning(settings, sharedness=sharedness, eps=eps, sigma=sigma)
     title = f"s={sharedness}, eps={eps:g}, sigma={sigma:g}"
     if seed is not None and seed != training.seed:
@@ -143,7 +166,7 @@ def baseline_options(settings: Cifar10) -> dict[str, dict[str, Any]]:
     }
 
 
-def _finetuning(settings: Cifar10, **attack: Any) -> Training:
+def _finetuning(settings: Classification, **attack: Any) -> Training:
     return Training(
         epochs=settings.finetune_epochs,
         batch_size=settings.batch_size,
@@ -162,29 +185,33 @@ def _finetuning(settings: Cifar10, **attack: Any) -> Training:
     )
 
 
-def _train_run(settings: Cifar10, training: Training, title: str, parents: dict[str, Run], **more: Any) -> Run:
+def _train_run(settings: Classification, training: Training, title: str, parents: dict[str, Run], **more: Any) -> Run:
     passes = 1.5 if training.sigma == 0 else training.steps + 3
-    images = training.epoch_images or TRAIN_IMAGES.get(settings.dataset, 45_000)
+    name, _, option = settings.dataset.partition(":")
+    images = TRAIN_IMAGES.get(name, 45_000)
+    if option.isdecimal():  # so many of 200 classes
+        images = images * int(option) // 200
+    images = training.epoch_images or images
     return Run(
         kind="train",
         title=title,
         dataset=settings.dataset,
         config={
             "dataset": settings.dataset,
-            "architecture": {"depth": settings.depth, "width": settings.width},
+            "architecture": settings.architecture,
             "training": training.config(),
             **more,
         },
         parents=parents,
         cost=passes * images * training.epochs,
-        labels={"section": "6.1"},
+        labels={"section": settings.section},
     )
 
 
-def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
-    """eps_uni(delta) of a trained model by stochastic PGD (sections 5.2 and 6.1)."""
+def robustness_run(settings: Classification, model: Run, *, seed: int = 0) -> Run:
+    """eps_uni(delta) of a trained model by stochastic PGD (section 5.2)."""
     passes = settings.search_iterations if settings.search == "binary" else 5
-    attack = {
+    attack: dict[str, Any] = {
         "steps": settings.search_steps,
         "batch_size": settings.search_batch,
         "beta": settings.beta,
@@ -192,6 +219,10 @@ def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
         "loss_threshold": settings.loss_threshold,
         "label_smoothing": settings.label_smoothing,
     }
+    sets = {}
+    if isinstance(settings, ImageNet):  # crafts on training images, and reports on the whole validation set
+        attack["micro_batch"] = settings.micro_batch
+        sets = {"sets": {"craft": "train", "choose": "val", "report": "test"}}
     return Run(
         kind="universal_robustness",
         title=f"eps_uni of {model.title}" + (f", seed {seed}" if seed else ""),
@@ -208,10 +239,24 @@ def robustness_run(settings: Cifar10, model: Run, *, seed: int = 0) -> Run:
                 "report": settings.report_images,
             },
             "seed": seed,
+            **sets,
         },
         parents={"model": model},
         cost=passes * settings.search_steps * settings.search_batch,
-        labels={"section": "6.1"},
+        labels={"section": settings.section},
+    )
+
+
+def predictions_run(settings: Classification, model: Run, search: Run) -> Run:
+    """Which classes a model predicts under its universal perturbation (A.7)."""
+    return Run(
+        kind="predictions",
+        title=f"predictions of {model.title}",
+        dataset=settings.dataset,
+        config={"dataset": settings.dataset},
+        parents={"model": model, "search": search},
+        cost=4096,
+        labels={"section": settings.section},
     )
 
 
@@ -409,6 +454,8 @@ def parameters(profile: str, stem: str) -> dict[str, object]:
 def profile_runs(profile: str) -> list[Run]:
     """Every run that a profile's notebooks need, in order of importance."""
     sections = cifar10(with_parameters(CIFAR10, parameters(profile, "04_cifar10"))).runs
+    if "05_imagenet" in profiles.load(profile).notebooks:
+        sections += imagenet(with_parameters(IMAGENET, parameters(profile, "05_imagenet"))).runs
     for stem in ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness"):
         given = parameters(profile, stem)
         sections += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
@@ -424,5 +471,5 @@ def with_parameters(settings: Settings, parameters: Mapping[str, object]) -> Set
     def frozen(value: object) -> object:
         return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
-    names = {field.name for field in fields(settings)} & set(parameters)
+    names = {each.name for each in fields(settings)} & set(parameters)
     return replace(settings, **{name: frozen(parameters[name]) for name in names})

@@ -1,6 +1,7 @@
 """How each kind of run is computed: from its settings and parents to metrics and artefacts."""
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,11 @@ from satlib.attacks import (
     success_rates,
     universal_pgd,
 )
+from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.defenses import DEFENSES
 from satlib.ledger import Workspace
+from satlib.precision import autocast
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.training import Training, accuracy, train
@@ -83,12 +86,22 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
 
 
 def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dict:
-    """The search of section 5.2: crafted on validation images, decided and reported on disjoint test images."""
+    """The search of section 5.2: crafted, decided and reported on disjoint images.
+
+    By default crafted on validation images, decided and reported on two parts of the test images; `sets` in the
+    settings names another set for each. The number of images is at most that in the settings, 0 for all.
+    """
     config, splits = run.config, lab.splits(run.dataset)
-    wanted = config["images"]
-    craft = splits.val.first(min(wanted["craft"], len(splits.val)))
-    choose = splits.test.subset(slice(0, wanted["choose"]))
-    report = splits.test.subset(slice(wanted["choose"], wanted["choose"] + wanted["report"]))
+    wanted, sets = config["images"], config.get("sets", {"craft": "val", "choose": "test", "report": "test"})
+    taken: dict[str, int] = {}  # of each set so far
+
+    def part(role: str) -> ImageSet:
+        whole, start = getattr(splits, sets[role]), taken.get(sets[role], 0)
+        end = min(start + wanted[role], len(whole)) if wanted[role] else len(whole)
+        taken[sets[role]] = end
+        return whole.subset(slice(start, end))
+
+    craft, choose, report = part("craft"), part("choose"), part("report")
     model, began = lab.model(run.parents["model"]), time.monotonic()
 
     def progress(text: str, done: float) -> None:
@@ -117,6 +130,41 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
         "images": {"craft": len(craft), "choose": len(choose), "report": len(report)},
         "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
     }
+
+
+def compute_predictions(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Which classes a model predicts for test images, clean and under its universal perturbation (A.7).
+
+    Counts by class; `fooled` counts only images that the perturbation makes wrong. Entropies in bits, of the shares of
+    the classes; None where there is no perturbation, or nothing is fooled.
+    """
+    test, model = lab.splits(run.dataset).test, lab.model(run.parents["model"])
+    search = lab.record(run.parents["search"])
+    found = search.tensors("perturbation")["perturbation"].to(lab.device) if search.metrics["rate"] else None
+    counts = {name: torch.zeros(len(test.classes), dtype=torch.long) for name in ("clean", "perturbed", "fooled")}
+    with torch.no_grad(), attackable(model) as net:
+        for x, y in test.batches(512):
+            seen = {"clean": x} | ({} if found is None else {"perturbed": perturb(x, found, len(x))})
+            for name, images in seen.items():
+                with autocast(x.device):
+                    predicted = net(images).argmax(1)
+                counts[name] += torch.bincount(predicted, minlength=len(test.classes)).cpu()
+                if name == "perturbed":
+                    counts["fooled"] += torch.bincount(predicted[predicted != y], minlength=len(test.classes)).cpu()
+    return {
+        "images": len(test),
+        "eps_uni": search.metrics["eps_uni"],
+        "counts": {name: values.tolist() for name, values in counts.items()},
+        "entropy_bits": {name: entropy_bits(values) for name, values in counts.items()},
+    }
+
+
+def entropy_bits(counts: torch.Tensor) -> float | None:
+    """Entropy of the shares of `counts` in bits; None of nothing."""
+    if not counts.sum():
+        return None
+    shares = counts.double() / counts.sum()
+    return -torch.special.xlogy(shares, shares).sum().item() / math.log(2)
 
 
 def compute_universal_deepfool(lab: "Lab", run: "Run", work: Workspace) -> dict:
@@ -380,6 +428,7 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
 KINDS = {
     "train": Kind(1, compute_train, ("weights",)),
     "universal_robustness": Kind(1, compute_universal_robustness),
+    "predictions": Kind(1, compute_predictions),
     "universal_deepfool": Kind(1, compute_universal_deepfool),
     "epoch_cost": Kind(1, compute_epoch_cost),
     "adversarial_robustness": Kind(1, compute_adversarial_robustness, ("epsilons",)),

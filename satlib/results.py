@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.claims import Model, Records, cifar10_models
+from satlib.claims import Model, Records, trained_models
 from satlib.ledger import Ledger
 from satlib.paper import CIFAR10, REPORTED, Reported
 
@@ -42,7 +42,7 @@ class Row:
     verdict: str = "not run"
 
 
-def cifar10_plan(profile: str) -> experiments.Cifar10Plan:
+def cifar10_plan(profile: str) -> experiments.Plan:
     """The plan of section 6.1 under a profile."""
     return experiments.cifar10(experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10")))
 
@@ -56,7 +56,7 @@ def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | N
 def cifar10_rows(profile: str, records: Records) -> list[Row]:
     """The rows of section 6.1 for a profile's records."""
     plan = cifar10_plan(profile)
-    models, cost = cifar10_models(plan, records), records.of(plan.cost)
+    models, cost = trained_models(plan, records), records.of(plan.cost) if plan.cost else None
     reported = {r.key: r for r in REPORTED if r.key.startswith("cifar10/")}
     rows = {key: _row(r) for key, r in reported.items()}
     erm = next((m for m in models if m.family == "ERM"), None)

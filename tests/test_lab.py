@@ -11,6 +11,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from satlib import lab as lab_module
 from satlib.__main__ import main
 from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
-from satlib.kinds import KINDS
+from satlib.kinds import KINDS, entropy_bits
 from satlib.lab import BudgetSpent, Lab
 from satlib.ledger import Ledger
 
@@ -169,7 +170,7 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
     stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
     kinds = {record.kind for stem in stems for record in lab.carry_out(plan.of(stem))}
-    kinds |= {run.kind for run in small.runs}
+    kinds |= {run.kind for run in (*small.runs, *experiments.imagenet(paper.IMAGENET).runs)}
     assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"
     risks = lab.record(plan.risks[plan.erm]).metrics
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
@@ -242,7 +243,7 @@ def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
     Lab(ledger=ledger, device="cpu", profile="quick").carry_out(small.runs)
     monkeypatch.setattr(lab_module.data, "load", lambda name: pytest.fail("results need no data"))
-    models = claims.cifar10_models(small, claims.Records(ledger))
+    models = claims.trained_models(small, claims.Records(ledger))
     assert [m.title for m in models[:3]] == ["ERM", "s=8, eps=10, sigma=0.7", "s=1, eps=4, sigma=0.5"]
     assert [m.title for m in models[3:]] == [f"{name}, eps=8" for name, _ in SMALL["baselines"]]
     assert [m.family for m in models] == ["ERM", "s = 8", "s = 1", *(name for name, _ in SMALL["baselines"])]
@@ -252,7 +253,7 @@ def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     ways = ["ERM", "s = 1", "s = 8", "s = 64", *(name for name, _ in SMALL["baselines"])]
     assert list(cost.metrics["seconds"]) == ways and min(cost.metrics["seconds"].values()) > 0
     other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
-    assert claims.cifar10_models(other, claims.Records(ledger)) == []
+    assert claims.trained_models(other, claims.Records(ledger)) == []
 
 
 def test_seeds_of_a_point_make_one_model_with_spread(small, tmp_path):
@@ -263,7 +264,7 @@ def test_seeds_of_a_point_make_one_model_with_spread(small, tmp_path):
     assert {"eps_uni of ERM", "eps_uni of ERM, seed 1"} < {run.title for run in plan.runs}
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
     lab.carry_out(plan.runs)
-    _, repeated, once = claims.cifar10_models(plan, claims.Records(lab.ledger))
+    _, repeated, once = claims.trained_models(plan, claims.Records(lab.ledger))
     accuracies = [100 * record.metrics["accuracy"] for record in repeated.trainings]
     assert len(accuracies) == 2 and len(repeated.searches) == 4 and len(once.searches) == 2
     assert repeated.accuracy == pytest.approx(sum(accuracies) / 2)
@@ -297,6 +298,62 @@ def test_deepfool_runs_score_unseen_images_under_the_perturbation_that_they_keep
 def test_a_baseline_that_nobody_knows_is_named():
     with pytest.raises(SatlibError, match="baselines: 'magic' is no defence; expected one of DeepFool UAD, "):
         experiments.cifar10(with_parameters(paper.CIFAR10, {"baselines": [["magic", 8.0]]}))
+
+
+IMAGENET_SMALL = {
+    "dataset": "shapes64",
+    "layers": [1, 1, 1, 1],
+    "group_width": 8,
+    "expansion": 1,
+    "stem": "full",
+    "batch_size": 32,
+    "erm_epochs": 1,
+    "erm_batch_size": 32,
+    "finetune_epochs": 1,
+    "points": [[4, 10.0, 1.0]],
+    "search": "k-ary",
+    "search_iterations": 4,
+    "search_steps": 5,
+    "search_batch": 24,
+    "micro_batch": 10,
+    "choose_images": 16,
+}
+
+
+def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(tiny, tmp_path, monkeypatch, float32):
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    plan = experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL))
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu", profile="p")
+    lab.carry_out(plan.runs)
+    erm, shared = claims.trained_models(plan, claims.Records(lab.ledger))
+    assert (erm.family, shared.family, shared.sharedness) == ("ERM", "s = 4", 4) and shared.deepfool is None
+    for m in (erm, shared):
+        (search,) = m.searches
+        assert search.metrics["images"] == {"craft": len(tiny.train), "choose": 16, "report": len(tiny.test)}
+        assert m.trainings[0].labels["section"] == "6.2"
+        predictions = lab.record(plan.predictions[m.run])
+        counts, entropy = predictions.metrics["counts"], predictions.metrics["entropy_bits"]
+        assert sum(counts["clean"]) == sum(counts["perturbed"]) == len(tiny.test)
+        assert sum(counts["fooled"]) == round(search.metrics["report_rate"] * len(tiny.test))
+        shares = np.array([count for count in counts["clean"] if count]) / len(tiny.test)
+        assert entropy["clean"] == pytest.approx(-(shares * np.log2(shares)).sum())
+    assert lab.model(plan.erm).net.layer1[0].conv2.weight.shape == (8, 8, 3, 3)
+
+
+def test_section_6_2_is_the_paper_s():
+    plan = experiments.imagenet(paper.IMAGENET)
+    assert len(plan.models) == 9 * 2 * 2 and (32, 10, 1.0) in plan.models
+    assert plan.erm.config["architecture"]["layers"] == [3, 4, 6, 3]
+    attack = plan.robustness[plan.erm][0].config["attack"]
+    assert (attack["steps"], attack["batch_size"], attack["beta"], attack["gamma"]) == (20, 10_000, 4.0, 0.975)
+    (run,) = plan.models[32, 10, 1.0]
+    training = run.config["training"]
+    assert (training["steps"], training["relative_step_size"], training["weight_decay"]) == (5, 0.4, 5e-5)
+
+
+@pytest.mark.parametrize(("counts", "bits"), [([4, 4], 1.0), ([8, 0], 0.0), ([2, 2, 2, 2], 2.0), ([0, 0], None)])
+def test_entropy_in_bits(counts, bits):
+    assert entropy_bits(torch.tensor(counts)) == bits
 
 
 def test_results_json_has_every_number_of_the_paper(capsys, monkeypatch, tmp_path):
