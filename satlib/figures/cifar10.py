@@ -28,7 +28,7 @@ def figure3(
     for accuracy, eps_uni, what in reported:
         left.plot(accuracy, eps_uni, **REFERENCE)
         left.annotate(
-            what, (accuracy, eps_uni), xytext=(-8, -3), textcoords="offset points", fontsize=8, color="0.35", ha="right"
+            what, (accuracy, eps_uni), xytext=(6, 6), textcoords="offset points", fontsize=8, color="0.35", ha="right"
         )
     if reported:
         left.plot([], [], label="the paper, CIFAR10", **REFERENCE)
@@ -60,7 +60,8 @@ def _fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
         members = [m for m in models if m.family == family]
         best = front(members, measure)
         for model in (m for m in members if m.robustness(measure) is not None):
-            on_front = any(model is other for other, _ in best)
+            place = next((i for i, (other, _) in enumerate(best) if model is other), None)
+            on_front = place is not None
             axis.errorbar(
                 model.accuracy,
                 model.robustness(measure),
@@ -72,12 +73,12 @@ def _fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
                 alpha=1.0 if on_front else 0.3,
                 **look,
             )
-            if on_front and model.eps is not None:
+            if place is not None and model.eps is not None:
                 text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
                 axis.annotate(
                     text,
                     (model.accuracy, model.robustness(measure)),
-                    xytext=(6, 4),
+                    xytext=(6, -12 if place % 2 else 5),  # neighbours on a front get out of each other's way
                     textcoords="offset points",
                     fontsize=7.5,
                     color=look["color"],
