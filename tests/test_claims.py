@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from satlib.claims import Claim, Model, cifar10_claims, domination, front
+from satlib.claims import Claim, Model, cifar10_claims, domination, front, imagenet_claims
 
 
 def model(family, accuracy, eps_uni, *, deepfool=None, spread=None, eps=8.0):
@@ -94,3 +94,15 @@ def test_the_cost_of_sharing(ratio, verdict):
     claim = verdict_of(cifar10_claims([ERM], cost), "s = 1 and s = 64 cost the same")
     assert claim.verdict == verdict and f"{ratio:.2f}" in claim.evidence
     assert verdict_of(cifar10_claims([ERM], None), "s = 1 and s = 64 cost").verdict == "not run"
+
+
+def test_claims_of_section_6_2():
+    models = [model("ERM", 77.0, 8.0, eps=None), model("s = 32", 77.5, 15.0), model("s = 32", 73.0, 25.0)]
+    models += [model("s = 1", 72.0, 20.0)]
+    found = imagenet_claims(models, {"ERM, 77": 2.0, "s = 32, 77.5": 3.0, "s = 32, 73": 4.0, "s = 1, 72": None})
+    assert [claim.verdict for claim in found] == ["holds"] * 5
+    assert found[-1].evidence == "ERM 2.00 bits; s = 32, 77.5: 3.00, s = 32, 73: 4.00"
+    found = imagenet_claims(models, {"ERM, 77": 3.5, "s = 32, 77.5": 3.0, "s = 32, 73": 4.0})
+    assert found[-1].verdict == "does not hold"
+    found = imagenet_claims([models[0], model("s = 32", 70.0, 30.0)], {})
+    assert [claim.verdict for claim in found] == ["not run", *["does not hold"] * 3, "not run"]

@@ -1,6 +1,7 @@
 """Figures from records alone: one function for each figure or table, provenance in every file.
 
-This module holds what all of them share. `pictures` and `method` draw sections 3 to 5, `cifar10` section 6.1.
+This module holds what all of them share. `pictures` and `method` draw sections 3 to 5, `cifar10` section 6.1,
+`imagenet` section 6.2.
 Every function takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
 """
 
@@ -28,6 +29,7 @@ ERM = {"color": "black", "marker": "*"}
 BY_SHAREDNESS = {
     1: {"color": VERMILION, "marker": "o"},
     8: {"color": ORANGE, "marker": "s"},
+    32: {"color": BLUE, "marker": "D"},  # the large sharedness of section 6.2
     64: {"color": BLUE, "marker": "D"},
 }
 BY_FAMILY = {"ERM": ERM} | {f"s = {s}": look for s, look in BY_SHAREDNESS.items()}

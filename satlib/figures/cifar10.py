@@ -23,20 +23,9 @@ def figure3(
     points (accuracy, eps_uni, what), drawn as crosses at the left. Models that no search could break are named there.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2))
-    _fronts(left, models, "eps_uni")
-    _fronts(right, models, "deepfool")
-    for accuracy, eps_uni, what in reported:
-        left.plot(accuracy, eps_uni, **REFERENCE)
-        left.annotate(
-            what, (accuracy, eps_uni), xytext=(6, 6), textcoords="offset points", fontsize=8, color="0.35", ha="right"
-        )
-    if reported:
-        left.plot([], [], label="the paper, CIFAR10", **REFERENCE)
-    left.set(
-        xlabel="accuracy on clean test images (%)",
-        ylabel=rf"$\varepsilon_{{uni}}(\delta={delta:g})$ (pixel units of 255)",
-        title="S-PGD",
-    )
+    fronts_by_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
+    draw_fronts(right, models, "deepfool")
+    left.set_title("S-PGD")
     right.set(
         xlabel="accuracy on clean test images (%)",
         ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units",
@@ -48,12 +37,30 @@ def figure3(
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
     figure.suptitle(f"Universal robustness against accuracy · {dataset}", fontsize=12)
-    if missing := [model.title for model in models if model.eps_uni is None]:
-        left.text(0.02, 0.02, f"> 255: {'; '.join(missing)}", transform=left.transAxes, fontsize=8)
     return figure
 
 
-def _fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
+def fronts_by_eps_uni(
+    axis: Axes, models: Sequence[Model], reported: Sequence[tuple[float, float, str]], *, delta: float, paper: str
+) -> None:
+    """eps_uni against accuracy, with the `reported` points (accuracy, eps_uni, what) of the paper as crosses."""
+    draw_fronts(axis, models, "eps_uni")
+    for accuracy, eps_uni, what in reported:
+        axis.plot(accuracy, eps_uni, **REFERENCE)
+        axis.annotate(
+            what, (accuracy, eps_uni), xytext=(6, 6), textcoords="offset points", fontsize=8, color="0.35", ha="right"
+        )
+    if reported:
+        axis.plot([], [], label=paper, **REFERENCE)
+    axis.set(
+        xlabel="accuracy on clean test images (%)",
+        ylabel=rf"$\varepsilon_{{uni}}(\delta={delta:g})$ (pixel units of 255)",
+    )
+    if missing := [model.title for model in models if model.eps_uni is None]:
+        axis.text(0.02, 0.02, f"> 255: {'; '.join(missing)}", transform=axis.transAxes, fontsize=8)
+
+
+def draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
     """Each family's models and its front; the front's models are named by eps and sigma."""
     for family in sorted({m.family for m in models}, key=[m.family for m in models].index):
         look = BY_FAMILY.get(family, OTHER)
