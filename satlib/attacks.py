@@ -391,11 +391,17 @@ def _per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Seque
     return tensor.reshape(steps, -1, 1, 1, 1).to(device).unbind()
 
 
+def random_start(shape: tuple[int, ...], eps: float | Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform in [-eps, eps], (heaps, C, H, W); drawn on the generator's device, given on that of eps (or the CPU)."""
+    source = generator.device if generator is not None else "cpu"
+    drawn = torch.rand(shape, generator=generator, device=source) * 2 - 1
+    return drawn.to(eps.device) * eps if isinstance(eps, Tensor) else drawn * eps
+
+
 def _start(start: Tensor | None, shape: tuple[int, ...], eps: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Initial perturbations: as given, projected on eps; otherwise uniform in [-eps, eps]."""
+    """Initial perturbations: as given, projected on eps; otherwise at random."""
     if start is None:
-        source = generator.device if generator is not None else "cpu"
-        return (torch.rand(shape, generator=generator, device=source).to(eps.device) * 2 - 1) * eps
+        return random_start(shape, eps, generator)
     if start.shape != shape:
         raise SatlibError(f"start of shape {tuple(start.shape)}: expected {tuple(shape)}, one for each heap")
     return torch.clamp(start.detach().to(eps.device, torch.float32), -eps, eps)

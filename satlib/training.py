@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from satlib import parallel
 from satlib.attacks import heap_pgd, perturb
 from satlib.errors import SatlibError
 from satlib.precision import autocast
@@ -95,11 +96,19 @@ def learning_rate_at(settings: Training, epoch: float) -> float:
 
 
 def shared_adversarial_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Training,
+    generator: torch.Generator,
+    *,
+    start: Tensor | None = None,
+    forward: nn.Module | None = None,
 ) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
-    images (d, C, H, W) float32 in 0..255, labels (d,); `settings` are those of the attack and of the loss.
+    images (d, C, H, W) float32 in 0..255, labels (d,); `settings` are those of the attack and of the loss. start: the
+    heaps' initial perturbations, by default random. forward: the model as it is trained, where that is wrapped.
     """
     sharedness = min(settings.sharedness, len(images))
     xi = heap_pgd(
@@ -113,8 +122,9 @@ def shared_adversarial_loss(
         loss_threshold=settings.loss_threshold,
         label_smoothing=settings.label_smoothing,
         generator=generator,
+        start=start,
     )
-    return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
+    return mixed_loss(forward or model, images, perturb(images, xi, sharedness), labels, settings)
 
 
 def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
@@ -126,6 +136,11 @@ def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Te
         F.cross_entropy(half, labels, label_smoothing=settings.label_smoothing) for half in logits.chunk(2)
     )
     return settings.sigma * perturbed + (1 - settings.sigma) * clean
+
+
+def _at_least_one(share: slice) -> slice:
+    """A rank without images of its own takes part in a step with one that does not count."""
+    return share if share.stop > share.start else slice(0, 1)
 
 
 class Adversary(Protocol):
@@ -165,10 +180,18 @@ def train(
     `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
-    Raises SatlibError where the loss is not finite after an epoch, naming the epoch and the mend.
+    Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
+    its heaps of every mini-batch, the attack is on the bare model, gradients are averaged, and all go on from rank 0's
+    state and history. Only rank 0 calls `after_epoch` and `progress`.
+
+    Raises SatlibError for an adversary on several ranks, and where the loss is not finite after an epoch, naming the
+    epoch and the mend.
     """
     names, weights = zip(*model.named_parameters(), strict=True)
     velocity = [torch.zeros_like(weight) for weight in weights]
+    ranks = parallel.here()
+    if adversary is not None and ranks.count > 1:
+        raise SatlibError(f"{type(adversary).__name__} trains on one rank, not {ranks.count}; run it without torchrun")
     history = list(history or [])
     if state is not None:
         model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
@@ -187,6 +210,10 @@ def train(
     )
     for weight, buffer in zip(weights, velocity, strict=True):
         optimizer.state[weight]["momentum_buffer"] = buffer
+    history = ranks.told(history)
+    ranks.agree([*model.state_dict().values(), *velocity])
+    wrapped = ranks.wrapped(model)
+    sharedness = settings.sharedness if settings.sigma > 0 else 1
     images_each = min(settings.epoch_images or len(data), len(data))
     batches_each = math.ceil(images_each / settings.batch_size)
     for epoch in range(len(history), settings.epochs):
@@ -195,34 +222,49 @@ def train(
         if adversary is not None:
             adversary.start_epoch(model, epoch, generator)
         model.train()
-        batches = data.batches(settings.batch_size, generator=generator, augment=True, limit=images_each)
+        batches = data.batches(
+            settings.batch_size,
+            generator=generator,
+            augment=True,
+            limit=images_each,
+            share=lambda size: _at_least_one(ranks.share(size, sharedness)),
+        )
         for batch, (x, y) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + batch / batches_each)
+            size = min(settings.batch_size, images_each - batch * settings.batch_size)
+            own = ranks.share(size, sharedness)
+            ranks.agree(model.buffers())  # the attack is on the same model on every rank
             if adversary is not None:
                 loss = adversary.loss(model, x, y, settings, generator)
             elif settings.sigma > 0:
-                loss = shared_adversarial_loss(model, x, y, settings, generator)
+                start = ranks.start(size, sharedness, x.shape[1:], settings.eps, generator) if ranks.count > 1 else None
+                if own.start == own.stop:
+                    start = torch.zeros_like(x)  # not trained on
+                loss = shared_adversarial_loss(model, x, y, settings, generator, start=start, forward=wrapped)
             else:
                 with autocast(x.device):
-                    logits = model(x).float()
+                    logits = wrapped(x).float()
                 loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+            images = own.stop - own.start
+            if ranks.count > 1:  # gradients are averaged over ranks, losses are means over images
+                loss = loss * (images * ranks.count / size)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(x)
-            if progress:
+            total += loss.detach() * (size / ranks.count)
+            if progress and ranks.rank == 0:
                 progress(
                     f"epoch {epoch + 1}/{settings.epochs}",
                     (epoch + (batch + 1) / batches_each) / settings.epochs,
                 )
-        mean_loss = total.item() / images_each
+        mean_loss = ranks.total(total).item() / images_each
         if not math.isfinite(mean_loss):
             raise SatlibError(
                 f"the loss is {mean_loss} in epoch {epoch + 1}: training diverged;"
                 f" lower learning_rate={settings.learning_rate!r}"
             )
         history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6)})
-        if after_epoch:
+        if after_epoch and ranks.rank == 0:
             momenta = {
                 f"velocity.{n}": optimizer.state[w]["momentum_buffer"] for n, w in zip(names, weights, strict=True)
             }

@@ -35,8 +35,8 @@ class Unaugmented:
     def __len__(self):
         return len(self.data)
 
-    def batches(self, batch_size, *, generator, augment, limit):
-        return self.data.batches(batch_size, generator=generator, limit=limit)
+    def batches(self, batch_size, *, augment, **options):
+        return self.data.batches(batch_size, **options)
 
 
 class Recorder(nn.Module):

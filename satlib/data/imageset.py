@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -131,6 +131,7 @@ class ImageSet:
         generator: torch.Generator | None = None,
         augment: bool = False,
         limit: int | None = None,
+        share: Callable[[int], slice] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
 
@@ -138,7 +139,8 @@ class ImageSet:
         `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
         is the set's own. `augment` crops at random from the image padded by 4 reflected pixels and flips
         half of the images left to right; it needs a generator. `limit` stops after that many images; they
-        are exactly those that the pass without `limit` begins with.
+        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
+        that size to yield, for ranks that train together: what is drawn does not depend on it.
         """
         if batch_size < 1:
             raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
@@ -153,10 +155,15 @@ class ImageSet:
                 f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
                 f"expected more than {CROP_PADDING} each way, or augment=False"
             )
-        return self._batches(batch_size, generator, augment, limit)
+        return self._batches(batch_size, generator, augment, limit, share or slice)
 
     def _batches(
-        self, batch_size: int, generator: torch.Generator | None, augment: bool, limit: int | None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None,
+        augment: bool,
+        limit: int | None,
+        share: Callable[[int], slice],
     ) -> Iterator[tuple[Tensor, Tensor]]:
         # All draws of a pass are made, and moved to the device, at its start: they do not depend on
         # batch_size or limit, and no batch waits for a copy from the host.
@@ -168,7 +175,8 @@ class ImageSet:
             flips = torch.randint(2, (n,), generator=generator).bool()
             shifts, flips = shifts[:limit].to(self.device), flips[:limit].to(self.device)
         for start in range(0, len(order), batch_size):
-            part = slice(start, start + batch_size)
+            own = share(min(batch_size, len(order) - start))
+            part = slice(start + (own.start or 0), start + own.stop)
             indices = order[part]
             images = self._crop_flip(indices, shifts[part], flips[part]) if augment else self.images[indices]
             yield images.to(torch.float32, memory_format=torch.channels_last), self.labels[indices]

@@ -1,0 +1,70 @@
+"""Training on several ranks (`torchrun`): how they share out a mini-batch, and what they must agree on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from satlib.attacks import random_start
+
+Plain = TypeVar("Plain")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together; a process on its own is the only rank of one.
+
+    The result is the same whatever their number, but for batch norm, whose statistics are those of each rank's images.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def share(self, images: int, sharedness: int) -> slice:
+        """Which images of a mini-batch this rank takes: whole heaps, as evenly as that can be. It may be empty."""
+        heaps = -(-images // sharedness)
+        first, last = (self.rank * heaps // self.count, (self.rank + 1) * heaps // self.count)
+        return slice(first * sharedness, min(last * sharedness, images))
+
+    def start(
+        self, images: int, sharedness: int, shape: tuple[int, ...], eps: float, generator: torch.Generator
+    ) -> Tensor:
+        """Initial perturbations of this rank's heaps: those that a process on its own would draw for them."""
+        heaps = -(-images // sharedness)
+        drawn = random_start((heaps, *shape), eps, generator)
+        return drawn[self.rank * heaps // self.count : (self.rank + 1) * heaps // self.count]
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained: its gradients are averaged over the ranks, its weights are rank 0's."""
+        return model if self.count == 1 else DistributedDataParallel(model)
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the tensors of rank 0, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def told(self, value: Plain) -> Plain:
+        """Rank 0's value (plain Python) on every rank."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
+
+
+def here() -> Ranks:
+    """The ranks that this process belongs to."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()

@@ -1,0 +1,105 @@
+"""Ranks that train together: their shares are whole heaps, and their result is that of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from satlib.parallel import Ranks, here
+
+TRAIN = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from conftest import tiny
+from satlib.errors import SatlibError
+from satlib.training import Training, train
+
+rank, ranks, sharedness, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if ranks > 1:
+    dist.init_process_group("gloo", init_method="file://" + out + ".store", rank=rank, world_size=ranks)
+torch.manual_seed(rank)  # only rank 0's weights count
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.LazyLinear(4)
+)
+model(torch.zeros(1, 3, 8, 8))
+model[0].weight.data /= 128
+model = model.double()
+data = (tiny.__wrapped__() if hasattr(tiny, "__wrapped__") else tiny._get_wrapped_function()()).train
+
+class Doubled:  # the images as float64, so that sums in another order give the same signs
+    def __len__(self):
+        return len(data)
+    def batches(self, *args, **options):
+        return ((x.double(), y) for x, y in data.batches(*args, **options))
+
+settings = Training(
+    epochs=2, batch_size=30, epoch_images=100, learning_rate=0.05, milestones=(1,), seed=3,
+    **({{"sigma": 0.6, "eps": 20.0, "sharedness": sharedness, "steps": 3}} if sharedness else {{}}),
+)
+history = train(model, Doubled(), settings, history=None if rank == 0 else [{{"epoch": 1, "loss": 0.0}}])
+if ranks > 1 and rank == 1:
+    try:
+        train(model, Doubled(), settings, adversary=object())
+    except SatlibError as error:
+        assert "object trains on one rank, not 2" in str(error)
+    else:
+        raise AssertionError("an adversary was accepted")
+losses = torch.tensor([each["loss"] for each in history])
+save_file({{"losses": losses}} | {{k: v.contiguous() for k, v in model.state_dict().items()}}, f"{{out}}.{{rank}}")
+"""
+
+
+def run(tmp_path: Path, ranks: int, sharedness: int) -> list[dict[str, torch.Tensor]]:
+    out = tmp_path / f"of{ranks}"
+    code = TRAIN.format(tests=str(Path(__file__).parent))
+    environment = os.environ | {"SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
+    arguments = [
+        [sys.executable, "-c", code, str(rank), str(ranks), str(sharedness), str(out)] for rank in range(ranks)
+    ]
+    processes = [subprocess.Popen(each, env=environment) for each in arguments]
+    assert [process.wait(timeout=300) for process in processes] == [0] * ranks
+    return [load_file(f"{out}.{rank}") for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("sharedness", [0, 8])
+def test_two_ranks_train_as_one_process_on_the_union_of_their_images(tmp_path, sharedness):
+    """Mini-batches of 30, the last of 10: four heaps of 8, 8, 8 and 6 images, then two of 8 and 2."""
+    (alone,), together = run(tmp_path, 1, sharedness), run(tmp_path, 2, sharedness)
+    assert alone["losses"].shape == (2,)
+    for found in together:
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@given(images=st.integers(1, 70), sharedness=st.integers(1, 70), count=st.integers(1, 9))
+def test_shares_are_whole_heaps_of_which_each_is_taken_once(images, sharedness, count):
+    shares = [Ranks(rank, count).share(images, sharedness) for rank in range(count)]
+    assert [i for share in shares for i in range(share.start, share.stop)] == list(range(images))
+    assert all(share.start % sharedness == 0 for share in shares if share.start < images)
+    heaps = [-(-(share.stop - share.start) // sharedness) for share in shares]
+    assert max(heaps) - min(heaps) <= 1
+
+
+@given(images=st.integers(1, 40), sharedness=st.integers(1, 40), count=st.integers(1, 5))
+def test_ranks_start_from_what_one_process_draws(images, sharedness, count):
+    def start(ranks):
+        return ranks.start(images, sharedness, (1, 2, 2), 8.0, torch.Generator().manual_seed(1))
+
+    together = torch.cat([start(Ranks(rank, count)) for rank in range(count)])
+    assert torch.equal(together, start(Ranks()))
+
+
+def test_a_process_on_its_own_is_the_only_rank():
+    assert here() == Ranks(0, 1)
+    assert Ranks().share(7, 3) == slice(0, 7) and Ranks().told([1]) == [1]
