@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from satlib.commands import add_bench, add_data, add_ledger, add_results, add_sweep, add_verify
+from satlib.commands import add_bench, add_data, add_ledger, add_results, add_sweep, add_train, add_verify
 from satlib.errors import SatlibError
 
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_run(commands)
     add_sweep(commands, budget, deadline)
+    add_train(commands, budget, deadline)
     for add in (add_results, add_bench, add_verify, add_data, add_ledger):
         add(commands)
     try:

@@ -1,4 +1,4 @@
-"""The subcommands that read and fill the ledger: `sweep`, `results`, `verify`, `data` and `ledger`."""
+"""The subcommands that read and fill the ledger: `sweep`, `train`, `results`, `verify`, `data` and `ledger`."""
 
 import argparse
 import json
@@ -67,6 +67,56 @@ def _dry_run(lab: "Lab", runs: list["Run"]) -> None:
         f"{len(waiting)} of {len(unique)} runs are waiting: about {seconds / 3600:.1f} h on {device_name()}{probe};"
         f" {disk / 1e6:.0f} MB of weights on disk"
     )
+
+
+def add_train(commands: Any, budget: Any, deadline: Any) -> None:
+    """`train`: trainings of a profile, on one process or on all that torchrun starts."""
+    parser = commands.add_parser(
+        "train",
+        help="carry out trainings of a profile, on several GPUs or nodes by torchrun",
+        description="Carries out the trainings of a profile that have no record yet, data-parallel under torchrun: "
+        "`torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 "
+        "alone writes them, and the same call goes on from the last whole epoch. Evaluations are left to `sweep`. "
+        "Exit status: 0 when all are done, 3 when the budget was spent before.",
+    )
+    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
+    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.set_defaults(function=lambda arguments: _train(arguments, deadline(arguments.budget)))
+
+
+def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
+    from satlib import experiments, parallel
+    from satlib.kinds import KINDS
+    from satlib.lab import BudgetSpent, Lab
+
+    chosen = [
+        run
+        for run in experiments.profile_runs(arguments.profile)
+        if run.kind == "train" and arguments.only in run.title
+    ]
+    if not chosen:
+        raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
+    with parallel.joined(arguments.device) as device:
+        ranks = parallel.here()
+        lab = Lab(profile=arguments.profile, device=device, deadline=deadline)
+        runs = list({lab.spec(r).id: r for run in chosen for r in run.ancestry() if r.kind == "train"}.values())
+        waiting = {lab.spec(run).id for run in lab.pending(runs)} if ranks.rank == 0 else set()
+        waiting = ranks.told(waiting)
+        try:
+            for run in (run for run in runs if lab.spec(run).id in waiting):
+                if ranks.rank == 0:
+                    lab.record(run)
+                else:
+                    KINDS[run.kind].compute(lab, run, parallel.Follower())
+        except (BudgetSpent, parallel.Stopped):
+            if ranks.rank == 0:
+                print("budget spent; the same call goes on from here")
+            return 3
+        if ranks.rank == 0:
+            print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
+    return 0
 
 
 def add_results(commands: Any) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from satlib import parallel
 from satlib.attacks import (
     ascend,
     attack_loss,
@@ -43,9 +44,13 @@ class Kind:
 
 
 def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
-    """ERM or (shared) adversarial training; continues from its last finished epoch."""
+    """ERM or (shared) adversarial training; continues from its last finished epoch.
+
+    On several ranks all compute this alike; only rank 0 looks anything up, and the others get what it found.
+    """
     splits, settings = lab.splits(run.dataset), Training.from_config(run.config["training"])
-    model = lab.model(run.parents["init"]) if "init" in run.parents else lab.new_model(run)
+    found = "init" in run.parents and parallel.here().rank == 0
+    model = lab.model(run.parents["init"]) if found else lab.new_model(run)
     state, history = None, []
     if checkpoint := work.load_checkpoint():
         state, info = checkpoint

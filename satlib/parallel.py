@@ -1,8 +1,10 @@
 """Training on several ranks (`torchrun`): how they share out a mini-batch, and what they must agree on."""
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from satlib.attacks import random_start
 
 Plain = TypeVar("Plain")
+
+
+class Stopped(Exception):
+    """Rank 0 has stopped the training, and says why; this is another rank."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,35 @@ def here() -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[str | None]:
+    """The ranks that `torchrun` started, joined by NCCL on CUDA and gloo on CPUs; yields this rank's device.
+
+    device: "cpu", "cuda" or None for CUDA where there is one. A process that torchrun did not start is on its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    on_cuda = torch.cuda.is_available() if device is None else device == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        yield "cuda" if on_cuda else "cpu"
+    finally:
+        dist.destroy_process_group()
+
+
+class Follower:
+    """The workspace of a rank that only helps: rank 0 loads, saves and records."""
+
+    def load_checkpoint(self) -> None:
+        return None
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], info: dict) -> None:
+        pass
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: Any = None) -> None:
+        pass

@@ -182,7 +182,7 @@ def train(
 
     Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
     its heaps of every mini-batch, the attack is on the bare model, gradients are averaged, and all go on from rank 0's
-    state and history. Only rank 0 calls `after_epoch` and `progress`.
+    state and history. Only rank 0 calls `after_epoch` and `progress`; what it raises there stops all of them.
 
     Raises SatlibError for an adversary on several ranks, and where the loss is not finite after an epoch, naming the
     epoch and the mend.
@@ -264,12 +264,18 @@ def train(
                 f" lower learning_rate={settings.learning_rate!r}"
             )
         history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6)})
+        stopped: Exception | None = None
         if after_epoch and ranks.rank == 0:
             momenta = {
                 f"velocity.{n}": optimizer.state[w]["momentum_buffer"] for n, w in zip(names, weights, strict=True)
             }
             found = {f"adversary.{k}": v for k, v in adversary.state().items()} if adversary is not None else {}
-            after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta | found, history)
+            try:
+                after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta | found, history)
+            except Exception as error:
+                stopped = error
+        if ranks.told(stopped is not None):
+            raise stopped or parallel.Stopped
     model.eval()
     return history
 

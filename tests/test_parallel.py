@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny_project import parameters, write_project
 
+from satlib.ledger import Ledger
 from satlib.parallel import Ranks, here
 
 TRAIN = """
@@ -103,3 +105,40 @@ def test_ranks_start_from_what_one_process_draws(images, sharedness, count):
 def test_a_process_on_its_own_is_the_only_rank():
     assert here() == Ranks(0, 1)
     assert Ranks().share(7, 3) == slice(0, 7) and Ranks().told([1]) == [1]
+
+
+SMALL = """
+depth: int = 8
+width: int = 2
+erm_epochs: int = 1
+erm_batch_size: int = 64
+erm_schedule: str = "one-cycle"
+finetune_epochs: int = 2
+finetune_epoch_images: int = 128
+dataset: str = "shapes32"
+points: list = [[8, 8.0, 0.5]]
+baselines: list = []
+"""
+
+
+def test_torchrun_trains_a_profile_s_models_and_rank_0_records_them(tmp_path):
+    write_project(tmp_path, {"04_cifar10": [parameters(SMALL)]})
+    values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in SMALL.strip().splitlines()}
+    profile = tmp_path / "notebooks" / "profiles" / "quick.yaml"
+    profile.write_text(profile.read_text() + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
+    environment = os.environ | {"SATLIB_HOME": str(tmp_path), "SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "satlib", "train", "--only", "s=8", "--device", "cpu"]
+
+    def call(*start):
+        done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    assert call(*torchrun).stdout.count("2 trainings of the profile 'quick' have a record") == 1
+    records = Ledger(tmp_path / "data").records()
+    assert sorted(record.labels["title"] for record in records) == ["ERM", "s=8, eps=8, sigma=0.5"]
+    assert [len(r.metrics["history"]) for r in sorted(records, key=lambda r: r.labels["title"])] == [1, 2]
+    again = call(sys.executable)
+    assert "2 trainings" in again.stdout and "[run]" not in again.stderr + again.stdout
+    assert {r.created for r in Ledger(tmp_path / "data").records()} == {r.created for r in records}
