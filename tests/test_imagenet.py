@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from satlib import data
+from satlib.attacks import success_rates, universal_pgd
 from satlib.data import imagenet
 from satlib.errors import SatlibError
 
@@ -109,5 +111,136 @@ def test_missing_data_and_classes_are_named(root, tmp_path):
         load(tmp_path / "elsewhere")
     with pytest.raises(SatlibError, match=r"no class folder .* \(196 of 200 missing\)"):
         load(root, "")
-    with pytest.raises(SatlibError, match="data set 'cifar10' has no options: '4'; only imagenet200 has"):
+    with pytest.raises(
+        SatlibError, match="data set 'cifar10' has no options: '4'; only imagenet200, imagenet200-224 have"
+    ):
         data.load("cifar10:4", root=root)
+
+
+# --------------------------------------------------------------------------------- 224x224, streamed from disk
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Of each of 2 classes, and one other: 10 training and 2 validation images of many sizes, smooth, JPEG."""
+    root = tmp_path_factory.mktemp("large")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 2)):
+        for wnid in (*imagenet.wnids("2"), "n99999999"):
+            (folder := root / "imagenet" / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                size = (300 + 40 * i, 260 + 15 * i) if i % 2 else (250, 400)
+                colours = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+                colours.resize(size, Image.Resampling.BICUBIC).save(folder / f"{wnid}_{i}.JPEG", quality=95)
+    return root
+
+
+def stream(root) -> data.Splits:
+    return data.load("imagenet200-224:2", root=root, progress=False)
+
+
+def test_streamed_sets_are_split_as_resident_ones(large):
+    splits = stream(large)
+    assert [len(s) for s in vars(splits).values()] == [18, 2, 4]
+    assert splits.train.title == "ImageNet (224x224), 2 classes" and splits.train.name == "imagenet200-224:2"
+    paths = [file.path for s in vars(splits).values() for file in s.files]
+    assert len(set(paths)) == 24 and all(path.startswith("val/") for path in paths[20:])
+    for s in vars(splits).values():
+        assert all(imagenet.wnids("2")[label] in file.path for label, file in zip(s.labels, s.files, strict=True))
+        assert s.fingerprint == stream(large).__dict__[s.split].fingerprint
+    assert len({s.fingerprint for s in vars(splits).values()}) == 3
+
+
+def test_streamed_batches_are_the_middle_of_each_image(large):
+    test = stream(large).test
+    (first, labels), (rest, _) = test.batches(3)
+    assert first.shape == (3, 3, 224, 224) and rest.shape == (1, 3, 224, 224) and first.dtype == torch.float32
+    assert first.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels, test.labels[:3])
+    images = torch.cat([first, rest])
+    assert torch.equal(test.images[:].float(), images) and torch.equal(
+        test.images[torch.tensor([2])].float(), images[2:3]
+    )
+    assert torch.equal(torch.cat([part.float() for part in test.images.split(3)]), images)
+    assert torch.equal(test.subset([3, 1]).images[:].float(), images[[3, 1]])
+    resize = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+    for file, image in zip(test.files, images, strict=True):
+        with Image.open(test.folder / file.path) as whole:
+            expected = torch.from_numpy(np.array(resize(whole))).permute(2, 0, 1).float()
+        assert (image - expected).abs().mean() < 2, (
+            "as torchvision's, but for JPEG's faster decoding and a pixel's shift"
+        )
+
+
+def test_random_parts_follow_the_generator_and_nothing_else(large):
+    train = stream(large).train
+
+    def drawn(batch_size=6, seed=0, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat([x for x, _ in train.batches(batch_size, generator=generator, augment=True, **options)])
+
+    whole = drawn()
+    assert whole.shape == (18, 3, 224, 224) and torch.equal(drawn(5), whole)
+    assert torch.equal(drawn(limit=7), whole[:7]) and not torch.equal(drawn(seed=1), whole)
+    shares = [drawn(share=lambda size, rank=rank: slice(rank * size // 2, (rank + 1) * size // 2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half[3 * i : 3 * i + 3] for i in range(3) for half in shares]), whole)
+    state = torch.get_rng_state()
+    drawn(limit=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_universal_attack_on_streamed_images_is_that_on_resident_ones(large, float32):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten(), torch.nn.Linear(48, 2))
+    train = stream(large).train
+    found = [
+        universal_pgd(
+            model,
+            images,
+            train.labels,
+            eps=8.0,
+            steps=3,
+            batch_size=8,
+            micro_batch=3,
+            snapshots=2,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for images in (train.images, train.images[:])
+    ]
+    assert torch.equal(*found)
+    rates = [
+        success_rates(model, images, train.labels, found[0], batch_size=5) for images in (train.images, train.images[:])
+    ]
+    assert torch.equal(*rates)
+
+
+def test_a_damaged_streamed_image_is_named_and_left_out_only_when_asked(large, monkeypatch):
+    victim = large / "imagenet" / "train" / imagenet.wnids("2")[0] / f"{imagenet.wnids('2')[0]}_3.JPEG"
+    content = victim.read_bytes()
+    try:
+        victim.write_bytes(content[:400])
+        splits = stream(large)
+        for read in (lambda s: list(s.batches(4)), lambda s: s.images[:]):
+            with pytest.raises(
+                SatlibError, match=rf"bad image .*{victim.name}: damaged or truncated .*; replace or remove"
+            ):
+                read(splits.train), read(splits.val)
+        monkeypatch.setenv("SATLIB_SKIP_DAMAGED", "1")
+        with pytest.warns(UserWarning, match=rf"1 bad images of .* left out: train/.*{victim.name}"):
+            splits = stream(large)
+        assert len(splits.train) + len(splits.val) == 19
+    finally:
+        victim.write_bytes(content)
+
+
+def test_bad_requests_of_streamed_sets_are_named(large, tmp_path):
+    train = stream(large).train
+    for call, message in (
+        (lambda: train.batches(0), "batch_size = 0; expected at least 1"),
+        (lambda: train.batches(2, limit=0), "limit = 0; expected at least 1"),
+        (lambda: train.batches(2, augment=True), "augment = True without a generator"),
+        (lambda: train.first(19), r"n = 19; StreamedSet\('ImageNet"),
+    ):
+        with pytest.raises(SatlibError, match=message):
+            call()
+    with pytest.raises(SatlibError, match=r"no ImageNet in .*: looked for imagenet/\{train,val\}/<wnid>"):
+        stream(tmp_path)

@@ -10,10 +10,10 @@ from satlib.paths import data_root
 
 __all__ = ["NAMES", "ImageSet", "Splits", "download", "load"]
 
-_LOADERS = {"cifar10": cifar10.load, "imagenet200": imagenet.load} | {
+_LOADERS = {"cifar10": cifar10.load, "imagenet200": imagenet.load, "imagenet200-224": imagenet.load_large} | {
     name: partial(shapes.load, name) for name in shapes.FAMILIES
 }
-_WITH_OPTION = ("imagenet200",)
+_WITH_OPTION = ("imagenet200", "imagenet200-224")
 _DOWNLOADS = {"cifar10": cifar10.download}
 NAMES = tuple(_LOADERS)
 
@@ -30,7 +30,7 @@ def load(name: str, *, root: str | Path | None = None, progress: bool = True) ->
     if name not in _LOADERS:
         raise SatlibError(f"unknown data set {name!r}; expected one of {', '.join(_LOADERS)}")
     if option and name not in _WITH_OPTION:
-        raise SatlibError(f"data set {name!r} has no options: {option!r}; only {', '.join(_WITH_OPTION)} has")
+        raise SatlibError(f"data set {name!r} has no options: {option!r}; only {', '.join(_WITH_OPTION)} have")
     return _LOADERS[name](_resolved(root), *filter(None, [option]), progress=progress)
 
 

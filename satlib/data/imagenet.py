@@ -1,14 +1,18 @@
-"""ImageNet with 200 classes at 64x64: Tiny ImageNet as shipped (section 6.2 on a small machine)."""
+"""ImageNet with 200 classes (section 6.2): a user's ImageNet at 224x224, or Tiny ImageNet as shipped, at 64x64."""
 
 import hashlib
 import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from satlib.data.cache import cached_splits
 from satlib.data.imageset import Splits
-from satlib.data.imagetree import ImageTree, read_images, scan_tree
+from satlib.data.imagetree import ImageTree, read_images, scan_tree, sound_files
 from satlib.data.splitting import RULE, held_out
+from satlib.data.splitting import rows as split_rows
+from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
 
 SIZE = (64, 64)
@@ -31,16 +35,15 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
             "set SATLIB_DATA to the folder that holds it, or place it there"
         )
     tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
-    skip = os.environ.get("SATLIB_SKIP_DAMAGED") == "1"
     sources = {
         "split": RULE,
-        "skip": skip,
+        "skip": _skip(),
         "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
     }
 
     def build() -> Splits:
         decoded = {
-            name: read_images(tree, split, size=SIZE, progress=progress, skip_damaged=skip)
+            name: read_images(tree, split, size=SIZE, progress=progress, skip_damaged=_skip())
             for name, split in (("train", "train"), ("test", "val"))
         }
         classes = tuple(names()[wnid] for wnid in chosen)
@@ -48,6 +51,40 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
 
     which = hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:8]
     return cached_splits(f"imagenet200-{which}", sources, root, build)
+
+
+def load_large(root: Path, option: str = "", *, progress: bool = True) -> Splits:
+    """ImageNet below `root` at 224x224, of which only the chosen classes are looked at; the images stay on disk.
+
+    Looked for in `root`/imagenet/{train,val}/<wnid>/*.JPEG, the validation images in class folders as well. option,
+    and the three sets: as for `load`. With SATLIB_SKIP_DAMAGED=1 in the environment every image is read once, before
+    all else, and damaged ones are left out, with a warning. Raises `SatlibError` if the folders are not there; a
+    damaged image is named when its turn comes.
+    """
+    chosen, folder = wnids(option), root / "imagenet"
+    if not (folder / "train").is_dir():
+        raise SatlibError(
+            f"no ImageNet in {root}: looked for imagenet/{{train,val}}/<wnid>/*.JPEG; "
+            "set SATLIB_DATA to the folder that holds imagenet/, or link it there"
+        )
+    tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
+    files = {
+        split: sound_files(tree, split, progress=progress) if _skip() else tree.files[split] for split in tree.files
+    }
+    labels = {split: torch.tensor([file.label for file in files[split]]) for split in files}
+    classes = tuple(names()[wnid] for wnid in chosen)
+    title = "ImageNet (224x224)" + (f", {len(chosen)} classes" if len(chosen) < len(names()) else ", 200 classes")
+    name = "imagenet200-224" + (f":{option}" if option else "")
+    sets = {}
+    for split, rows in split_rows(labels["train"], labels["val"]).items():
+        source = "val" if split == "test" else "train"
+        taken = tuple(files[source][i] for i in rows.tolist())
+        sets[split] = StreamedSet(folder, taken, labels[source][rows], 224, classes, name, title, split)
+    return Splits(**sets)
+
+
+def _skip() -> bool:
+    return os.environ.get("SATLIB_SKIP_DAMAGED") == "1"
 
 
 @cache

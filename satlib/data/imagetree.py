@@ -4,7 +4,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,9 +114,9 @@ def read_images(
     """
     files = tree.files[split]
     if size is None:
-        first = _decode(tree.folder / files[0].path)
+        first = decode(tree.folder / files[0].path)
         if isinstance(first, str):
-            raise SatlibError(f"bad image {tree.folder / files[0].path}: {first}; replace or remove it")
+            raise SatlibError(bad_image(tree.folder, [(files[0].path, first)]))
         size = (first.shape[0], first.shape[1])
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     # DataLoader brings what parallel decoding needs: processes (threads gain nothing here: each image is
@@ -134,16 +135,40 @@ def read_images(
         done += len(pixels)
     labels = torch.tensor([file.label for file in files])
     if bad:
-        (path, problem), others = bad[0], len(bad) - 1
-        more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
         if not skip_damaged:
-            raise SatlibError(f"bad image {tree.folder / path}: {problem}{more}; replace or remove it")
-        listed = ", ".join(path for path, _ in bad[:10]) + (", ..." if len(bad) > 10 else "")
-        warnings.warn(f"{len(bad)} bad images of {tree.folder} left out: {listed}", stacklevel=2)
-        left_out = {path for path, _ in bad}
+            raise SatlibError(bad_image(tree.folder, bad))
+        left_out = _left_out(tree.folder, bad)
         sound = torch.tensor([file.path not in left_out for file in files])
         images, labels = images[sound], labels[sound]
     return images.permute(0, 3, 1, 2), labels
+
+
+def sound_files(tree: ImageTree, split: str, *, progress: bool = True) -> tuple[ImageFile, ...]:
+    """The files of a split that can be decoded, whatever their sizes; a warning names the others."""
+    files = tree.files[split]
+
+    def problem(file: ImageFile) -> list[tuple[str, str | None]]:
+        image = decode(tree.folder / file.path)
+        return [(file.path, image if isinstance(image, str) else None)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = _shown(((each,) for each in pool.map(problem, files)), len(files), f"checking {split}", progress)
+        bad = [(path, found) for (((path, found),),) in shown if found is not None]
+    left_out = _left_out(tree.folder, bad) if bad else set()
+    return tuple(file for file in files if file.path not in left_out)
+
+
+def _left_out(folder: Path, bad: Sequence[tuple[str, str]]) -> set[str]:
+    listed = ", ".join(path for path, _ in bad[:10]) + (", ..." if len(bad) > 10 else "")
+    warnings.warn(f"{len(bad)} bad images of {folder} left out: {listed}", stacklevel=3)
+    return {path for path, _ in bad}
+
+
+def bad_image(folder: Path, bad: Sequence[tuple[str, str]]) -> str:
+    """What is wrong: the first of `bad` (path below the folder, problem), and how many others there are."""
+    (path, problem), others = bad[0], len(bad) - 1
+    more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
+    return f"bad image {folder / path}: {problem}{more}; replace or remove it"
 
 
 class _Decoder(Dataset):
@@ -160,7 +185,7 @@ class _Decoder(Dataset):
         pixels = torch.zeros((len(files), height, width, 3), dtype=torch.uint8)
         problems = []
         for row, file in enumerate(files):
-            image = _decode(self.folder / file.path)
+            image = decode(self.folder / file.path)
             if isinstance(image, str):
                 problems.append((file.path, image))
             elif image.shape[:2] != self.size:
@@ -171,13 +196,13 @@ class _Decoder(Dataset):
         return pixels, problems
 
 
-def _decode(path: Path) -> Tensor | str:
-    """The image as uint8 (H, W, 3), or what is wrong with the file."""
+def decode(path: Path, prepare: Callable[[Image.Image], Image.Image] | None = None) -> Tensor | str:
+    """The image as uint8 (H, W, 3), or what is wrong with the file. prepare: what to take of it, before it is read."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode.startswith(("I", "F")):
                 return "more than 8 bits a channel"
-            return torch.from_numpy(np.array(image.convert("RGB")))
+            return torch.from_numpy(np.array((prepare(image) if prepare else image).convert("RGB")))
     except UnidentifiedImageError:
         return "not a PNG or JPEG image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

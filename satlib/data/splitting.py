@@ -16,24 +16,25 @@ def held_out(name: str, title: str, classes: tuple[str, ...], decoded: dict[str,
 
     All sets are shuffled once, always alike.
     """
-    images, labels = decoded["train"]
-    order = shuffled(len(labels), SPLIT_SEED)
-    ordered = labels[order]
-    validation = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
-        members = torch.nonzero(ordered == label).flatten()
-        validation[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
-    chosen = {
-        "train": (images, labels, order[~validation]),
-        "val": (images, labels, order[validation]),
-        "test": (*decoded["test"], shuffled(len(decoded["test"][1]), SPLIT_SEED + 1)),
-    }
+    chosen = rows(decoded["train"][1], decoded["test"][1])
+    images = {"train": decoded["train"], "val": decoded["train"], "test": decoded["test"]}
     return Splits(
         **{
-            split: ImageSet(images[rows], labels[rows], classes, name, title, split)
-            for split, (images, labels, rows) in chosen.items()
+            split: ImageSet(images[split][0][order], images[split][1][order], classes, name, title, split)
+            for split, order in chosen.items()
         }
     )
+
+
+def rows(train: Tensor, test: Tensor) -> dict[str, Tensor]:
+    """Which images are in which set, in their order, by the labels of those that come as train and test."""
+    order = shuffled(len(train), SPLIT_SEED)
+    ordered = train[order]
+    validation = torch.zeros(len(train), dtype=torch.bool)
+    for label in ordered.unique():
+        members = torch.nonzero(ordered == label).flatten()
+        validation[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
+    return {"train": order[~validation], "val": order[validation], "test": shuffled(len(test), SPLIT_SEED + 1)}
 
 
 def shuffled(n: int, seed: int) -> Tensor:
