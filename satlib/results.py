@@ -1,12 +1,13 @@
 """The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
 
+import re
 import statistics
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.claims import Model, Records, trained_models
+from satlib.claims import Claim, Model, Records, cifar10_claims, trained_models
 from satlib.ledger import Ledger
 from satlib.paper import CIFAR10, REPORTED, Reported
 
@@ -45,6 +46,56 @@ class Row:
 def cifar10_plan(profile: str) -> experiments.Plan:
     """The plan of section 6.1 under a profile."""
     return experiments.cifar10(experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10")))
+
+
+def published_claims(profile: str) -> list[Claim]:
+    """The claims of section 6.1, evaluated on a profile's published records."""
+    plan, records = cifar10_plan(profile), Records(published=True)
+    return cifar10_claims(trained_models(plan, records), records.of(plan.cost) if plan.cost else None)
+
+
+def published_models(profile: str) -> pd.DataFrame:
+    """The models of section 6.1 in a profile's published records, under both attacks, with the spread over seeds."""
+    models = trained_models(cifar10_plan(profile), Records(published=True))
+
+    def shown(model: Model, value: float | None, name: str) -> str:
+        spread = f" ± {model.spreads[name]:.1f}" if name in model.spreads else ""
+        return "> 255" if value is None else f"{value:.1f}{spread}"
+
+    rows = [
+        {
+            "model": m.title,
+            "accuracy (%)": shown(m, m.accuracy, "accuracy"),
+            "eps_uni(0.75)": shown(m, m.eps_uni, "eps_uni"),
+            "accuracy under DeepFool, eps = 20 (%)": shown(m, m.deepfool, "deepfool") if m.deepfool else "-",
+            "trainings, searches": f"{len(m.trainings)}, {len(m.searches)}",
+        }
+        for m in models
+    ]
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table of text as GitHub shows it."""
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+BLOCK = re.compile(r"(<!-- published (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """A text with each block between `<!-- published models: PROFILE -->` (or `claims`) and `<!-- end -->` rendered."""
+
+    def render(found: re.Match) -> str:
+        opening, what, profile, closing = found.groups()
+        if what == "models":
+            frame = published_models(profile)
+        else:
+            frame = pd.DataFrame([vars(claim) for claim in published_claims(profile)])
+        return f"{opening}{markdown(frame)}\n{closing}"
+
+    return BLOCK.sub(render, text)
 
 
 def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | None:

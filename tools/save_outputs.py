@@ -1,9 +1,10 @@
-"""Copy the outputs of executed notebooks into their sources, so that they read well where nobody runs them.
+"""Copy the outputs of executed notebooks into their sources, and published results into the README's tables.
 
     python tools/save_outputs.py [04_cifar10 ...]     # default: all that notebooks/executed/quick holds
 
-Outputs of the quick profile only. What differs from one execution to the next (times, progress lines, execution
-counts' gaps, papermill's metadata) is scrubbed. The code and text of the sources are left as they are.
+Both read well then where nobody runs them. Outputs of the quick profile only. What differs from one execution to the
+next (times, progress lines, execution counts' gaps, papermill's metadata) is scrubbed. The code and text of the sources
+are left as they are.
 """
 
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import nbformat
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+from satlib.results import with_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 LARGEST = 1_500_000  # bytes of a source with its outputs
 
 
@@ -59,3 +63,5 @@ if __name__ == "__main__":
     stems = sys.argv[1:] or sorted(path.stem for path in (NOTEBOOKS / "executed" / "quick").glob("*.ipynb"))
     for stem in stems:
         save(stem)
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
