@@ -14,6 +14,7 @@ from satlib import graphs
 from satlib.errors import SatlibError
 from satlib.precision import autocast
 
+AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
 IGNORE = 255  # segmentation label of pixels that count for nothing
 
 
@@ -88,17 +89,6 @@ def attackable(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.enable_grad()
-def input_gradients(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, loss_threshold: float | None, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Gradient of each sample's L_adv with respect to what the model sees, (d, C, H, W), and the losses."""
-    inputs = inputs.detach().requires_grad_()
-    with autocast(inputs.device):
-        logits = model(inputs.view_as(inputs))  # a view, since PyTorch's FLOP counter cannot take the leaf itself
-    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
-    return torch.autograd.grad(losses.sum(), inputs)[0], losses.detach()
-
-
 def heap_gradients(
     model: nn.Module,
     images: Tensor,
@@ -109,15 +99,12 @@ def heap_gradients(
     loss_threshold: float | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """sum_{i in heap} grad_z L_adv(z_i, y_i) with z_i = x_i + xi, clamped: (heaps, C, H, W), and the losses.
-
-    The gradient is that of the image as the model sees it, as in the PGD of Madry et al. (2018): a derivative through
-    the clamp would be zero at every pixel that xi drives out of [0, 255], and such a pixel could never come back.
-    """
-    seen = perturb(images, xi, sharedness)
-    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
-    gradients, losses = input_gradients(model, seen, labels, **options)
-    return heap_sums(gradients, sharedness), losses
+    """grad_xi sum_{i in heap} L_adv(x_i + xi, y_i) of every heap, shaped like xi, and the losses (d,) or (d, H, W)."""
+    xi = xi.detach().requires_grad_()
+    with autocast(images.device):
+        logits = model(perturb(images, xi, sharedness))
+    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+    return torch.autograd.grad(losses.sum(), xi)[0], losses.detach()
 
 
 def stepped(xi: Tensor, gradients: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
@@ -248,7 +235,8 @@ def universal_pgd(
     scored on `score_images` of the crafting images, and for each eps the most successful one is returned.
 
     micro_batch: a mini-batch that does not fit the device is taken in parts of so many images, whose gradients are
-    summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000).
+    summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000). Each image
+    is there once for every eps. None: as many as make AT_ONCE values, all eps together.
 
     Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold or mismatched shapes.
     """
@@ -261,7 +249,7 @@ def universal_pgd(
     if not 1 <= batch_size <= len(images):
         raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
     if micro_batch is not None and micro_batch < 1:
-        raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to take mini-batches whole")
+        raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to choose by their size")
     if snapshots < 1 or score_images < 1:
         raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
     heaps, device = len(epsilons), images.device
@@ -273,7 +261,7 @@ def universal_pgd(
     kept = []
     options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
     order = _minibatches(len(images), batch_size, steps, generator).to(device)
-    part = min(micro_batch or batch_size, batch_size)
+    part = min(micro_batch or max(1, AT_ONCE // (heaps * images.shape[1:].numel())), batch_size)
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A mini-batch, or a part of one, once for each eps."""
@@ -326,18 +314,13 @@ def success_rates(
     return wins / total
 
 
-def heap_sums(values: Tensor, sharedness: int) -> Tensor:
-    """Sum of (d, ...) values over each heap of `sharedness` consecutive ones; the last heap may be smaller."""
-    if sharedness == 1:
-        return values
-    whole = len(values) - len(values) % sharedness
-    sums = values[:whole].unflatten(0, (-1, sharedness)).sum(1) if whole else values[:0]
-    return sums if whole == len(values) else torch.cat([sums, values[whole:].sum(0, keepdim=True)])
-
-
 def heap_means(values: Tensor, sharedness: int) -> Tensor:
     """Mean of (d,) values over each heap of `sharedness` consecutive ones; the last heap may be smaller."""
-    return heap_sums(values, sharedness) / heap_sums(torch.ones_like(values), sharedness)
+    heaps = -(-len(values) // sharedness)
+    padded = F.pad(values, (0, heaps * sharedness - len(values)))
+    sizes = torch.full((heaps,), sharedness, device=values.device)
+    sizes[-1] = len(values) - (heaps - 1) * sharedness
+    return padded.view(heaps, sharedness).sum(1) / sizes
 
 
 def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Tensor:

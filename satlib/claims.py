@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from satlib import experiments
+from satlib.kinds import KINDS
 from satlib.lab import Run
 from satlib.ledger import Ledger, Record
 from satlib.records import digest_of
@@ -15,9 +16,10 @@ class Records:
 
     def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
         ledger = ledger or Ledger()
+        known = ledger.records(published=published)
         self._by_settings: dict[tuple[str, str], list[Record]] = {}
-        for record in sorted(ledger.records(), key=lambda record: record.created, reverse=True):
-            if not published or (ledger.ledger / record.id).is_dir():
+        for record in sorted(known, key=lambda record: record.created, reverse=True):
+            if record.kind in KINDS and record.version == KINDS[record.kind].version:
                 self._by_settings.setdefault((record.kind, digest_of(record.config)), []).append(record)
 
     def of(self, run: Run) -> Record | None:
@@ -39,9 +41,10 @@ class Model:
     """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
 
     family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
-    training, eps for ERM. accuracy: mean over the trainings. eps_uni: mean over all searches, None where one did not
-    succeed. deepfool: accuracy in % under the DeepFool universal perturbation, None if not run. spreads: the standard
-    deviation of each of the three over its seeds, by name, where there are several. run: the first training.
+    training, eps for ERM. accuracy, eps_uni and deepfool are means over the trainings that were evaluated, eps_uni of
+    each over its searches, None where one did not succeed; deepfool: accuracy in % under the DeepFool universal
+    perturbation, None if not run. spreads: the standard deviation of each of the three over trainings where there are
+    several, else over searches, by name. run: the first training.
     """
 
     title: str
@@ -76,17 +79,22 @@ def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
     ]
     found = []
     for runs, family, sharedness, eps, sigma in described:
-        trainings = tuple(r for run in runs if (r := records.of(run)))
-        searches = tuple(r for run in runs for search in plan.robustness[run] if (r := records.of(search)))
-        deepfools = tuple(r for run in runs if run in plan.deepfool and (r := records.of(plan.deepfool[run])))
-        if not trainings or not searches:
+        seeds = []
+        for run in runs:
+            training, deepfool = records.of(run), records.of(plan.deepfool[run]) if run in plan.deepfool else None
+            searches = [r for search in plan.robustness[run] if (r := records.of(search))]
+            if training and searches:
+                seeds.append((training, searches, deepfool))
+        if not seeds:
             continue
-        sizes = [r.metrics["eps_uni"] for r in searches]
+        sizes = [[r.metrics["eps_uni"] for r in searches] for _, searches, _ in seeds]
+        unbroken = any(size is None for each in sizes for size in each)
         values = {
-            "accuracy": [100 * r.metrics["accuracy"] for r in trainings],
-            "eps_uni": [] if None in sizes else sizes,
-            "deepfool": [100 * r.metrics["accuracy"] for r in deepfools],
+            "accuracy": [[100 * training.metrics["accuracy"]] for training, _, _ in seeds],
+            "eps_uni": [] if unbroken else sizes,
+            "deepfool": [[100 * deepfool.metrics["accuracy"]] for *_, deepfool in seeds if deepfool],
         }
+        means = {name: statistics.mean(map(statistics.mean, each)) for name, each in values.items() if each}
         found.append(
             Model(
                 title=runs[0].title,
@@ -94,17 +102,23 @@ def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
                 sharedness=sharedness,
                 eps=eps,
                 sigma=sigma,
-                accuracy=statistics.mean(values["accuracy"]),
-                eps_uni=statistics.mean(values["eps_uni"]) if values["eps_uni"] else None,
-                deepfool=statistics.mean(values["deepfool"]) if values["deepfool"] else None,
-                spreads={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+                accuracy=means["accuracy"],
+                eps_uni=means.get("eps_uni"),
+                deepfool=means.get("deepfool"),
+                spreads={name: spread for name, each in values.items() if (spread := _spread(each)) is not None},
                 run=runs[0],
-                trainings=trainings,
-                searches=searches,
-                deepfools=deepfools,
+                trainings=tuple(training for training, _, _ in seeds),
+                searches=tuple(search for _, searches, _ in seeds for search in searches),
+                deepfools=tuple(deepfool for *_, deepfool in seeds if deepfool),
             )
         )
     return found
+
+
+def _spread(values: Sequence[Sequence[float]]) -> float | None:
+    """Standard deviation over trainings, of each the mean over its searches; of a single training, over these."""
+    over = [statistics.mean(each) for each in values] if len(values) > 1 else [x for each in values for x in each]
+    return statistics.stdev(over) if len(over) > 1 else None
 
 
 ATTACKS = {"S-PGD": "eps_uni", "DeepFool": "deepfool"}  # the measure of robustness under each attack
@@ -128,7 +142,8 @@ def domination(models: Sequence[Model], better: str, worse: str, measure: str = 
 
     Each model on the worse front is compared with the most robust one of `better` that is at least as accurate. It
     holds if all that can be compared are beaten, and at least one can; it does not hold if one of them is more robust
-    by more than the spread over seeds; with none to compare, or differences within it, it is not decided.
+    by more than the largest spread over seeds on both fronts; with none to compare, differences within it, or no model
+    with several seeds, it is not decided.
     """
     strong, weak = (front([m for m in models if m.family == family], measure) for family in (better, worse))
     if not strong or not weak:
@@ -139,13 +154,15 @@ def domination(models: Sequence[Model], better: str, worse: str, measure: str = 
         gaps += [max(above) - value] if above else []
     if not gaps:
         return "not decided", f"no {better} model is as accurate as one of {worse}"
-    noise = max(m.spreads.get(measure, 0.0) for m, _ in (*strong, *weak))
+    spreads = [m.spreads[measure] for m, _ in (*strong, *weak) if measure in m.spreads]
     unit = "pixel units" if measure == "eps_uni" else "points"
     listed = ", ".join(f"{gap:+.1f}" for gap in gaps)
     evidence = f"{len(gaps)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
-    if all(gap > noise for gap in gaps):
+    if not spreads:
+        return "not decided", f"{evidence}; one seed each"
+    if all(gap > max(spreads) for gap in gaps):
         return "holds", evidence
-    return ("does not hold" if any(gap < -noise for gap in gaps) else "not decided"), evidence
+    return ("does not hold" if any(gap < -max(spreads) for gap in gaps) else "not decided"), evidence
 
 
 @dataclass(frozen=True)

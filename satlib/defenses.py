@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, check_eps, heap_pgd, input_gradients, perturb
+from satlib.attacks import attackable, check_eps, heap_gradients, heap_pgd, perturb
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.errors import SatlibError
@@ -184,7 +184,7 @@ def mean_of_signs(
         for _ in range(steps):
             chosen = torch.randint(len(data), (batch_size,), generator=generator).to(data.device)
             x, y = data.images[chosen].float().contiguous(memory_format=torch.channels_last), data.labels[chosen]
-            gradients, _ = input_gradients(net, perturb(x, xi, batch_size), y, loss_threshold=None)
+            gradients, _ = heap_gradients(net, x, y, xi.expand(batch_size, -1, -1, -1), sharedness=1)
             xi = (xi + relative_step_size * eps * gradients.sign().mean(0, keepdim=True)).clamp(-eps, eps)
     return xi
 

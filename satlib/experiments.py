@@ -11,7 +11,13 @@ from satlib.paper import CIFAR10, IMAGENET, METHOD, Cifar10, Classification, Ima
 from satlib.training import Training
 
 # Images in an epoch, for estimates alone: plans are made without loading data.
-TRAIN_IMAGES = {"cifar10": 45_000, "imagenet200": 90_000, "shapes32": 9_000, "shapes64": 8_000}
+TRAIN_IMAGES = {
+    "cifar10": 45_000,
+    "imagenet200": 90_000,
+    "imagenet200-224": 234_000,
+    "shapes32": 9_000,
+    "shapes64": 8_000,
+}
 
 Settings = TypeVar("Settings", Cifar10, ImageNet, Method)
 
@@ -57,7 +63,8 @@ class Plan:
 
 def cifar10(settings: Cifar10) -> Plan:
     """Plan of section 6.1 under the given settings."""
-    erm, models = erm_run(settings), _models(settings)
+    erm = erm_run(settings)
+    models = _models(settings, erm)
     baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
     trained = [erm, *(run for runs in models.values() for run in runs), *baselines.values()]
     return Plan(
@@ -72,19 +79,19 @@ def cifar10(settings: Cifar10) -> Plan:
 
 def imagenet(settings: ImageNet) -> Plan:
     """Plan of section 6.2 under the given settings."""
-    erm, models = erm_run(settings), _models(settings)
+    erm = erm_run(settings)
+    models = _models(settings, erm)
     searches = _searches(settings, [erm, *(run for runs in models.values() for run in runs)])
     predictions = {model: predictions_run(settings, model, each[0]) for model, each in searches.items()}
     return Plan(erm=erm, models=models, robustness=searches, predictions=predictions)
 
 
-def _models(settings: Classification) -> dict[Point, list[Run]]:
+def _models(settings: Classification, erm: Run) -> dict[Point, list[Run]]:
     points = settings.points or tuple(
         (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
     )
     if unknown := set(settings.repeated) - set(points):
         raise SatlibError(f"repeated: {sorted(unknown)} are not among the points; add them there, or drop them here")
-    erm = erm_run(settings)
     return {
         point: [
             finetune_run(settings, erm, *point, seed=settings.seed + i)
@@ -211,7 +218,7 @@ def _train_run(settings: Classification, training: Training, title: str, parents
 def robustness_run(settings: Classification, model: Run, *, seed: int = 0) -> Run:
     """eps_uni(delta) of a trained model by stochastic PGD (section 5.2)."""
     passes = settings.search_iterations if settings.search == "binary" else 5
-    attack: dict[str, Any] = {
+    attack = {
         "steps": settings.search_steps,
         "batch_size": settings.search_batch,
         "beta": settings.beta,
@@ -221,7 +228,6 @@ def robustness_run(settings: Classification, model: Run, *, seed: int = 0) -> Ru
     }
     sets = {}
     if isinstance(settings, ImageNet):  # crafts on training images, and reports on the whole validation set
-        attack["micro_batch"] = settings.micro_batch
         sets = {"sets": {"craft": "train", "choose": "val", "report": "test"}}
     return Run(
         kind="universal_robustness",

@@ -15,8 +15,9 @@ from satlib.attacks import (
     ascend,
     attack_loss,
     attackable,
+    broadcast,
+    heap_gradients,
     heap_pgd,
-    input_gradients,
     perturb,
     success_rates,
     universal_pgd,
@@ -140,8 +141,8 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
 def compute_predictions(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """Which classes a model predicts for test images, clean and under its universal perturbation (A.7).
 
-    Counts by class; `fooled` counts only images that the perturbation makes wrong. Entropies in bits, of the shares of
-    the classes; None where there is no perturbation, or nothing is fooled.
+    Counts by class; `fooled`: of images that are right when clean and wrong under the perturbation. Entropies in bits,
+    of the shares of the classes; None where there is no perturbation, or nothing is fooled.
     """
     test, model = lab.splits(run.dataset).test, lab.model(run.parents["model"])
     search = lab.record(run.parents["search"])
@@ -149,13 +150,14 @@ def compute_predictions(lab: "Lab", run: "Run", work: Workspace) -> dict:
     counts = {name: torch.zeros(len(test.classes), dtype=torch.long) for name in ("clean", "perturbed", "fooled")}
     with torch.no_grad(), attackable(model) as net:
         for x, y in test.batches(512):
-            seen = {"clean": x} | ({} if found is None else {"perturbed": perturb(x, found, len(x))})
-            for name, images in seen.items():
-                with autocast(x.device):
-                    predicted = net(images).argmax(1)
+            with autocast(x.device):
+                clean = net(x).argmax(1)
+                perturbed = None if found is None else net(perturb(x, found, len(x))).argmax(1)
+            seen = {"clean": clean}
+            if perturbed is not None:
+                seen |= {"perturbed": perturbed, "fooled": perturbed[(clean == y) & (perturbed != y)]}
+            for name, predicted in seen.items():
                 counts[name] += torch.bincount(predicted, minlength=len(test.classes)).cpu()
-                if name == "perturbed":
-                    counts["fooled"] += torch.bincount(predicted[predicted != y], minlength=len(test.classes)).cpu()
     return {
         "images": len(test),
         "eps_uni": search.metrics["eps_uni"],
@@ -406,7 +408,7 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
         heaps, bound = -(-len(x) // s), torch.tensor(eps).view(1, 1, 1, 1)
         xi = (torch.rand((heaps, *x.shape[1:]), generator=torch.Generator().manual_seed(config["seed"])) * 2 - 1) * eps
         xi, bound = xi.to(x.device), bound.to(x.device)
-        gradients, _ = input_gradients(net, perturb(x, xi, s), y, **options)
+        gradients, _ = heap_gradients(net, x, y, broadcast(xi, s, len(x)), sharedness=1, **options)
         steps = [xi]
         for _ in range(config["steps"]):
             xi, _ = ascend(net, x, y, xi, eps=bound, alpha=alpha, sharedness=s, **options)
@@ -432,7 +434,7 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
 
 KINDS = {
     "train": Kind(1, compute_train, ("weights",)),
-    "universal_robustness": Kind(1, compute_universal_robustness),
+    "universal_robustness": Kind(2, compute_universal_robustness),
     "predictions": Kind(1, compute_predictions),
     "universal_deepfool": Kind(1, compute_universal_deepfool),
     "epoch_cost": Kind(1, compute_epoch_cost),

@@ -72,11 +72,13 @@ class Ledger:
         names = (path.name for store in (self.runs, self.ledger) for path in store.glob("*"))
         return sorted({name for name in names if RUN_ID.fullmatch(name)})
 
-    def records(self) -> list[Record]:
-        """All sound records, oldest first, each once (runs before published); artefacts are not hashed."""
+    def records(self, *, published: bool = False) -> list[Record]:
+        """All sound records, oldest first, each once (runs before published, or published alone); artefacts are not
+        hashed."""
         found = []
         for run_id in self.ids():
-            stores = (self._look(store / run_id, artefacts=False) for store in (self.runs, self.ledger))
+            folders = (self.ledger,) if published else (self.runs, self.ledger)
+            stores = (self._look(folder / run_id, artefacts=False) for folder in folders)
             found += [next((record for record in stores if record is not None), None)]
         return sorted(filter(None, found), key=lambda record: (record.created, record.id))
 

@@ -131,11 +131,11 @@ class ImageNet(Classification):
 
     section: ClassVar[str] = "6.2"
 
-    dataset: str = "imagenet200"
-    layers: tuple[int, ...] = (3, 4, 6, 3)  # WRN-50-2, with the stem that suits images of 64x64
+    dataset: str = "imagenet200-224"
+    layers: tuple[int, ...] = (3, 4, 6, 3)  # WRN-50-2-bottleneck
     group_width: int = 128
     expansion: int = 4
-    stem: str = "half"
+    stem: str = "large"
     erm_epochs: int = 100
     erm_milestones: tuple[int, ...] = (30, 60, 90)
     erm_weight_decay: float = 1e-4
@@ -149,7 +149,6 @@ class ImageNet(Classification):
     relative_step_size: float = 0.4
     search_steps: int = 20
     search_batch: int = 10_000
-    micro_batch: int = 256  # our choice: images whose gradients are computed at once
     craft_images: int = 0  # 0: all training images
     choose_images: int = 2048
     report_images: int = 0  # 0: the whole validation set of ImageNet

@@ -7,10 +7,10 @@ import pytest
 from satlib.claims import Claim, Model, cifar10_claims, domination, front, imagenet_claims
 
 
-def model(family, accuracy, eps_uni, *, deepfool=None, spread=None, eps=8.0):
+def model(family, accuracy, eps_uni, *, deepfool=None, spread=0.5, eps=8.0):
     sharedness = int(family.removeprefix("s = ")) if family.startswith("s = ") else None
     title = f"{family}, {accuracy:g}"
-    spreads = {} if spread is None else {"eps_uni": spread}
+    spreads = {} if spread is None else {"eps_uni": spread, "deepfool": spread}
     return Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, deepfool, spreads)
 
 
@@ -34,13 +34,14 @@ def test_the_front_is_what_nobody_beats():
 @pytest.mark.parametrize(
     ("strong", "weak", "spread", "expected"),
     [
-        ([(88, 40)], [(87, 30), (86, 35)], None, "holds"),
-        ([(88, 40), (84, 50)], [(90, 10), (87, 30), (83, 45)], None, "holds"),  # at 90 there is nothing to compare
-        ([(88, 40)], [(87, 30), (86, 45)], None, "does not hold"),
+        ([(88, 40)], [(87, 30), (86, 35)], None, "not decided"),  # a single seed each
+        ([(88, 40)], [(87, 30), (86, 35)], 0.5, "holds"),
+        ([(88, 40), (84, 50)], [(90, 10), (87, 30), (83, 45)], 0.5, "holds"),  # at 90 there is nothing to compare
+        ([(88, 40)], [(87, 30), (86, 45)], 0.5, "does not hold"),
         ([(88, 40)], [(86, 41)], 2.0, "not decided"),
         ([(88, 40)], [(86, 39)], 2.0, "not decided"),
         ([(88, 40)], [(89, 20)], None, "not decided"),
-        ([(88, 40)], [(87, 30), (86, 5)], None, "holds"),  # the latter is no model of the front
+        ([(88, 40)], [(87, 30), (86, 5)], 0.5, "holds"),  # the latter is no model of the front
         ([], [(87, 30)], None, "not run"),
         ([(87, None)], [(87, 30)], None, "not run"),
     ],

@@ -315,7 +315,6 @@ IMAGENET_SMALL = {
     "search_iterations": 4,
     "search_steps": 5,
     "search_batch": 24,
-    "micro_batch": 10,
     "choose_images": 16,
 }
 
@@ -334,7 +333,9 @@ def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(ti
         predictions = lab.record(plan.predictions[m.run])
         counts, entropy = predictions.metrics["counts"], predictions.metrics["entropy_bits"]
         assert sum(counts["clean"]) == sum(counts["perturbed"]) == len(tiny.test)
-        assert sum(counts["fooled"]) == round(search.metrics["report_rate"] * len(tiny.test))
+        wrong = round(search.metrics["report_rate"] * len(tiny.test))
+        clean = round((1 - m.accuracy / 100) * len(tiny.test))
+        assert wrong - clean <= sum(counts["fooled"]) <= wrong
         shares = np.array([count for count in counts["clean"] if count]) / len(tiny.test)
         assert entropy["clean"] == pytest.approx(-(shares * np.log2(shares)).sum())
     assert lab.model(plan.erm).net.layer1[0].conv2.weight.shape == (8, 8, 3, 3)
@@ -343,7 +344,9 @@ def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(ti
 def test_section_6_2_is_the_paper_s():
     plan = experiments.imagenet(paper.IMAGENET)
     assert len(plan.models) == 9 * 2 * 2 and (32, 10, 1.0) in plan.models
-    assert plan.erm.config["architecture"]["layers"] == [3, 4, 6, 3]
+    assert plan.erm.config["dataset"] == "imagenet200-224"
+    wide = {"layers": [3, 4, 6, 3], "group_width": 128, "expansion": 4, "stem": "large"}
+    assert plan.erm.config["architecture"] == {"name": "bottleneck"} | wide
     attack = plan.robustness[plan.erm][0].config["attack"]
     assert (attack["steps"], attack["batch_size"], attack["beta"], attack["gamma"]) == (20, 10_000, 4.0, 0.975)
     (run,) = plan.models[32, 10, 1.0]

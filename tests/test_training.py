@@ -129,15 +129,15 @@ def test_shared_loss_equals_the_equation(resnet, tiny, sigma, cap, sharedness):
     for heap in range(heaps):
         part, xi = slice(heap * s, (heap + 1) * s), start[heap]
         for _ in range(3):
-            seen = (x[part] + xi).clamp(0, 255).requires_grad_()
-            logits = attacked(seen).float()
+            xi = xi.detach().requires_grad_()
+            logits = attacked((x[part] + xi).clamp(0, 255)).float()
             losses = F.cross_entropy(logits, y[part], reduction="none", label_smoothing=0.1)
             if cap is not None:
                 capped += (losses > cap).sum()
                 losses = losses.clamp(max=cap)
-            (gradient,) = torch.autograd.grad(losses.sum(), seen)
-            xi = (xi + 0.7 * 8 * gradient.sum(0).sign()).clamp(-8, 8)
-        each += [xi] * len(x[part])
+            (gradient,) = torch.autograd.grad(losses.sum(), xi)
+            xi = (xi + 0.7 * 8 * gradient.sign()).clamp(-8, 8)
+        each += [xi.detach()] * len(x[part])
     expected_model = copy.deepcopy(model)
     logits = expected_model(torch.cat([(x + torch.stack(each)).clamp(0, 255), x]))
     halves = [F.cross_entropy(half, y, label_smoothing=0.1) for half in (logits[:12], logits[12:])]
