@@ -76,8 +76,9 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
         help="carry out trainings of a profile, on several GPUs or nodes by torchrun",
         description="Carries out the trainings of a profile that have no record yet, data-parallel under torchrun: "
         "`torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 "
-        "alone writes them, and the same call goes on from the last whole epoch. Evaluations are left to `sweep`. "
-        "Exit status: 0 when all are done, 3 when the budget was spent before.",
+        "alone writes them, and the same call goes on from the last whole epoch. Evaluations, and the defences that "
+        "train on one process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent "
+        "before all was done.",
     )
     parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
@@ -88,34 +89,30 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
 
 def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     from satlib import experiments, parallel
-    from satlib.kinds import KINDS
     from satlib.lab import BudgetSpent, Lab
 
-    chosen = [
-        run
-        for run in experiments.profile_runs(arguments.profile)
-        if run.kind == "train" and arguments.only in run.title
-    ]
+    planned = [run for run in experiments.profile_runs(arguments.profile) if run.kind == "train"]
+    chosen = [run for run in planned if arguments.only in run.title]
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:
         ranks = parallel.here()
+        if ranks.count > 1:
+            chosen = [run for run in chosen if "defense" not in run.config]
         lab = Lab(profile=arguments.profile, device=device, deadline=deadline)
-        runs = list({lab.spec(r).id: r for run in chosen for r in run.ancestry() if r.kind == "train"}.values())
-        waiting = {lab.spec(run).id for run in lab.pending(runs)} if ranks.rank == 0 else set()
-        waiting = ranks.told(waiting)
+        runs = {lab.spec(r).id: r for run in chosen for r in run.ancestry()}
+        if ranks.rank > 0:
+            parallel.follow(lab, runs)
+            return 0
         try:
-            for run in (run for run in runs if lab.spec(run).id in waiting):
-                if ranks.rank == 0:
-                    lab.record(run)
-                else:
-                    KINDS[run.kind].compute(lab, run, parallel.Follower())
-        except (BudgetSpent, parallel.Stopped):
-            if ranks.rank == 0:
-                print("budget spent; the same call goes on from here")
-            return 3
-        if ranks.rank == 0:
-            print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
+            for run in runs.values():
+                lab.record(run)
+        except BudgetSpent:
+            print("budget spent; the same call goes on from here")
+            return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
+        finally:
+            ranks.told(None)
+        print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
     return 0
 
 
@@ -182,27 +179,36 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def add_data(commands: Any) -> None:
     """`data`: which data sets are here, and are they sound?"""
-    parser = commands.add_parser("data", help="which data sets are here; download CIFAR-10")
+    parser = commands.add_parser(
+        "data",
+        help="which data sets are here; check them; download CIFAR-10",
+        description="status: which data sets are here, without reading them. verify: read and check every image of "
+        "those that are here, or of NAME. download: fetch NAME (cifar10).",
+    )
     parser.add_argument("action", choices=("status", "verify", "download"))
-    parser.add_argument("name", nargs="?", default="cifar10", help="for download (default: cifar10)")
+    parser.add_argument("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)")
     parser.set_defaults(function=_data)
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from satlib import data
+    from satlib import data, profiles
     from satlib.paths import data_root
 
     if arguments.action == "download":
-        data.download(arguments.name)
+        data.download(arguments.name or "cifar10")
         return 0
     print(f"data root: {data_root()}")
     status = 0
-    for name in data.NAMES:
+    for name in [arguments.name] if arguments.name else data.NAMES:
+        place = "made in code" if name in profiles.EMBEDDED else data.place(name.partition(":")[0])
+        if arguments.action == "status" or (place is None and not arguments.name):
+            print(f"{name}: {place or 'not here'}")
+            continue
         try:
-            splits = data.load(name)
+            splits = data.verify(name)
         except SatlibError as error:
             print(f"{name}: {error}")
-            status = 1 if arguments.action == "verify" else status
+            status = 1
             continue
         sizes = ", ".join(f"{len(part)} {part.split}" for part in (splits.train, splits.val, splits.test))
         print(f"{name}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")

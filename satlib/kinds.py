@@ -47,10 +47,13 @@ class Kind:
 def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """ERM or (shared) adversarial training; continues from its last finished epoch.
 
-    On several ranks all compute this alike; only rank 0 looks anything up, and the others get what it found.
+    On several ranks, rank 0 says which run it computes to the others, in `parallel.follow`, and all compute it alike;
+    only rank 0 looks anything up, and the others get what it found.
     """
-    splits, settings = lab.splits(run.dataset), Training.from_config(run.config["training"])
-    found = "init" in run.parents and parallel.here().rank == 0
+    splits, settings, ranks = lab.splits(run.dataset), Training.from_config(run.config["training"]), parallel.here()
+    if ranks.rank == 0:
+        ranks.told(lab.spec(run).id)
+    found = "init" in run.parents and ranks.rank == 0
     model = lab.model(run.parents["init"]) if found else lab.new_model(run)
     state, history = None, []
     if checkpoint := work.load_checkpoint():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,6 +142,10 @@ class Lab:
             self.progress.line(f"[run] {self._place(run)}{run.title}: done in {duration(time.monotonic() - began)}")
         self._done[spec.id] = record
         return record
+
+    def help_with(self, run: Run, work: Any) -> None:
+        """Compute a run as one of several ranks, of which another records it."""
+        KINDS[run.kind].compute(self, run, work)
 
     def carry_out(self, plan: Iterable[Run]) -> list[Record]:
         """Records of all runs of the plan with what they build on, in its order; progress over the whole plan.

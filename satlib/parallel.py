@@ -1,10 +1,11 @@
 """Training on several ranks (`torchrun`): how they share out a mini-batch, and what they must agree on."""
 
 import contextlib
+import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from satlib.attacks import random_start
+
+if TYPE_CHECKING:
+    from satlib.lab import Lab, Run
 
 Plain = TypeVar("Plain")
 
@@ -24,7 +28,8 @@ class Stopped(Exception):
 class Ranks:
     """This process among those that train together; a process on its own is the only rank of one.
 
-    The result is the same whatever their number, but for batch norm, whose statistics are those of each rank's images.
+    The result is the same whatever their number, but for batch norm: in training it takes the statistics of each rank's
+    images, and keeps those of rank 0, which always has some.
     """
 
     rank: int = 0
@@ -32,9 +37,12 @@ class Ranks:
 
     def share(self, images: int, sharedness: int) -> slice:
         """Which images of a mini-batch this rank takes: whole heaps, as evenly as that can be. It may be empty."""
+        first, last = self._heaps(images, sharedness)
+        return slice(min(first * sharedness, images), min(last * sharedness, images))
+
+    def _heaps(self, images: int, sharedness: int) -> tuple[int, int]:
         heaps = -(-images // sharedness)
-        first, last = (self.rank * heaps // self.count, (self.rank + 1) * heaps // self.count)
-        return slice(first * sharedness, min(last * sharedness, images))
+        return -(-self.rank * heaps // self.count), -(-(self.rank + 1) * heaps // self.count)
 
     def start(
         self, images: int, sharedness: int, shape: tuple[int, ...], eps: float, generator: torch.Generator
@@ -42,7 +50,7 @@ class Ranks:
         """Initial perturbations of this rank's heaps: those that a process on its own would draw for them."""
         heaps = -(-images // sharedness)
         drawn = random_start((heaps, *shape), eps, generator)
-        return drawn[self.rank * heaps // self.count : (self.rank + 1) * heaps // self.count]
+        return drawn[slice(*self._heaps(images, sharedness))]
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: its gradients are averaged over the ranks, its weights are rank 0's."""
@@ -91,8 +99,17 @@ def joined(device: str | None = None) -> Iterator[str | None]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield "cuda" if on_cuda else "cpu"
+        dist.barrier()  # nobody leaves while another still waits for what was said last
     finally:
+        gc.collect()  # a wrapped model that outlives the process group can abort the process
         dist.destroy_process_group()
+
+
+def follow(lab: "Lab", runs: Mapping[str, "Run"]) -> None:
+    """Help rank 0 with whichever of the runs it computes, until it says None."""
+    while (key := here().told("")) is not None:
+        with contextlib.suppress(Stopped):
+            lab.help_with(runs[key], Follower())
 
 
 class Follower:

@@ -182,21 +182,27 @@ def train(
 
     Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
     its heaps of every mini-batch, the attack is on the bare model, gradients are averaged, and all go on from rank 0's
-    state and history. Only rank 0 calls `after_epoch` and `progress`; what it raises there stops all of them.
+    state and history. Only rank 0 calls `after_epoch` and `progress`; what the former raises there stops all of them.
 
-    Raises SatlibError for an adversary on several ranks, and where the loss is not finite after an epoch, naming the
-    epoch and the mend.
+    Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a mini-batch, and where the loss
+    is not finite after an epoch, naming the epoch and the mend.
     """
     names, weights = zip(*model.named_parameters(), strict=True)
     velocity = [torch.zeros_like(weight) for weight in weights]
     ranks = parallel.here()
     if adversary is not None and ranks.count > 1:
         raise SatlibError(f"{type(adversary).__name__} trains on one rank, not {ranks.count}; run it without torchrun")
+    sharedness = settings.sharedness if settings.sigma > 0 else 1
+    if ranks.count > (heaps := -(-settings.batch_size // sharedness)):
+        raise SatlibError(f"{ranks.count} ranks for {heaps} heaps in a mini-batch: some would have none; use fewer")
     history = list(history or [])
     if state is not None:
         model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         velocity = [
-            state[f"velocity.{name}"].to(weight.device).clone() for name, weight in zip(names, weights, strict=True)
+            torch.zeros_like(weight).copy_(
+                state[f"velocity.{name}"]
+            )  # in the weight's memory format, as on other ranks
+            for name, weight in zip(names, weights, strict=True)
         ]
         if adversary is not None:
             found = {k.removeprefix("adversary."): v for k, v in state.items() if k.startswith("adversary.")}
@@ -213,7 +219,6 @@ def train(
     history = ranks.told(history)
     ranks.agree([*model.state_dict().values(), *velocity])
     wrapped = ranks.wrapped(model)
-    sharedness = settings.sharedness if settings.sigma > 0 else 1
     images_each = min(settings.epoch_images or len(data), len(data))
     batches_each = math.ceil(images_each / settings.batch_size)
     for epoch in range(len(history), settings.epochs):

@@ -16,6 +16,7 @@ from satlib.ledger import Ledger
 from satlib.parallel import Ranks, here
 
 TRAIN = """
+import gc
 import sys
 import torch
 import torch.distributed as dist
@@ -24,18 +25,21 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from conftest import tiny
 from satlib.errors import SatlibError
+from satlib.parallel import Stopped
 from satlib.training import Training, train
 
 rank, ranks, sharedness, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if ranks > 1:
     dist.init_process_group("gloo", init_method="file://" + out + ".store", rank=rank, world_size=ranks)
-torch.manual_seed(rank)  # only rank 0's weights count
-model = torch.nn.Sequential(
-    torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.LazyLinear(4)
-)
-model(torch.zeros(1, 3, 8, 8))
-model[0].weight.data /= 128
-model = model.double()
+
+def fresh():
+    torch.manual_seed(rank)  # only rank 0's weights count
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(72, 4)
+    )
+    model[0].weight.data /= 128
+    return model.double().to(memory_format=torch.channels_last)
+
 data = (tiny.__wrapped__() if hasattr(tiny, "__wrapped__") else tiny._get_wrapped_function()()).train
 
 class Doubled:  # the images as float64, so that sums in another order give the same signs
@@ -45,10 +49,28 @@ class Doubled:  # the images as float64, so that sums in another order give the 
         return ((x.double(), y) for x, y in data.batches(*args, **options))
 
 settings = Training(
-    epochs=2, batch_size=30, epoch_images=100, learning_rate=0.05, milestones=(1,), seed=3,
+    epochs=2, batch_size=30, epoch_images=97, learning_rate=0.05, milestones=(1,), seed=3,
     **({{"sigma": 0.6, "eps": 20.0, "sharedness": sharedness, "steps": 3}} if sharedness else {{}}),
 )
+model = fresh()
 history = train(model, Doubled(), settings, history=None if rank == 0 else [{{"epoch": 1, "loss": 0.0}}])
+
+kept = []  # stopped after an epoch, and gone on from a copy of everything, as from a checkpoint
+def stop(state, history):
+    kept.append(({{k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}}, list(history)))
+    raise RuntimeError("enough")
+try:
+    train(fresh(), Doubled(), settings, after_epoch=stop)
+except (RuntimeError, Stopped) as error:
+    assert rank > 0 or str(error) == "enough"
+else:
+    raise AssertionError("not stopped")
+state, past = kept[0] if rank == 0 else (None, None)
+resumed = fresh()
+assert train(resumed, Doubled(), settings, state=state, history=past) == history
+for name, value in model.state_dict().items():
+    assert torch.equal(resumed.state_dict()[name], value), name
+
 if ranks > 1 and rank == 1:
     try:
         train(model, Doubled(), settings, adversary=object())
@@ -57,6 +79,10 @@ if ranks > 1 and rank == 1:
     else:
         raise AssertionError("an adversary was accepted")
 losses = torch.tensor([each["loss"] for each in history])
+if ranks > 1:
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 save_file({{"losses": losses}} | {{k: v.contiguous() for k, v in model.state_dict().items()}}, f"{{out}}.{{rank}}")
 """
 
@@ -75,7 +101,9 @@ def run(tmp_path: Path, ranks: int, sharedness: int) -> list[dict[str, torch.Ten
 
 @pytest.mark.parametrize("sharedness", [0, 8])
 def test_two_ranks_train_as_one_process_on_the_union_of_their_images(tmp_path, sharedness):
-    """Mini-batches of 30, the last of 10: four heaps of 8, 8, 8 and 6 images, then two of 8 and 2."""
+    """Mini-batches of 30 are four heaps of 8, 8, 8 and 6 images; the last is one of 7, and leaves rank 1 without any.
+
+    A training that is stopped and goes on ends alike."""
     (alone,), together = run(tmp_path, 1, sharedness), run(tmp_path, 2, sharedness)
     assert alone["losses"].shape == (2,)
     for found in together:
@@ -90,7 +118,7 @@ def test_shares_are_whole_heaps_of_which_each_is_taken_once(images, sharedness, 
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(images))
     assert all(share.start % sharedness == 0 for share in shares if share.start < images)
     heaps = [-(-(share.stop - share.start) // sharedness) for share in shares]
-    assert max(heaps) - min(heaps) <= 1
+    assert max(heaps) - min(heaps) <= 1 and heaps[0] > 0
 
 
 @given(images=st.integers(1, 40), sharedness=st.integers(1, 40), count=st.integers(1, 5))
@@ -117,7 +145,7 @@ finetune_epochs: int = 2
 finetune_epoch_images: int = 128
 dataset: str = "shapes32"
 points: list = [[8, 8.0, 0.5]]
-baselines: list = []
+baselines: list = [["fictitious play", 8.0]]
 """
 
 
@@ -128,7 +156,7 @@ def test_torchrun_trains_a_profile_s_models_and_rank_0_records_them(tmp_path):
     profile.write_text(profile.read_text() + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
     environment = os.environ | {"SATLIB_HOME": str(tmp_path), "SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "satlib", "train", "--only", "s=8", "--device", "cpu"]
+    command = ["-m", "satlib", "train", "--only", "=8", "--device", "cpu"]
 
     def call(*start):
         done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=300)
@@ -139,6 +167,6 @@ def test_torchrun_trains_a_profile_s_models_and_rank_0_records_them(tmp_path):
     records = Ledger(tmp_path / "data").records()
     assert sorted(record.labels["title"] for record in records) == ["ERM", "s=8, eps=8, sigma=0.5"]
     assert [len(r.metrics["history"]) for r in sorted(records, key=lambda r: r.labels["title"])] == [1, 2]
-    again = call(sys.executable)
+    again = call(*torchrun)
     assert "2 trainings" in again.stdout and "[run]" not in again.stderr + again.stdout
     assert {r.created for r in Ledger(tmp_path / "data").records()} == {r.created for r in records}

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from satlib.data import cifar10, imagenet, shapes
 from satlib.data.imageset import ImageSet, Splits
+from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
 from satlib.paths import data_root
 
-__all__ = ["NAMES", "ImageSet", "Splits", "download", "load"]
+__all__ = ["NAMES", "ImageSet", "Splits", "StreamedSet", "download", "load", "place", "verify"]
 
 _LOADERS = {"cifar10": cifar10.load, "imagenet200": imagenet.load, "imagenet200-224": imagenet.load_large} | {
     name: partial(shapes.load, name) for name in shapes.FAMILIES
 }
+_PLACES = {"cifar10": cifar10.place, "imagenet200": imagenet.place, "imagenet200-224": imagenet.place_large}
 _WITH_OPTION = ("imagenet200", "imagenet200-224")
 _DOWNLOADS = {"cifar10": cifar10.download}
 NAMES = tuple(_LOADERS)
@@ -32,6 +34,20 @@ def load(name: str, *, root: str | Path | None = None, progress: bool = True) ->
     if option and name not in _WITH_OPTION:
         raise SatlibError(f"data set {name!r} has no options: {option!r}; only {', '.join(_WITH_OPTION)} have")
     return _LOADERS[name](_resolved(root), *filter(None, [option]), progress=progress)
+
+
+def place(name: str, *, root: str | Path | None = None) -> Path | None:
+    """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
+    return _PLACES[name](_resolved(root)) if name in _PLACES else None
+
+
+def verify(name: str, *, root: str | Path | None = None) -> Splits:
+    """`load`, and read every image of a set that stays on disk, too. Raises `SatlibError` for the first bad one."""
+    splits = load(name, root=root)
+    for part in vars(splits).values():
+        if isinstance(part, StreamedSet):
+            part.check()
+    return splits
 
 
 def download(name: str, *, root: str | Path | None = None) -> None:

@@ -22,6 +22,15 @@ BATCHES = "cifar-10-batches-py"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
 
 
+def place(root: Path) -> Path | None:
+    """The folder that `load` reads; None where there is none."""
+    for folder in (root / BATCHES, root / "cifar10" / BATCHES):
+        if folder.is_dir():
+            return folder
+    tree = root / "cifar10"
+    return tree if (tree / "train").is_dir() or (tree / "test").is_dir() else None
+
+
 def load(root: Path, *, progress: bool = True) -> Splits:
     """CIFAR-10 below `root`: 45,000 train, 5,000 val and 10,000 test images of 3x32x32.
 
@@ -30,13 +39,12 @@ def load(root: Path, *, progress: bool = True) -> Splits:
     taken from the training images. All sets are shuffled once, always alike. Raises `SatlibError` if neither
     is there or what is there is damaged.
     """
-    for folder in (root / BATCHES, root / "cifar10" / BATCHES):
-        if folder.is_dir():
-            return held_out("cifar10", "CIFAR-10", CLASSES, read_batches(folder))
-    tree_folder = root / "cifar10"
-    if not (tree_folder / "train").is_dir() and not (tree_folder / "test").is_dir():
+    folder = place(root)
+    if folder is None:
         raise SatlibError(_missing(root))
-    tree = scan_tree(tree_folder, splits=("train", "test"), classes=CLASSES)
+    if folder.name == BATCHES:
+        return held_out("cifar10", "CIFAR-10", CLASSES, read_batches(folder))
+    tree = scan_tree(folder, splits=("train", "test"), classes=CLASSES)
     sources = {
         "split": RULE,
         "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],

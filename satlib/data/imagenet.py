@@ -1,4 +1,4 @@
-"""ImageNet with 200 classes (section 6.2): a user's ImageNet at 224x224, or Tiny ImageNet as shipped, at 64x64."""
+"""ImageNet with 200 classes (section 6.2): a user's ImageNet at 224x224, or Tiny ImageNet at its own 64x64."""
 
 import hashlib
 import os
@@ -14,9 +14,20 @@ from satlib.data.splitting import RULE, held_out
 from satlib.data.splitting import rows as split_rows
 from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
+from satlib.paths import project_root
 
 SIZE = (64, 64)
 FOLDERS = ("imagenet200", "tiny-imagenet-200")
+
+
+def place(root: Path) -> Path | None:
+    """The folder that `load` reads; None where there is none."""
+    return next((root / name for name in FOLDERS if (root / name / "train").is_dir()), None)
+
+
+def place_large(root: Path) -> Path | None:
+    """The folder that `load_large` reads; None where there is none."""
+    return root / "imagenet" if (root / "imagenet" / "train").is_dir() else None
 
 
 def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
@@ -27,12 +38,11 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
     `wnids` takes it. A damaged image ends it, named; with SATLIB_SKIP_DAMAGED=1 in the environment it is left
     out, with a warning. Raises `SatlibError` if the folders are not there, and for what is damaged.
     """
-    chosen = wnids(option)
-    folder = next((root / name for name in FOLDERS if (root / name / "train").is_dir()), None)
+    chosen, folder = wnids(option), place(root)
     if folder is None:
         raise SatlibError(
-            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG; "
-            "set SATLIB_DATA to the folder that holds it, or place it there"
+            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG, all images in the "
+            "folders of their classes; set SATLIB_DATA to the folder that holds it, or place it there"
         )
     tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
     sources = {
@@ -61,8 +71,8 @@ def load_large(root: Path, option: str = "", *, progress: bool = True) -> Splits
     all else, and damaged ones are left out, with a warning. Raises `SatlibError` if the folders are not there; a
     damaged image is named when its turn comes.
     """
-    chosen, folder = wnids(option), root / "imagenet"
-    if not (folder / "train").is_dir():
+    chosen, folder = wnids(option), place_large(root)
+    if folder is None:
         raise SatlibError(
             f"no ImageNet in {root}: looked for imagenet/{{train,val}}/<wnid>/*.JPEG; "
             "set SATLIB_DATA to the folder that holds imagenet/, or link it there"
@@ -96,7 +106,7 @@ def names() -> dict[str, str]:
 
 def wnids(option: str = "") -> tuple[str, ...]:
     """The classes that `option` stands for: all 200; evenly spaced ones, for a number; those listed in a text file,
-    one wnid a line, for its path.
+    one wnid a line, for its path (from the project's folder, if relative).
 
     Raises `SatlibError` for a number outside 2..200, a file that cannot be read, or a wnid that is not of the 200.
     """
@@ -108,7 +118,7 @@ def wnids(option: str = "") -> tuple[str, ...]:
             raise SatlibError(f"{option} classes of ImageNet: expected 2 to {len(known)}")
         return tuple(known[i * len(known) // int(option)] for i in range(int(option)))
     try:
-        listed = tuple(Path(option).read_text(encoding="utf-8").split())
+        listed = tuple((project_root() / option).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise SatlibError(f"cannot read the classes in {option} ({error}); expected one wnid a line") from None
     if unknown := [wnid for wnid in listed if wnid not in known]:

@@ -24,7 +24,9 @@ from satlib.errors import SatlibError
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT_SIDE = 256 / 224  # an image is resized so that its shorter side is this times the crop's
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the image, width to height
-AHEAD = 4  # batches that each worker decodes in advance
+CHUNK = 16  # images that a worker decodes at a time; AHEAD of them in advance, in shared memory, which containers keep
+AHEAD = 2  # small
+MOST_WORKERS = 8
 
 
 class StreamedImages:
@@ -76,7 +78,6 @@ class StreamedSet:
     name: str
     title: str
     split: str
-    workers: int = min(os.cpu_count() or 1, 16)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,6 +127,11 @@ class StreamedSet:
             raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
         return self.subset(slice(n))
 
+    def check(self) -> None:
+        """Read every image. Raises `SatlibError` for the first bad one."""
+        for part in self.images.split(CHUNK * MOST_WORKERS):
+            part[:]
+
     def batches(
         self,
         batch_size: int,
@@ -140,6 +146,8 @@ class StreamedSet:
             raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
         if limit is not None and limit < 1:
             raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
+        if generator is not None and generator.device.type != "cpu":
+            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
         if augment and generator is None:
             raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
         return self._batches(batch_size, generator, augment, limit, share or slice)
@@ -160,35 +168,44 @@ class StreamedSet:
         rows = []
         for start in range(0, len(order), batch_size):
             own = share(min(batch_size, len(order) - start))
-            rows.append(slice(start + (own.start or 0), start + own.stop))
+            rows.append(range(start + (own.start or 0), start + own.stop))
+        # A batch is decoded in chunks, so that what is under way takes the same memory whatever the batches' size.
+        chunks = [part[i : i + CHUNK] for part in rows for i in range(0, len(part), CHUNK)]
+        indices = order.tolist()
         tasks = [
-            [(self.files[i].path, int(seeds[row]) if seeds is not None else None) for row, i in _numbered(order, part)]
-            for part in rows
+            [(self.files[indices[row]].path, None if seeds is None else int(seeds[row])) for row in c] for c in chunks
         ]
-        loader = DataLoader(
-            _Decoder(self.folder, tasks, self.size),
-            batch_size=None,
-            num_workers=min(self.workers, len(tasks)),
-            prefetch_factor=AHEAD if self.workers else None,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # of its own, so that it draws nothing from torch's global one
+        workers = min(workers_here(), len(tasks))
+        loader = iter(
+            DataLoader(
+                _Decoder(self.folder, tasks, self.size),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=AHEAD if workers else None,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # of its own, so that it draws nothing from torch's global one
+            )
         )
-        for part, pixels in zip(rows, loader, strict=True):
-            if not isinstance(pixels, Tensor):
-                raise SatlibError(bad_image(self.folder, [tuple(pixels)]))
-            images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            images = images.to(torch.float32, memory_format=torch.channels_last)
-            flipped = flips[part].to(self.device).view(-1, 1, 1, 1)
-            images = torch.where(flipped, images.flip(-1), images) if augment else images
-            yield images.contiguous(memory_format=torch.channels_last), self.labels[order[part].to(self.device)]
+        for part in rows:
+            decoded = [next(loader) for _ in range(0, len(part), CHUNK)]
+            if bad := [tuple(found) for found in decoded if not isinstance(found, Tensor)]:
+                raise SatlibError(bad_image(self.folder, bad))
+            pixels = torch.cat([found.to(self.device, non_blocking=True) for found in decoded])
+            images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+            own = slice(part.start, part.stop)
+            if augment:
+                images = torch.where(flips[own].to(self.device).view(-1, 1, 1, 1), images.flip(-1), images)
+            yield images.contiguous(memory_format=torch.channels_last), self.labels[order[own].to(self.device)]
 
 
-def _numbered(order: Tensor, part: slice) -> Iterator[tuple[int, int]]:
-    return zip(range(part.start, part.stop), order[part].tolist(), strict=True)
+def workers_here() -> int:
+    """Processes that decode: a share of the cores for each rank that trains on this node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class _Decoder(Dataset):
-    """Item i: the pixels of the i-th batch, uint8 (b, size, size, 3), or (path, problem) of a bad image in it."""
+    """Item i: the pixels of the i-th task, uint8 (n, size, size, 3), or (path, problem) of a bad image in it."""
 
     def __init__(self, folder: Path, tasks: list[list[tuple[str, int | None]]], size: int) -> None:
         self.folder, self.tasks, self.size = folder, tasks, size
