@@ -51,7 +51,7 @@ class Classification:
     label_smoothing: float = LABEL_SMOOTHING
     # Evaluation: eps_uni(delta) by the search of section 5.2.
     delta: float = 0.75
-    search: str = "binary"  # the paper's; "k-ary" is ours, to the same answer in a fraction of the time
+    search: str = "binary"  # the paper's; "k-ary" is ours: an equal bound in a fraction of the time
     search_iterations: int = 10  # b
     search_steps: int  # K
     search_batch: int  # the mini-batch size m_k

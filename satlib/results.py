@@ -56,7 +56,8 @@ def published_claims(profile: str) -> list[Claim]:
 
 def published_models(profile: str) -> pd.DataFrame:
     """The models of section 6.1 in a profile's published records, under both attacks, with the spread over seeds."""
-    models = trained_models(cifar10_plan(profile), Records(published=True))
+    settings = experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10"))
+    models = trained_models(experiments.cifar10(settings), Records(published=True))
 
     def shown(model: Model, value: float | None, name: str) -> str:
         spread = f" ± {model.spreads[name]:.1f}" if name in model.spreads else ""
@@ -66,8 +67,10 @@ def published_models(profile: str) -> pd.DataFrame:
         {
             "model": m.title,
             "accuracy (%)": shown(m, m.accuracy, "accuracy"),
-            "eps_uni(0.75)": shown(m, m.eps_uni, "eps_uni"),
-            "accuracy under DeepFool, eps = 20 (%)": shown(m, m.deepfool, "deepfool") if m.deepfool else "-",
+            f"eps_uni({settings.delta:g})": shown(m, m.eps_uni, "eps_uni"),
+            f"accuracy under DeepFool, eps = {settings.deepfool_eps:g} (%)": "-"
+            if m.deepfool is None
+            else shown(m, m.deepfool, "deepfool"),
             "trainings, searches": f"{len(m.trainings)}, {len(m.searches)}",
         }
         for m in models
@@ -81,7 +84,7 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-BLOCK = re.compile(r"(<!-- published (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- published (models|claims): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:

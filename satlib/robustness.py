@@ -87,7 +87,7 @@ def universal_robustness(
     rate on the `report` images, which neither saw, is returned beside it. progress(text, done) follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255], an attack for each. "k-ary" is ours: several eps
-    are heaps of one pass (`k_ary_search`), to the same resolution of 255 / 2^iterations, in a fraction of the time.
+    are heaps of one pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations.
 
     Raises SatlibError on delta outside (0, 1), iterations < 1, an unknown search, and what `universal_pgd` raises.
     """
