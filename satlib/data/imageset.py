@@ -142,14 +142,7 @@ class ImageSet:
         are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
         that size to yield, for ranks that train together: what is drawn does not depend on it.
         """
-        if batch_size < 1:
-            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
-        if limit is not None and limit < 1:
-            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
-        if augment and generator is None:
-            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
-        if generator is not None and generator.device.type != "cpu":
-            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
+        check_pass(batch_size, generator, augment, limit)
         if augment and min(self.images.shape[2:]) <= CROP_PADDING:
             raise SatlibError(
                 f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
@@ -195,6 +188,18 @@ class ImageSet:
         pixels = self.images.permute(0, 2, 3, 1).reshape(n * height * width, channels)
         taken = pixels.index_select(0, source.reshape(-1))
         return taken.view(len(indices), height, width, channels).permute(0, 3, 1, 2)
+
+
+def check_pass(batch_size: int, generator: torch.Generator | None, augment: bool, limit: int | None) -> None:
+    """Raises `SatlibError` where these are not as `ImageSet.batches` takes them."""
+    if batch_size < 1:
+        raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
+    if limit is not None and limit < 1:
+        raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
+    if augment and generator is None:
+        raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
+    if generator is not None and generator.device.type != "cpu":
+        raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:

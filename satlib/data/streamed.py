@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from satlib.data.imageset import check_pass
 from satlib.data.imagetree import ImageFile, bad_image, decode
 from satlib.errors import SatlibError
 
@@ -119,6 +120,8 @@ class StreamedSet:
         else:
             rows = torch.as_tensor(indices).cpu()
             rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}")
         files = tuple(self.files[i] for i in rows.tolist())
         return replace(self, files=files, labels=self.labels[rows.to(self.device)])
 
@@ -142,14 +145,7 @@ class StreamedSet:
         share: Callable[[int], slice] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in batches, as `ImageSet.batches`; `augment` takes a random resized crop, and flips half of them."""
-        if batch_size < 1:
-            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
-        if limit is not None and limit < 1:
-            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
-        if generator is not None and generator.device.type != "cpu":
-            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
-        if augment and generator is None:
-            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
+        check_pass(batch_size, generator, augment, limit)
         return self._batches(batch_size, generator, augment, limit, share or slice)
 
     def _batches(
