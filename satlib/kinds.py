@@ -37,11 +37,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """How runs of one kind are computed. Bump `version` when the same settings would give another result."""
+    """How runs of one kind are computed. Bump `version` when the same settings would give another result.
+
+    A record without the `artefacts` is computed again; where they are `inner`, only when a run has to be computed that
+    builds on it: so that weights need not be published with every model.
+    """
 
     version: int
     compute: Callable[["Lab", "Run", Workspace], dict]
     artefacts: tuple[str, ...] = ()
+    inner: bool = False
 
 
 def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
@@ -436,7 +441,7 @@ def compute_heap_trace(lab: "Lab", run: "Run", work: Workspace) -> dict:
 
 
 KINDS = {
-    "train": Kind(1, compute_train, ("weights",)),
+    "train": Kind(1, compute_train, ("weights",), inner=True),
     "universal_robustness": Kind(2, compute_universal_robustness),
     "predictions": Kind(1, compute_predictions),
     "universal_deepfool": Kind(1, compute_universal_deepfool),

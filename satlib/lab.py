@@ -104,22 +104,29 @@ class Lab:
             )
         return self._specs[run]
 
-    def find(self, run: Run) -> Record | None:
-        """The run's record if it is known, with the artefacts that others need; None where it is to be computed."""
-        record = self.ledger.find(self.spec(run).id, KINDS[run.kind].artefacts)
+    def _needs(self, run: Run, whole: bool) -> tuple[str, ...]:
+        kind = KINDS[run.kind]
+        return kind.artefacts if whole or not kind.inner else ()
+
+    def find(self, run: Run, *, whole: bool = False) -> Record | None:
+        """The run's record if it is known; None where it is to be computed. whole: with all that it is built on for."""
+        record = self.ledger.find(self.spec(run).id, self._needs(run, whole))
         if record is not None and datetime.fromisoformat(record.created).timestamp() < self.forced_at:
             return None
         return record
 
-    def record(self, run: Run) -> Record:
-        """The run's record: found, or computed after the runs that it builds on. Raises BudgetSpent."""
-        spec = self.spec(run)
-        if spec.id in self._done:
+    def record(self, run: Run, *, whole: bool = False) -> Record:
+        """The run's record: found, or computed after the runs that it builds on. Raises BudgetSpent.
+
+        whole: with the artefacts that are there for other runs to build on, such as a model's weights.
+        """
+        spec, needs = self.spec(run), self._needs(run, whole)
+        if spec.id in self._done and all(self._done[spec.id].has(name) for name in needs):
             return self._done[spec.id]
-        known = self.find(run)
+        known = self.find(run, whole=whole)
         if known is None:
             for parent in run.parents.values():
-                self.record(parent)
+                self.record(parent, whole=True)
             self.check_budget()
         began, computed = time.monotonic(), []
 
@@ -134,7 +141,7 @@ class Lab:
             **run.labels,
         }
         record = self.ledger.get_or_compute(
-            spec, compute, labels=labels, force=self.forced_at > 0 and known is None, needs=KINDS[run.kind].artefacts
+            spec, compute, labels=labels, force=self.forced_at > 0 and known is None, needs=needs
         )
         if computed:
             self._spent += time.monotonic() - began
@@ -175,7 +182,7 @@ class Lab:
     def model(self, run: Run) -> nn.Module:
         """The trained classifier of a `train` run, in eval mode on the lab's device."""
         model = self.new_model(run)
-        model.load_state_dict(self.record(run).tensors("weights"))
+        model.load_state_dict(self.record(run, whole=True).tensors("weights"))
         return model.to(self.device).eval()
 
     def new_model(self, run: Run) -> nn.Module:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def test_plan_is_carried_out_once_and_found_again(small, tmp_path):
     assert {r.id: r.metrics for r in forced if r.kind not in times} == {
         r.id: r.metrics for r in records if r.kind not in times
     }
+
+
+def test_weights_are_asked_for_only_where_something_builds_on_them(small, tmp_path):
+    """Published without weights, models and what was measured on them are known; another measurement trains again."""
+    computed = Lab(ledger=Ledger(tmp_path), device="cpu")
+    computed.carry_out(small.runs)
+    ids = [record.id for record in computed.ledger.records()]
+    computed.ledger.publish(ids, ["perturbation"])
+    shutil.rmtree(tmp_path / "runs")
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    assert lab.pending(small.runs) == [] and len(lab.carry_out(small.runs)) == len(ids)
+    assert not any((tmp_path / "runs").glob("*/record.json"))
+    other = experiments.robustness_run(with_parameters(paper.CIFAR10, SMALL), small.erm, seed=7)
+    lab.record(other)
+    again = {path.parent.name for path in (tmp_path / "runs").glob("*/record.json")}
+    assert again == {lab.spec(small.erm).id, lab.spec(other).id}
+    assert Lab(ledger=Ledger(tmp_path), device="cpu").model(small.erm) is not None
 
 
 def test_ids_follow_settings_and_parents(small, tmp_path):
