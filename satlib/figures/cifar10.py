@@ -22,7 +22,7 @@ def figure3(
     A step for each family's Pareto front, dominated models faint, seeds as error bars. reported: the paper's stated
     points (accuracy, eps_uni, what), drawn as crosses at the left. Models that no search could break are named there.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 6.0))
     fronts_by_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
     draw_fronts(right, models, "deepfool")
     left.set_title("S-PGD")
@@ -32,11 +32,12 @@ def figure3(
         title="DeepFool universal perturbations",
     )
     for axis in (left, right):
-        axis.margins(x=0.12, y=0.2)
-        axis.set_ylim(bottom=0)
+        axis.margins(x=0.08, y=0.12)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
-    figure.suptitle(f"Universal robustness against accuracy · {dataset}", fontsize=12)
+    figure.suptitle(
+        f"Universal robustness against accuracy · {dataset}\nlabels: $\\varepsilon$, $\\sigma$ of training", fontsize=12
+    )
     return figure
 
 
@@ -48,7 +49,13 @@ def fronts_by_eps_uni(
     for accuracy, eps_uni, what in reported:
         axis.plot(accuracy, eps_uni, **REFERENCE)
         axis.annotate(
-            what, (accuracy, eps_uni), xytext=(6, 6), textcoords="offset points", fontsize=8, color="0.35", ha="right"
+            what.replace(", ", ",\n"),
+            (accuracy, eps_uni),
+            xytext=(0, 7),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.35",
+            ha="center",
         )
     if reported:
         axis.plot([], [], label=paper, **REFERENCE)
