@@ -51,11 +51,11 @@ def fronts_by_eps_uni(
         axis.annotate(
             what.replace(", ", ",\n"),
             (accuracy, eps_uni),
-            xytext=(0, 7),
+            xytext=(14, 7),
             textcoords="offset points",
             fontsize=8,
             color="0.35",
-            ha="center",
+            ha="right",
         )
     if reported:
         axis.plot([], [], label=paper, **REFERENCE)
