@@ -1,5 +1,7 @@
 """Tiny ImageNet: read from small trees that the tests write, its classes chosen, its damaged files named."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,41 @@ def test_a_tree_is_read_and_split_and_val_reports(root):
     assert all(
         torch.equal(a.images, b.images) for a, b in zip(vars(splits).values(), vars(again).values(), strict=True)
     )
+
+
+def as_shipped(root):
+    """The same images in the layout of Tiny ImageNet's authors."""
+    old, new = root / "imagenet200", root / "tiny-imagenet-200"
+    (new / "val" / "images").mkdir(parents=True)
+    lines = []
+    for path in sorted((old / "train").iterdir()):
+        (new / "train" / path.name).mkdir(parents=True)
+        shutil.copytree(path, new / "train" / path.name / "images")
+    for path in sorted((old / "val").glob("*/*")):
+        shutil.copy(path, new / "val" / "images")
+        lines.append(f"{path.name}\t{path.parent.name}\t0\t0\t62\t62\n")
+    (new / "val" / "val_annotations.txt").write_text("".join(lines))
+    shutil.rmtree(old)
+    return new
+
+
+def test_the_layout_of_its_authors_gives_the_same_sets(root):
+    one = load(root)
+    folder = as_shipped(root)
+    other = load(root)
+    for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
+        assert a.fingerprint == b.fingerprint
+    victim = next((folder / "val" / "images").glob(f"{FEW[0]}_*"))
+    victim.unlink()
+    with pytest.raises(SatlibError, match=f"no image .*{victim.name}, which val_annotations.txt lists"):
+        load(root)
+    table = folder / "val" / "val_annotations.txt"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if FEW[0] not in line))
+    with pytest.raises(SatlibError, match=f"lists no image of {FEW[0]}"):
+        load(root)
+    shutil.rmtree(folder / "train" / FEW[1])
+    with pytest.raises(SatlibError, match=rf"no folder .*{FEW[1]}/images; unpack"):
+        load(root)
 
 
 def test_classes_are_all_a_number_or_a_file(root, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from satlib.data.cache import cached_splits
 from satlib.data.imageset import Splits
-from satlib.data.imagetree import ImageTree, read_images, scan_tree, sound_files
+from satlib.data.imagetree import ImageTree, read_images, scan_class, scan_tree, sound_files
 from satlib.data.splitting import RULE, held_out
 from satlib.data.splitting import rows as split_rows
 from satlib.data.streamed import StreamedSet
@@ -18,6 +19,7 @@ from satlib.paths import project_root
 
 SIZE = (64, 64)
 FOLDERS = ("imagenet200", "tiny-imagenet-200")
+ANNOTATIONS = "val_annotations.txt"
 
 
 def place(root: Path) -> Path | None:
@@ -34,17 +36,21 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
     """Tiny ImageNet below `root`: of each class nine tenths of its train/ images as train, the others as val, and
     its val/ images as test; 3x64x64.
 
-    Read from `root`/imagenet200/{train,val}/<wnid>/*.JPEG, decoded once and then cached. option: which classes, as
+    Read from `root`/imagenet200/{train,val}/<wnid>/*.JPEG, or as its authors ship it (`root`/tiny-imagenet-200 with
+    train/<wnid>/images/ and val/val_annotations.txt), decoded once and then cached. option: which classes, as
     `wnids` takes it. A damaged image ends it, named; with SATLIB_SKIP_DAMAGED=1 in the environment it is left
     out, with a warning. Raises `SatlibError` if the folders are not there, and for what is damaged.
     """
     chosen, folder = wnids(option), place(root)
     if folder is None:
         raise SatlibError(
-            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG, all images in the "
-            "folders of their classes; set SATLIB_DATA to the folder that holds it, or place it there"
+            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG and {FOLDERS[1]}/ as its "
+            "authors ship it; set SATLIB_DATA to the folder that holds it, or place it there"
         )
-    tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
+    if (folder / "val" / ANNOTATIONS).is_file():
+        tree = _scan_official(folder, chosen)
+    else:
+        tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
     sources = {
         "split": RULE,
         "skip": _skip(),
@@ -61,6 +67,29 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
 
     which = hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:8]
     return cached_splits(f"imagenet200-{which}", sources, root, build)
+
+
+def _scan_official(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
+    """Tiny ImageNet as shipped: the validation images in one folder, their classes in a table beside it."""
+    train = []
+    for label, wnid in enumerate(chosen):
+        if not (folder / "train" / wnid / "images").is_dir():
+            raise SatlibError(f"no folder {folder / 'train' / wnid / 'images'}; unpack the data set again")
+        train += scan_class(folder, f"train/{wnid}/images", label)
+    images = {Path(file.path).name: file for file in scan_class(folder, "val/images", 0)}
+    labels = {wnid: label for label, wnid in enumerate(chosen)}
+    val = []
+    for line in (folder / "val" / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
+        name, wnid, *_ = [*line.split("\t"), ""]
+        if wnid in labels:
+            if name not in images:
+                raise SatlibError(
+                    f"no image {folder / 'val' / 'images' / name}, which {ANNOTATIONS} lists; unpack again"
+                )
+            val.append(replace(images[name], label=labels[wnid]))
+    if missing := [wnid for wnid in chosen if labels[wnid] not in {file.label for file in val}]:
+        raise SatlibError(f"{folder / 'val' / ANNOTATIONS} lists no image of {missing[0]}; unpack the data set again")
+    return ImageTree(folder, chosen, {"train": tuple(train), "val": tuple(val)})
 
 
 def load_large(root: Path, option: str = "", *, progress: bool = True) -> Splits:

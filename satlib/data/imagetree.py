@@ -74,12 +74,13 @@ def scan_tree(
                 f"every split needs the same {len(classes)} classes: {', '.join(classes)}"
             )
         files[split] = tuple(
-            file for label, name in enumerate(classes) for file in _scan_class(folder, f"{split}/{name}", label)
+            file for label, name in enumerate(classes) for file in scan_class(folder, f"{split}/{name}", label)
         )
     return ImageTree(folder, tuple(classes), files)
 
 
-def _scan_class(folder: Path, path: str, label: int) -> list[ImageFile]:
+def scan_class(folder: Path, path: str, label: int) -> list[ImageFile]:
+    """The images in `folder`/`path`, which are of the class `label`, by name. Raises as `scan_tree` does."""
     files = []
     with os.scandir(folder / path) as entries:
         for entry in entries:
