@@ -187,11 +187,10 @@ class StreamedSet:
             if bad := [tuple(found) for found in decoded if not isinstance(found, Tensor)]:
                 raise SatlibError(bad_image(self.folder, bad))
             pixels = torch.cat([found.to(self.device, non_blocking=True) for found in decoded])
-            images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
-            own = slice(part.start, part.stop)
+            images, own = pixels.permute(0, 3, 1, 2), slice(part.start, part.stop)
             if augment:
                 images = torch.where(flips[own].to(self.device).view(-1, 1, 1, 1), images.flip(-1), images)
-            yield images.contiguous(memory_format=torch.channels_last), self.labels[order[own].to(self.device)]
+            yield images.to(torch.float32, memory_format=torch.channels_last), self.labels[order[own].to(self.device)]
 
 
 def workers_here() -> int:
