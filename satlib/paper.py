@@ -5,6 +5,7 @@ What the paper leaves open is marked "our choice". Its supplement was not availa
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ EPSILONS = (2, 4, 6, 8, 10, 14, 18, 22, 26)  # sections 6.1 and 6.2, pixel units
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(ABC):
     """The settings that sections 6.1 and 6.2 share. What a profile does not replace stays the paper's."""
 
     section: ClassVar[str]
@@ -63,9 +64,9 @@ class Classification:
     search_seeds: int = 1  # our choice: searches of each model, which start from other random numbers
 
     @property
+    @abstractmethod
     def architecture(self) -> dict[str, Any]:
         """What `satlib.models.build` takes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,12 +198,8 @@ def train(
     history = list(history or [])
     if state is not None:
         model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        velocity = [
-            torch.zeros_like(weight).copy_(
-                state[f"velocity.{name}"]
-            )  # in the weight's memory format, as on other ranks
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        for name, buffer in zip(names, velocity, strict=True):
+            buffer.copy_(state[f"velocity.{name}"])  # which stays in the weight's memory format, as on other ranks
         if adversary is not None:
             found = {k.removeprefix("adversary."): v for k, v in state.items() if k.startswith("adversary.")}
             adversary.load({name: value.to(weights[0].device) for name, value in found.items()})

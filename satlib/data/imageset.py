@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,9 +16,73 @@ from satlib.errors import SatlibError
 CROP_PADDING = 4
 
 
+class Passes(ABC):
+    """Passes over labelled images, wherever these are: what `ImageSet` and `StreamedSet` share."""
+
+    crop_padding: ClassVar[int] = 0  # reflected pixels around an image that is cropped at random
+    images: Any
+
+    def first(self, n: int) -> Self:
+        """The first `n` images, 1 <= n <= len(self). Loaders shuffle once, so they are a fair sample."""
+        if not 1 <= n <= len(self):
+            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
+        return self.subset(slice(n))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        limit: int | None = None,
+        share: Callable[[int], slice] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
+
+        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,).
+        `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
+        is the set's own. `augment` crops at random, each kind of set in its way, and flips half of the
+        images left to right; it needs a generator. `limit` stops after that many images; they
+        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
+        that size to yield, for ranks that train together: what is drawn does not depend on it.
+        """
+        if batch_size < 1:
+            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
+        if limit is not None and limit < 1:
+            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
+        if augment and generator is None:
+            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
+        if generator is not None and generator.device.type != "cpu":
+            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
+        if augment and min(self.images.shape[2:]) <= self.crop_padding:
+            raise SatlibError(
+                f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
+                f"expected more than {self.crop_padding} each way, or augment=False"
+            )
+        return self._batches(batch_size, generator, augment, limit, share or slice)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def subset(self, indices: slice | Sequence[int] | Tensor) -> Self:
+        """The images at `indices` (a slice, a sequence of integers, or an int64 or bool tensor), in that order."""
+
+    @abstractmethod
+    def _batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None,
+        augment: bool,
+        limit: int | None,
+        share: Callable[[int], slice],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batches`, checked."""
+
+
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images with labels, all on one device.
+class ImageSet(Passes):
+    """Images with labels, all on one device. To augment is to crop from the image padded by 4 reflected pixels.
 
     `images` is uint8 (n, C, H, W), held in channels_last order; `labels` is int64 (n,), each the index of a
     name in `classes`. `name` is the key for `satlib.data.load`, `title` what figures and tables print,
@@ -29,6 +95,8 @@ class ImageSet:
     name: str
     title: str
     split: str
+
+    crop_padding: ClassVar[int] = CROP_PADDING
 
     def __post_init__(self) -> None:
         images, labels, where = self.images, self.labels, f"{self.name}/{self.split}"
@@ -118,38 +186,6 @@ class ImageSet:
         except IndexError:
             raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}") from None
 
-    def first(self, n: int) -> "ImageSet":
-        """The first `n` images, 1 <= n <= len(self). Loaders shuffle once, so they are a fair sample."""
-        if not 1 <= n <= len(self):
-            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
-        return self.subset(slice(n))
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        limit: int | None = None,
-        share: Callable[[int], slice] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
-
-        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,).
-        `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
-        is the set's own. `augment` crops at random from the image padded by 4 reflected pixels and flips
-        half of the images left to right; it needs a generator. `limit` stops after that many images; they
-        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
-        that size to yield, for ranks that train together: what is drawn does not depend on it.
-        """
-        check_pass(batch_size, generator, augment, limit)
-        if augment and min(self.images.shape[2:]) <= CROP_PADDING:
-            raise SatlibError(
-                f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
-                f"expected more than {CROP_PADDING} each way, or augment=False"
-            )
-        return self._batches(batch_size, generator, augment, limit, share or slice)
-
     def _batches(
         self,
         batch_size: int,
@@ -188,18 +224,6 @@ class ImageSet:
         pixels = self.images.permute(0, 2, 3, 1).reshape(n * height * width, channels)
         taken = pixels.index_select(0, source.reshape(-1))
         return taken.view(len(indices), height, width, channels).permute(0, 3, 1, 2)
-
-
-def check_pass(batch_size: int, generator: torch.Generator | None, augment: bool, limit: int | None) -> None:
-    """Raises `SatlibError` where these are not as `ImageSet.batches` takes them."""
-    if batch_size < 1:
-        raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
-    if limit is not None and limit < 1:
-        raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
-    if augment and generator is None:
-        raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
-    if generator is not None and generator.device.type != "cpu":
-        raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:

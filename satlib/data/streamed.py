@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from satlib.data.imageset import check_pass
+from satlib.data.imageset import Passes
 from satlib.data.imagetree import ImageFile, bad_image, decode
 from satlib.errors import SatlibError
 
@@ -64,8 +64,9 @@ class StreamedImages:
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedSet:
-    """An `ImageSet` whose images stay on disk; the same names mean the same. Memory does not grow with their number.
+class StreamedSet(Passes):
+    """An `ImageSet` whose images stay on disk; the same names mean the same. To augment is to take a random resized
+    crop, and flip half of them. Memory does not grow with their number.
 
     files: paths below `folder`; labels int64 (n,) on the device. The fingerprint is that of paths and file sizes, not
     of pixels, and mean and std are ImageNet's own.
@@ -125,28 +126,10 @@ class StreamedSet:
         files = tuple(self.files[i] for i in rows.tolist())
         return replace(self, files=files, labels=self.labels[rows.to(self.device)])
 
-    def first(self, n: int) -> "StreamedSet":
-        if not 1 <= n <= len(self):
-            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
-        return self.subset(slice(n))
-
     def check(self) -> None:
         """Read every image. Raises `SatlibError` for the first bad one."""
         for part in self.images.split(CHUNK * MOST_WORKERS):
             part[:]
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        limit: int | None = None,
-        share: Callable[[int], slice] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in batches, as `ImageSet.batches`; `augment` takes a random resized crop, and flips half of them."""
-        check_pass(batch_size, generator, augment, limit)
-        return self._batches(batch_size, generator, augment, limit, share or slice)
 
     def _batches(
         self,
