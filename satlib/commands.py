@@ -91,8 +91,8 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     from satlib import experiments, parallel
     from satlib.lab import BudgetSpent, Lab
 
-    planned = [run for run in experiments.profile_runs(arguments.profile) if run.kind == "train"]
-    chosen = [run for run in planned if arguments.only in run.title]
+    planned = (each for run in experiments.profile_runs(arguments.profile) for each in run.ancestry())
+    chosen = [run for run in planned if run.kind == "train" and arguments.only in run.title]
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:
@@ -141,7 +141,8 @@ def add_bench(commands: Any) -> None:
         help="time the kernels against other libraries",
         description="Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the "
         "same model and data. Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the "
-        "search for eps_uni, e the data pipeline, f segmentation. Other work on the machine falsifies the ratios.",
+        "search for eps_uni, e the data pipeline, f segmentation, g images on disk. Other work on the machine "
+        "falsifies the ratios.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument("--only", metavar="a,c", help="only these rows")

@@ -8,6 +8,8 @@ from satlib import profiles
 from satlib.errors import SatlibError
 from satlib.lab import Run
 from satlib.paper import CIFAR10, IMAGENET, METHOD, Cifar10, Classification, ImageNet, Method
+from satlib.paths import named_file
+from satlib.records import file_digest
 from satlib.training import Training
 
 # Images in an epoch, for estimates alone: plans are made without loading data.
@@ -119,8 +121,24 @@ def erm_run(settings: Classification) -> Run:
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
     )
+    if not training.epochs and not settings.pretrained:
+        raise SatlibError("erm_epochs: 0 without pretrained weights; name a file of them, or train for some epochs")
+    more, labels = {}, {}
+    if settings.pretrained:
+        path = named_file(settings.pretrained)
+        if not path.is_file():
+            raise SatlibError(f"pretrained: no file {path}; expected a .safetensors file or a state dict of torch.save")
+        more, labels = {"pretrained": file_digest(path)}, {"pretrained": settings.pretrained}
+    if settings.erm_dataset and not settings.erm_restart_epochs:
+        raise SatlibError(
+            f"erm_dataset: {settings.erm_dataset!r} is for the first training, but erm_restart_epochs is 0; "
+            "set it to the epochs on the data set itself"
+        )
     if not settings.erm_restart_epochs:
-        return _train_run(settings, training, "ERM", {})
+        return _train_run(settings, training, "ERM", {}, labels=labels, **more)
+    first, title = settings, "ERM, first cycle"
+    if settings.erm_dataset:
+        first, title = replace(settings, dataset=settings.erm_dataset), f"ERM on {settings.erm_dataset}"
     again = replace(
         training,
         epochs=settings.erm_restart_epochs,
@@ -128,7 +146,7 @@ def erm_run(settings: Classification) -> Run:
         schedule="one-cycle",
         seed=settings.seed + 1,  # other mini-batches than in the first epochs
     )
-    return _train_run(settings, again, "ERM", {"init": _train_run(settings, training, "ERM, first cycle", {})})
+    return _train_run(settings, again, "ERM", {"init": _train_run(first, training, title, {}, labels=labels, **more)})
 
 
 def finetune_run(
@@ -192,7 +210,15 @@ def _finetuning(settings: Classification, **attack: Any) -> Training:
     )
 
 
-def _train_run(settings: Classification, training: Training, title: str, parents: dict[str, Run], **more: Any) -> Run:
+def _train_run(
+    settings: Classification,
+    training: Training,
+    title: str,
+    parents: dict[str, Run],
+    *,
+    labels: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Run:
     passes = 1.5 if training.sigma == 0 else training.steps + 3
     name, _, option = settings.dataset.partition(":")
     images = TRAIN_IMAGES.get(name, 45_000)
@@ -211,7 +237,7 @@ def _train_run(settings: Classification, training: Training, title: str, parents
         },
         parents=parents,
         cost=passes * images * training.epochs,
-        labels={"section": settings.section},
+        labels={"section": settings.section, **(labels or {})},
     )
 
 
@@ -310,6 +336,8 @@ def cost_run(settings: Cifar10, model: Run) -> Run:
 
 
 # Sections 3 to 5
+
+METHOD_NOTEBOOKS = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
 
 
 @dataclass(frozen=True)
@@ -452,20 +480,24 @@ def method(settings: Cifar10, choices: Method) -> MethodPlan:
 
 
 def parameters(profile: str, stem: str) -> dict[str, object]:
-    """What a profile sets for the notebook `stem`: its common parameters and the notebook's own."""
-    loaded = profiles.load(profile)
-    return loaded.common | loaded.notebooks.get(stem, {})
+    """What a profile sets for the notebook `stem`, as its execution gets it."""
+    return profiles.parameters_for(profiles.load(profile), stem, profiles.declared(profiles.notebook_paths()[stem]))
 
 
 def profile_runs(profile: str) -> list[Run]:
     """Every run that a profile's notebooks need, in order of importance."""
-    sections = cifar10(with_parameters(CIFAR10, parameters(profile, "04_cifar10"))).runs
-    if "05_imagenet" in profiles.load(profile).notebooks:
-        sections += imagenet(with_parameters(IMAGENET, parameters(profile, "05_imagenet"))).runs
-    for stem in ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness"):
+    present, found = profiles.notebook_paths(), []
+    for stem in ("04_cifar10", "05_imagenet", *METHOD_NOTEBOOKS):
+        if stem not in present:
+            continue
         given = parameters(profile, stem)
-        sections += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
-    return sections
+        if stem == "04_cifar10":
+            found += cifar10(with_parameters(CIFAR10, given)).runs
+        elif stem == "05_imagenet":
+            found += imagenet(with_parameters(IMAGENET, given)).runs
+        else:
+            found += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
+    return found
 
 
 def with_parameters(settings: Settings, parameters: Mapping[str, object]) -> Settings:

@@ -58,13 +58,14 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
     splits, settings, ranks = lab.splits(run.dataset), Training.from_config(run.config["training"]), parallel.here()
     if ranks.rank == 0:
         ranks.told(lab.spec(run).id)
-    found = "init" in run.parents and ranks.rank == 0
-    model = lab.model(run.parents["init"]) if found else lab.new_model(run)
+    model, fitted = lab.initial_model(run) if ranks.rank == 0 else (lab.new_model(run), None)
+    if fitted and (fitted.missing or fitted.other_shape or fitted.unused):
+        lab.progress.line(f"[run] {run.title}: {fitted}")
     state, history = None, []
     if checkpoint := work.load_checkpoint():
         state, info = checkpoint
         history = info["history"]
-    began, first, fresh = time.monotonic(), len(history) / settings.epochs, len(history)
+    began, first, fresh = time.monotonic(), len(history) / max(1, settings.epochs), len(history)
 
     adversary = None
     if defense := run.config.get("defense"):

@@ -14,10 +14,13 @@ from torch import nn
 
 from satlib import data
 from satlib.attacks import heap_pgd
+from satlib.errors import SatlibError
 from satlib.kinds import KINDS
 from satlib.ledger import Ledger, Record, RunSpec, Workspace
-from satlib.models import build
+from satlib.models import Fitted, build, load_pretrained, take_over
+from satlib.paths import named_file
 from satlib.progress import Progress, duration
+from satlib.records import file_digest
 
 
 class BudgetSpent(Exception):
@@ -184,6 +187,24 @@ class Lab:
         model = self.new_model(run)
         model.load_state_dict(self.record(run, whole=True).tensors("weights"))
         return model.to(self.device).eval()
+
+    def initial_model(self, run: Run) -> tuple[nn.Module, Fitted | None]:
+        """A `train` run's classifier before its first epoch, and what of other weights fitted it; None without any.
+
+        It starts from the model that the run builds on, else from the file that its settings name by digest and its
+        labels by path, else from its seed. Where classes differ, the head keeps its random weights.
+        """
+        model, fitted = self.new_model(run), None
+        if "init" in run.parents:
+            parent = run.parents["init"]
+            weights = self.record(parent, whole=True).tensors("weights")
+            fitted = take_over(model, weights, source=parent.title)
+        elif digest := run.config.get("pretrained"):
+            path = named_file(run.labels["pretrained"])
+            if file_digest(path) != digest:
+                raise SatlibError(f"pretrained: {path} changed while this ran; start again")
+            fitted = load_pretrained(model, path)
+        return model, fitted
 
     def new_model(self, run: Run) -> nn.Module:
         """The untrained classifier of a `train` run, initialised from its seed, on the lab's device."""

@@ -262,7 +262,6 @@ class Fitted:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
     """Take over the weights of a file as far as they fit; the result says what did, and what did not.
 
@@ -290,10 +289,19 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise SatlibError(f"{path} holds no state dict; expected tensors by name")
+    return take_over(model, found, source=str(path))
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Fitted:
+    """Take over tensors by name as far as they fit; the rest of the model stays as it was. source: where they are from.
+
+    Raises SatlibError where none of them fits.
+    """
     wanted = model.state_dict()
     plain = {name.removeprefix("net."): name for name in wanted}
     taken, unused, other_shape = [], [], {}
-    for name, value in found.items():
+    for name, value in weights.items():
         own = plain.get(name.removeprefix("module.").removeprefix("net."))
         if own is None:
             unused.append(name)
@@ -304,7 +312,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
             taken.append(own)
     if not taken:
         raise SatlibError(
-            f"nothing in {path} fits: it has {', '.join(list(found)[:3])}, ...; expected {list(plain)[:3]}"
+            f"nothing in {source} fits: it has {', '.join(list(weights)[:3])}, ...; expected {list(plain)[:3]}"
         )
     missing = (name for name in wanted if name not in taken and name not in other_shape)
     return Fitted(tuple(taken), tuple(missing), tuple(unused), other_shape)

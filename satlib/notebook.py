@@ -7,11 +7,16 @@ from collections.abc import Iterable
 import matplotlib.pyplot as plt
 import pandas as pd
 import PIL.Image
+import torch
 from IPython.display import Code, Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from satlib import figures
+from satlib.attacks import perturb
+from satlib.claims import Model
+from satlib.data import ImageSet, StreamedSet
+from satlib.lab import Lab
 from satlib.ledger import Record
 
 
@@ -33,6 +38,27 @@ def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable
         picture.convert("RGB").quantize(256).save(copy, "PNG", optimize=True)
     width = int(figure.get_size_inches()[0] * 96)
     display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
+
+
+def broken_by(lab: Lab, models: Iterable[Model], pictures: ImageSet | StreamedSet) -> list[dict]:
+    """Rows of `figures.cifar10.perturbation_gallery`: each model's universal perturbation, and what it predicts of the
+    pictures under it."""
+    rows = []
+    for model in models:
+        search = model.searches[0]
+        xi = search.tensors("perturbation")["perturbation"].to(lab.device)
+        with torch.no_grad():
+            predicted = lab.model(model.run)(perturb(pictures.images[:].float(), xi, len(pictures))).argmax(1)
+        pairs = zip(predicted.tolist(), pictures.labels.tolist(), strict=True)
+        rows.append(
+            {
+                "title": model.title,
+                "eps_uni": search.metrics["eps_uni"],
+                "perturbation": xi[0].cpu().numpy(),
+                "predictions": [(pictures.classes[p], p == y) for p, y in pairs],
+            }
+        )
+    return rows
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:

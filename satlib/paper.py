@@ -25,7 +25,9 @@ class Classification(ABC):
     momentum: float = 0.9
     seed: int = 0
     # Pre-training by "standard regularized empirical risk minimization".
-    erm_epochs: int
+    pretrained: str = ""  # a file of weights that it starts from, as `satlib.models.load_pretrained` reads it
+    erm_dataset: str = ""  # another data set, such as more classes, for its first training; then with a restart
+    erm_epochs: int  # 0: the pretrained weights as they are
     erm_batch_size: int = 128
     erm_learning_rate: float = 0.1
     erm_schedule: str = "step"

@@ -15,3 +15,8 @@ def project_root() -> Path:
 def data_root() -> Path:
     """Folder of the data sets: the environment variable `SATLIB_DATA`, else `<project>/data`."""
     return Path(os.environ.get("SATLIB_DATA") or project_root() / "data").resolve()
+
+
+def named_file(text: str) -> Path:
+    """The file that a setting names: from the project's root if relative, with `~` for the user's home."""
+    return project_root() / Path(text).expanduser()

@@ -231,7 +231,8 @@ def parse_record(text: bytes, folder: Path) -> Record:
 _seen: dict[Path, tuple[tuple[int, ...], str]] = {}  # file -> (stamp, SHA-256): a look-up hashes a file once
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file; a file that did not change since is not read again."""
     status = path.stat()
     stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if path in _seen and _seen[path][0] == stamp:
@@ -254,7 +255,7 @@ def read_record(folder: Path, *, artefacts: bool = True) -> Record | None:
         record = parse_record((folder / "record.json").read_bytes(), folder)
         for name, entry in record.artefacts.items() if artefacts else ():
             with contextlib.suppress(FileNotFoundError):
-                if _file_digest(folder / name) != entry["sha256"]:
+                if file_digest(folder / name) != entry["sha256"]:
                     raise Damage(f"{folder / name}: its SHA-256 is not the recorded one")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if not folder.exists():

@@ -2,14 +2,16 @@
 
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.claims import Claim, Model, Records, cifar10_claims, trained_models
+from satlib.claims import Claim, Model, Records, cifar10_claims, imagenet_claims, trained_models
 from satlib.ledger import Ledger
-from satlib.paper import CIFAR10, REPORTED, Reported
+from satlib.paper import CIFAR10, IMAGENET, REPORTED, Reported
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/shared": "s = 64",
@@ -43,38 +45,58 @@ class Row:
     verdict: str = "not run"
 
 
-def cifar10_plan(profile: str) -> experiments.Plan:
-    """The plan of section 6.1 under a profile."""
-    return experiments.cifar10(experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10")))
+@dataclass(frozen=True)
+class Section:
+    """A section of the paper that has models to compare: the notebook that reproduces it, and how.
+
+    keys: how the keys of its reported numbers begin.
+    """
+
+    keys: str
+    stem: str
+    paper: Any  # its settings
+    plan: Callable[[Any], experiments.Plan]
+    claims: Callable[[list[Model], experiments.Plan, Records], list[Claim]]
+    fill: Callable[["_Rows", list[Model], experiments.Plan, Records], None]
+
+    def settings(self, profile: str) -> Any:
+        """The section's settings under a profile."""
+        return experiments.with_parameters(self.paper, experiments.parameters(profile, self.stem))
 
 
-def published_claims(profile: str) -> list[Claim]:
-    """The claims of section 6.1, evaluated on a profile's published records."""
-    plan, records = cifar10_plan(profile), Records(published=True)
-    return cifar10_claims(trained_models(plan, records), records.of(plan.cost) if plan.cost else None)
+def section_plan(section: str, profile: str) -> experiments.Plan:
+    """The plan of section "6.1" or "6.2" under a profile."""
+    return SECTIONS[section].plan(SECTIONS[section].settings(profile))
 
 
-def published_models(profile: str) -> pd.DataFrame:
-    """The models of section 6.1 in a profile's published records, under both attacks, with the spread over seeds."""
-    settings = experiments.with_parameters(CIFAR10, experiments.parameters(profile, "04_cifar10"))
-    models = trained_models(experiments.cifar10(settings), Records(published=True))
+def published_claims(section: str, profile: str) -> list[Claim]:
+    """The claims of a section, evaluated on a profile's published records."""
+    plan, records = section_plan(section, profile), Records(published=True)
+    return SECTIONS[section].claims(trained_models(plan, records), plan, records)
+
+
+def published_models(section: str, profile: str) -> pd.DataFrame:
+    """The models of a section in a profile's published records, with the spread over seeds."""
+    settings = SECTIONS[section].settings(profile)
+    models = trained_models(section_plan(section, profile), Records(published=True))
 
     def shown(model: Model, value: float | None, name: str) -> str:
         spread = f" ± {model.spreads[name]:.1f}" if name in model.spreads else ""
         return "> 255" if value is None else f"{value:.1f}{spread}"
 
-    rows = [
-        {
+    rows = []
+    for m in models:
+        row = {
             "model": m.title,
             "accuracy (%)": shown(m, m.accuracy, "accuracy"),
             f"eps_uni({settings.delta:g})": shown(m, m.eps_uni, "eps_uni"),
-            f"accuracy under DeepFool, eps = {settings.deepfool_eps:g} (%)": "-"
-            if m.deepfool is None
-            else shown(m, m.deepfool, "deepfool"),
-            "trainings, searches": f"{len(m.trainings)}, {len(m.searches)}",
         }
-        for m in models
-    ]
+        if any(each.deepfool is not None for each in models):
+            title = f"accuracy under DeepFool, eps = {settings.deepfool_eps:g} (%)"
+            row[title] = "-" if m.deepfool is None else shown(m, m.deepfool, "deepfool")
+        if any(each.entropy_bits is not None for each in models):
+            row["entropy where fooled (bits)"] = "-" if m.entropy_bits is None else f"{m.entropy_bits:.2f}"
+        rows.append(row | {"trainings, searches": f"{len(m.trainings)}, {len(m.searches)}"})
     return pd.DataFrame(rows)
 
 
@@ -84,18 +106,19 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-BLOCK = re.compile(r"(<!-- published (models|claims): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- published (models|claims) of ([\d.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
-    """A text with each block between `<!-- published models: PROFILE -->` (or `claims`) and `<!-- end -->` rendered."""
+    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`) to `<!-- end -->`
+    rendered."""
 
     def render(found: re.Match) -> str:
-        opening, what, profile, closing = found.groups()
+        opening, what, section, profile, closing = found.groups()
         if what == "models":
-            frame = published_models(profile)
+            frame = published_models(section, profile)
         else:
-            frame = pd.DataFrame([vars(claim) for claim in published_claims(profile)])
+            frame = pd.DataFrame([vars(claim) for claim in published_claims(section, profile)])
         return f"{opening}{markdown(frame)}\n{closing}"
 
     return BLOCK.sub(render, text)
@@ -107,65 +130,111 @@ def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | N
     return max(kept, key=lambda model: model.eps_uni or 0.0, default=None)
 
 
-def cifar10_rows(profile: str, records: Records) -> list[Row]:
-    """The rows of section 6.1 for a profile's records."""
-    plan = cifar10_plan(profile)
-    models, cost = trained_models(plan, records), records.of(plan.cost) if plan.cost else None
-    reported = {r.key: r for r in REPORTED if r.key.startswith("cifar10/")}
-    rows = {key: _row(r) for key, r in reported.items()}
-    erm = next((m for m in models if m.family == "ERM"), None)
-    if erm is not None:
+class _Rows:
+    """The rows of a section for a profile's records, of which those that were run are filled in."""
 
-        def fill(key: str, ours: float | None, used: list[Model], verdict: str, spread: float | None = None) -> None:
-            rows[key] = Row(
-                **asdict(_row(reported[key]))
-                | {
-                    "ours": ours,
-                    "spread": spread,
-                    "seeds": min((len(m.searches) for m in used), default=0),
-                    "profile": profile,
-                    "dataset": erm.trainings[0].labels.get("dataset"),
-                    "runs": tuple(r.id for m in used for r in m.records),
-                    "verdict": verdict,
-                }
-            )
+    def __init__(self, keys: str, profile: str, dataset: str) -> None:
+        self.reported = {r.key: r for r in REPORTED if r.key.startswith(f"{keys}/")}
+        self.rows = {key: _row(r) for key, r in self.reported.items()}
+        self.profile, self.dataset = profile, dataset
 
-        fill("cifar10/erm/accuracy", erm.accuracy, [erm], "other setting", erm.spreads.get("accuracy"))
-        fill("cifar10/erm/eps_uni", erm.eps_uni, [erm], "other setting", erm.spreads.get("eps_uni"))
-        if any(m.sharedness == 64 for m in models):
-            base = erm.eps_uni or 0.0
-            kept = _best(models, sharedness=64, accuracy=erm.accuracy)
-            accepted = _best(models, sharedness=64, accuracy=erm.accuracy - (93.25 - 90.0))
-            for key, model in (("cifar10/no-loss/eps_uni", kept), ("cifar10/90/eps_uni", accepted)):
-                if model is None:
-                    fill(key, None, [erm], "not reproduced")
-                else:
-                    verdict = "same direction" if (model.eps_uni or 0.0) > base else "not reproduced"
-                    fill(key, model.eps_uni, [erm, model], verdict, model.spreads.get("eps_uni"))
-            if accepted is not None:
-                fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "same direction")
-        pairs = [
-            (m, other)
-            for m in models
-            if m.sharedness == 1
-            and m.eps_uni is not None
-            and (other := _best(models, sharedness=64, accuracy=m.accuracy)) is not None
-        ]
-        if pairs:
-            gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
-            used = list({m.title: m for pair in pairs for m in pair}.values())
-            fill("cifar10/gain", gain, used, "same direction" if gain > 0 else "not reproduced")
-    if cost is not None:
-        dataset = cost.labels.get("dataset")
+    def fill(
+        self, key: str, ours: float | None, used: list[Model], verdict: str, spread: float | None = None, **more: Any
+    ) -> None:
+        """Our number, the models that it follows from, and the verdict."""
+        filled = {
+            "ours": ours,
+            "spread": spread,
+            "seeds": min((len(m.searches) for m in used), default=0),
+            "profile": self.profile,
+            "dataset": self.dataset,
+            "runs": tuple(r.id for m in used for r in m.records),
+            "verdict": verdict,
+        }
+        self.rows[key] = Row(**asdict(_row(self.reported[key])) | filled | more)
+
+    def fill_undefended(self, keys: str, erm: Model) -> None:
+        """The accuracy and the robustness of ERM."""
+        self.fill(f"{keys}/erm/accuracy", erm.accuracy, [erm], "other setting", erm.spreads.get("accuracy"))
+        self.fill(f"{keys}/erm/eps_uni", erm.eps_uni, [erm], "other setting", erm.spreads.get("eps_uni"))
+
+    def fill_robustness(self, key: str, model: Model | None, erm: Model) -> None:
+        """The robustness of a model beside that of ERM."""
+        if model is None or model.eps_uni is None or erm.eps_uni is None:
+            self.fill(key, None, [erm], "not reproduced")
+            return
+        verdict = "same direction" if model.eps_uni > erm.eps_uni else "not reproduced"
+        self.fill(key, model.eps_uni, [erm, model], verdict, model.spreads.get("eps_uni"))
+
+
+def _fill_cifar10(rows: _Rows, models: list[Model], plan: experiments.Plan, records: Records) -> None:
+    erm = models[0]
+    rows.fill_undefended("cifar10", erm)
+    if any(m.sharedness == 64 for m in models):
+        accepted = _best(models, sharedness=64, accuracy=erm.accuracy - (93.25 - 90.0))
+        rows.fill_robustness("cifar10/no-loss/eps_uni", _best(models, sharedness=64, accuracy=erm.accuracy), erm)
+        rows.fill_robustness("cifar10/90/eps_uni", accepted, erm)
+        if accepted is not None:
+            rows.fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "same direction")
+    pairs = [
+        (m, other)
+        for m in models
+        if m.sharedness == 1
+        and m.eps_uni is not None
+        and (other := _best(models, sharedness=64, accuracy=m.accuracy)) is not None
+    ]
+    if pairs:
+        gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
+        used = list({m.title: m for pair in pairs for m in pair}.values())
+        rows.fill("cifar10/gain", gain, used, "same direction" if gain > 0 else "not reproduced")
+    if plan.cost and (cost := records.of(plan.cost)):
         for key, way in COSTS.items():
-            measured = {
-                "ours": cost.metrics["seconds"][way],
-                "profile": profile,
-                "dataset": dataset,
-                "runs": (cost.id,),
-            }
-            rows[key] = Row(**asdict(_row(reported[key])) | measured | {"verdict": "other setting"})
-    return list(rows.values())
+            rows.fill(key, cost.metrics["seconds"][way], [], "other setting", runs=(cost.id,))
+
+
+def _fill_imagenet(rows: _Rows, models: list[Model], plan: experiments.Plan, records: Records) -> None:
+    erm = models[0]
+    rows.fill_undefended("imagenet", erm)
+    if any(m.sharedness == 32 for m in models):
+        best = _best(models, sharedness=32, accuracy=erm.accuracy)
+        rows.fill_robustness("imagenet/no-loss/eps_uni", best, erm)
+    good = next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None)
+    if good is not None:
+        verdict = "same direction" if good.accuracy < erm.accuracy else "not reproduced"
+        rows.fill("imagenet/good/accuracy", good.accuracy, [erm, good], verdict, good.spreads.get("accuracy"))
+        rows.fill_robustness("imagenet/good/eps_uni", good, erm)
+
+
+SECTIONS = {
+    "6.1": Section(
+        "cifar10",
+        "04_cifar10",
+        CIFAR10,
+        experiments.cifar10,
+        lambda models, plan, records: cifar10_claims(models, records.of(plan.cost) if plan.cost else None),
+        _fill_cifar10,
+    ),
+    "6.2": Section(
+        "imagenet",
+        "05_imagenet",
+        IMAGENET,
+        experiments.imagenet,
+        lambda models, plan, records: imagenet_claims(models),
+        _fill_imagenet,
+    ),
+}
+
+
+def section_rows(section: str, profile: str, records: Records) -> list[Row]:
+    """The rows of a section for a profile's records; without its notebook none of them was run."""
+    if SECTIONS[section].stem not in profiles.notebook_paths():
+        return [_row(reported) for reported in REPORTED if reported.section == section]
+    plan = section_plan(section, profile)
+    models = trained_models(plan, records)
+    found = _Rows(SECTIONS[section].keys, profile, models[0].trainings[0].labels["dataset"] if models else "")
+    if models and models[0].family == "ERM":
+        SECTIONS[section].fill(found, models, plan, records)
+    return list(found.rows.values())
 
 
 def _row(reported: Reported) -> Row:
@@ -178,9 +247,9 @@ def rows(profile: str | None = None, *, ledger: Ledger | None = None, published:
     names = [profile] if profile else [name for name in BY_WEIGHT if profiles.profile_path(name).is_file()]
     result: list[Row] = []
     for name in names:
-        fresh = cifar10_rows(name, records)
+        fresh = [row for section in SECTIONS for row in section_rows(section, name, records)]
         result = [old if old.verdict != "not run" else new for old, new in zip(result or fresh, fresh, strict=True)]
-    return result + [_row(r) for r in REPORTED if not r.key.startswith("cifar10/")]
+    return result + [_row(r) for r in REPORTED if r.section not in SECTIONS]
 
 
 def as_json(found: list[Row]) -> list[dict]:
@@ -212,10 +281,10 @@ def table(profile: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def beside(profile: str) -> pd.DataFrame:
-    """Three columns side by side for section 6.1: the paper, the weightiest published record, the live run."""
-    live = [row for row in rows(profile) if row.section == "6.1"]
-    best = [row for row in rows(published=True) if row.section == "6.1"]
+def beside(section: str, profile: str) -> pd.DataFrame:
+    """Three columns side by side for a section: the paper, the weightiest published record, the live run."""
+    live = [row for row in rows(profile) if row.section == section]
+    best = [row for row in rows(published=True) if row.section == section]
 
     def shown(row: Row) -> str:
         if row.verdict == "not run":

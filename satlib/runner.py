@@ -138,7 +138,7 @@ def _require_data(profile: profiles.Profile, used: list[object]) -> None:
     progress bar, and kept for the notebooks.
     """
     for name in sorted({name for name in used if isinstance(name, str)}):
-        if name not in profile.datasets:
+        if name.partition(":")[0] not in profile.datasets:
             raise SatlibError(f"{profile.path}: a notebook uses {name!r}, which `datasets` does not list")
         if name not in profiles.EMBEDDED:
             from satlib import data

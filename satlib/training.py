@@ -50,7 +50,8 @@ class Training:
             if not right:
                 raise SatlibError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
-        for name in ("epochs", "batch_size", "sharedness", "steps"):
+        check("epochs", isinstance(self.epochs, int) and self.epochs >= 0, "a whole number of at least 0")
+        for name in ("batch_size", "sharedness", "steps"):
             value = getattr(self, name)
             check(name, isinstance(value, int) and value >= 1, "a whole number of at least 1")
         for name in ("learning_rate", "relative_step_size"):

@@ -43,7 +43,7 @@ def test_a_race_takes_turns_after_a_warm_up(small):
     assert "".join(order) == "xy" + "xyxyxy" and [len(seconds) for seconds in taken.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("name", ["c", "d", "e", "f"])
+@pytest.mark.parametrize("name", ["c", "d", "e", "f", "g"])
 def test_rows_without_peers(small, name):
     found = rows.ROWS[name](small)
     assert found and {row.row for row in found} == {name}
@@ -114,7 +114,7 @@ def test_the_command_writes_the_rows_as_json(small, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "a,z"], "--only z: expected some of a, b, c, d, e, f"),
+        (["--only", "a,z"], "--only z: expected some of a, b, c, d, e, f, g"),
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
     ],

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import torch
 from satlib import claims, experiments, paper, profiles
 from satlib import lab as lab_module
 from satlib.__main__ import main
+from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
 from satlib.kinds import KINDS, entropy_bits
-from satlib.lab import BudgetSpent, Lab
+from satlib.lab import BudgetSpent, Lab, Run
 from satlib.ledger import Ledger
 
 SMALL = {
@@ -217,7 +218,8 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
 
 @pytest.mark.parametrize("profile", ["quick", "laptop", "gpu", "paper"])
 def test_profiles_set_every_setting_that_a_notebook_declares(profile):
-    names = {field.name for settings in (paper.Cifar10, paper.Method) for field in fields(settings)}
+    settings = (paper.Cifar10, paper.ImageNet, paper.Method)
+    names = {field.name for each in settings for field in fields(each)}
     for stem, path in profiles.notebook_paths().items():
         given = experiments.parameters(profile, stem)
         missing = [name for name in profiles.declared(path) if name in names and name not in given]
@@ -357,6 +359,65 @@ def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(ti
         shares = np.array([count for count in counts["clean"] if count]) / len(tiny.test)
         assert entropy["clean"] == pytest.approx(-(shares * np.log2(shares)).sum())
     assert lab.model(plan.erm).net.layer1[0].conv2.weight.shape == (8, 8, 3, 3)
+
+
+def two_sets(tiny):
+    """By name: "few" has the first two of `tiny`'s classes, all else is `tiny`."""
+
+    def few(part):
+        rows = part.labels < 2
+        return replace(part, images=part.images[rows], labels=part.labels[rows], classes=part.classes[:2], name="few")
+
+    return lambda name: Splits(*map(few, vars(tiny).values())) if name == "few" else tiny
+
+
+def test_erm_starts_from_more_classes_and_keeps_all_but_the_head(tiny, tmp_path, monkeypatch, float32, capsys):
+    monkeypatch.setattr(lab_module.data, "load", two_sets(tiny))
+    small = IMAGENET_SMALL | {"dataset": "few", "erm_dataset": "many", "erm_restart_epochs": 1}
+    plan = experiments.imagenet(with_parameters(paper.IMAGENET, small))
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    first = plan.erm.parents["init"]
+    assert (first.title, first.dataset, plan.erm.dataset) == ("ERM on many", "many", "few")
+    begun, fitted = lab.initial_model(plan.erm)
+    assert set(fitted.other_shape) == {"net.fc.weight", "net.fc.bias"} and not fitted.missing and not fitted.unused
+    parent = lab.record(first, whole=True).tensors("weights")
+    for name, value in begun.state_dict().items():
+        assert value.shape[0] == 2 if name.startswith("net.fc") else torch.equal(value, parent[name])
+    lab.record(plan.erm)
+    out, err = capsys.readouterr()
+    assert "other shapes, left as they were: net.fc.weight (4, " in out + err
+    assert lab.model(plan.erm).net.fc.weight.shape[0] == 2
+    with pytest.raises(SatlibError, match="erm_dataset: 'many' is for the first training, but erm_restart_epochs is 0"):
+        experiments.imagenet(with_parameters(paper.IMAGENET, small | {"erm_restart_epochs": 0}))
+
+
+def test_pretrained_weights_are_named_by_their_content(tiny, tmp_path, monkeypatch, float32):
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    small = IMAGENET_SMALL | {"pretrained": "mine.pt", "erm_epochs": 0}
+
+    def erm() -> Run:
+        return experiments.imagenet(with_parameters(paper.IMAGENET, small)).erm
+
+    with pytest.raises(SatlibError, match=r"pretrained: no file .*mine\.pt; expected a \.safetensors"):
+        erm()
+    lab = Lab(ledger=Ledger(tmp_path / "ledger"), device="cpu")
+    random = lab.new_model(experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL)).erm)
+    mine = {f"module.{name}": value.float() for name, value in random.net.state_dict().items()}
+    mine["module.fc.bias"] += 1
+    torch.save({"state_dict": mine}, tmp_path / "mine.pt")
+    run = erm()
+    record = lab.record(run)
+    assert record.labels["pretrained"] == "mine.pt" and record.metrics["history"] == []
+    found = lab.model(run).net.state_dict()
+    assert all(torch.equal(value, found[name.removeprefix("module.")]) for name, value in mine.items())
+    (tmp_path / "mine.pt").rename(tmp_path / "moved.pt")
+    small["pretrained"] = "moved.pt"
+    assert lab.find(erm()).id == record.id  # by what they are, not where
+    torch.save({name: value + 1 for name, value in mine.items()}, tmp_path / "moved.pt")
+    assert erm().config["pretrained"] != run.config["pretrained"] and lab.find(erm()) is None
+    with pytest.raises(SatlibError, match="erm_epochs: 0 without pretrained weights"):
+        experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL | {"erm_epochs": 0}))
 
 
 def test_section_6_2_is_the_paper_s():

@@ -14,7 +14,7 @@ def test_tables_of_the_readme_are_rendered_from_published_records():
 
 
 def test_a_number_that_no_record_holds_is_replaced():
-    text = "before\n<!-- published models: laptop -->\n| ERM | 99.9 |\n<!-- end -->\nafter"
+    text = "before\n<!-- published models of 6.1: laptop -->\n| ERM | 99.9 |\n<!-- end -->\nafter"
     rendered = results.with_tables(text)
     assert "99.9" not in rendered and "| ERM | " in rendered
     assert rendered.startswith("before\n<!--") and rendered.endswith("<!-- end -->\nafter")

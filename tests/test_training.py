@@ -332,7 +332,7 @@ def test_unknown_setting_is_an_error():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, r"epochs=0: expected a whole number of at least 1"),
+        ({"epochs": -1}, r"epochs=-1: expected a whole number of at least 0"),
         ({"epochs": 1.5}, r"epochs=1\.5: expected a whole number"),
         ({"batch_size": 0}, r"batch_size=0"),
         ({"sharedness": 0}, r"sharedness=0"),

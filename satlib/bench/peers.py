@@ -7,7 +7,8 @@ import importlib.util
 import io
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from satlib.data.imageset import ImageSet
+from satlib.data.streamed import StreamedSet, workers_here
 
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
@@ -141,18 +143,32 @@ def loader(images: ImageSet, batch_size: int) -> DataLoader:
     crop = v2.RandomCrop(images.images.shape[-1], padding=4, padding_mode="reflect")
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     pictures = [Image.fromarray(picture) for picture in images.images.permute(0, 2, 3, 1).cpu().numpy()]
-    pairs = _Pairs(pictures, images.labels.tolist(), transform)
-    return DataLoader(
-        pairs, batch_size, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=images.images.is_cuda
-    )
+    return _loader(_Pairs(pictures, images.labels.tolist(), transform), batch_size, 2, images.device)
+
+
+def stored_loader(images: StreamedSet, batch_size: int) -> DataLoader:
+    """The usual pipeline for files: torchvision's transforms of training on ImageNet, in as many workers as ours."""
+    crop = v2.RandomResizedCrop(images.size)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    pairs = _Pairs([images.folder / file.path for file in images.files], images.labels.tolist(), transform)
+    return _loader(pairs, batch_size, workers_here(), images.device)
+
+
+def _loader(pairs: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+    pin = device.type == "cuda"
+    return DataLoader(pairs, batch_size, shuffle=True, num_workers=workers, persistent_workers=True, pin_memory=pin)
 
 
 class _Pairs(Dataset):
-    def __init__(self, pictures: list[Image.Image], labels: list[int], transform: v2.Transform) -> None:
+    def __init__(self, pictures: Sequence[Image.Image | Path], labels: list[int], transform: v2.Transform) -> None:
         self.pictures, self.labels, self.transform = pictures, labels, transform
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.pictures[index]), self.labels[index]
+        picture = self.pictures[index]
+        if isinstance(picture, Path):
+            with Image.open(picture) as file:
+                picture = file.convert("RGB")
+        return self.transform(picture), self.labels[index]

@@ -15,7 +15,7 @@ from satlib.data.splitting import RULE, held_out
 from satlib.data.splitting import rows as split_rows
 from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
-from satlib.paths import project_root
+from satlib.paths import named_file
 
 SIZE = (64, 64)
 FOLDERS = ("imagenet200", "tiny-imagenet-200")
@@ -147,7 +147,7 @@ def wnids(option: str = "") -> tuple[str, ...]:
             raise SatlibError(f"{option} classes of ImageNet: expected 2 to {len(known)}")
         return tuple(known[i * len(known) // int(option)] for i in range(int(option)))
     try:
-        listed = tuple((project_root() / option).read_text(encoding="utf-8").split())
+        listed = tuple(named_file(option).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise SatlibError(f"cannot read the classes in {option} ({error}); expected one wnid a line") from None
     if unknown := [wnid for wnid in listed if wnid not in known]:

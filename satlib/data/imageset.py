@@ -6,20 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from satlib.errors import SatlibError
 
-CROP_PADDING = 4
+CROP_PADDING = 8  # an image is cropped from itself padded by its shorter side divided by this: 32 pixels by 4
 
 
 class Passes(ABC):
     """Passes over labelled images, wherever these are: what `ImageSet` and `StreamedSet` share."""
 
-    crop_padding: ClassVar[int] = 0  # reflected pixels around an image that is cropped at random
     images: Any
 
     def first(self, n: int) -> Self:
@@ -54,11 +53,6 @@ class Passes(ABC):
             raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
         if generator is not None and generator.device.type != "cpu":
             raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
-        if augment and min(self.images.shape[2:]) <= self.crop_padding:
-            raise SatlibError(
-                f"augment = True on images of {tuple(self.images.shape[2:])} pixels; "
-                f"expected more than {self.crop_padding} each way, or augment=False"
-            )
         return self._batches(batch_size, generator, augment, limit, share or slice)
 
     @abstractmethod
@@ -82,7 +76,8 @@ class Passes(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Passes):
-    """Images with labels, all on one device. To augment is to crop from the image padded by 4 reflected pixels.
+    """Images with labels, all on one device. To augment is to crop from the image padded by reflected pixels, an eighth
+    of its shorter side: 4 for one of 32 pixels.
 
     `images` is uint8 (n, C, H, W), held in channels_last order; `labels` is int64 (n,), each the index of a
     name in `classes`. `name` is the key for `satlib.data.load`, `title` what figures and tables print,
@@ -95,8 +90,6 @@ class ImageSet(Passes):
     name: str
     title: str
     split: str
-
-    crop_padding: ClassVar[int] = CROP_PADDING
 
     def __post_init__(self) -> None:
         images, labels, where = self.images, self.labels, f"{self.name}/{self.split}"
@@ -200,7 +193,8 @@ class ImageSet(Passes):
         order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
         order = order[:limit].to(self.device)
         if augment:
-            shifts = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (n, 2), generator=generator)
+            most = min(self.images.shape[2:]) // CROP_PADDING
+            shifts = torch.randint(-most, most + 1, (n, 2), generator=generator)
             flips = torch.randint(2, (n,), generator=generator).bool()
             shifts, flips = shifts[:limit].to(self.device), flips[:limit].to(self.device)
         for start in range(0, len(order), batch_size):
