@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_project import parameters, write_project
 
-from satlib.ledger import Ledger
+from satlib.ledger import Ledger, Record
 from satlib.parallel import Ranks, here
+from satlib.workspace import CHECKPOINT
 
 TRAIN = """
 import gc
@@ -149,24 +152,47 @@ baselines: list = [["fictitious play", 8.0]]
 """
 
 
-def test_torchrun_trains_a_profile_s_models_and_rank_0_records_them(tmp_path):
-    write_project(tmp_path, {"04_cifar10": [parameters(SMALL)]})
-    values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in SMALL.strip().splitlines()}
-    profile = tmp_path / "notebooks" / "profiles" / "quick.yaml"
-    profile.write_text(profile.read_text() + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
-    environment = os.environ | {"SATLIB_HOME": str(tmp_path), "SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
+def two_ranks(home: Path, *, wait: bool = True) -> subprocess.Popen:
+    """`train` on two ranks, in a project of its own with the profile of SMALL."""
+    if not home.exists():
+        write_project(home, {"04_cifar10": [parameters(SMALL)]})
+        values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in SMALL.strip().splitlines()}
+        profile = home / "notebooks" / "profiles" / "quick.yaml"
+        profile.write_text(profile.read_text() + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
+    environment = os.environ | {"SATLIB_HOME": str(home), "SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "satlib", "train", "--only", "=8", "--device", "cpu"]
+    command = [*torchrun, "-m", "satlib", "train", "--only", "=8", "--device", "cpu"]
+    with (home / "out").open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    if wait:
+        assert process.wait(300) == 0, (home / "out").read_text()
+    return process
 
-    def call(*start):
-        done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done
 
-    assert call(*torchrun).stdout.count("2 trainings of the profile 'quick' have a record") == 1
-    records = Ledger(tmp_path / "data").records()
-    assert sorted(record.labels["title"] for record in records) == ["ERM", "s=8, eps=8, sigma=0.5"]
-    assert [len(r.metrics["history"]) for r in sorted(records, key=lambda r: r.labels["title"])] == [1, 2]
-    again = call(*torchrun)
-    assert "2 trainings" in again.stdout and "[run]" not in again.stderr + again.stdout
-    assert {r.created for r in Ledger(tmp_path / "data").records()} == {r.created for r in records}
+def trainings(home: Path) -> list[Record]:
+    return sorted(Ledger(home / "data").records(), key=lambda record: record.labels["title"])
+
+
+def test_torchrun_trains_a_profile_s_models_and_goes_on_after_a_rank_was_killed(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    two_ranks(whole)
+    assert (whole / "out").read_text().count("2 trainings of the profile 'quick' have a record") == 1
+    records = trainings(whole)
+    assert [record.labels["title"] for record in records] == ["ERM", "s=8, eps=8, sigma=0.5"]
+    assert [len(record.metrics["history"]) for record in records] == [1, 2]
+    two_ranks(whole)
+    assert "[run]" not in (whole / "out").read_text()  # all of it is known
+    assert [r.created for r in trainings(whole)] == [r.created for r in records]
+
+    process = two_ranks(killed, wait=False)
+    deadline = time.monotonic() + 120
+    while not any((killed / "data").rglob(CHECKPOINT)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    psutil.Process(process.pid).children()[-1].kill()
+    assert process.wait(120) != 0
+    assert len(trainings(killed)) < 2, "it was killed too late"
+    two_ranks(killed)
+    for once, twice in zip(records, trainings(killed), strict=True):
+        assert once.id == twice.id and once.metrics == twice.metrics
+        found = twice.tensors("weights")
+        assert all(torch.equal(value, found[name]) for name, value in once.tensors("weights").items())
