@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import graphs
+from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
 
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
-IGNORE = 255  # segmentation label of pixels that count for nothing
 
 
 def attack_loss(
@@ -28,7 +28,7 @@ def attack_loss(
     """
     ignored = IGNORE if labels.ndim > 1 else -100  # class 255 of a classifier is a class like any other
     losses = F.cross_entropy(
-        logits.float(), labels, reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
+        logits.float(), labels.long(), reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
     )
     return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
 

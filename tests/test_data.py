@@ -535,7 +535,7 @@ def test_a_failed_download_is_one_clear_line(tmp_path, monkeypatch, error):
 def test_unknown_names():
     with pytest.raises(
         SatlibError,
-        match="unknown data set 'mnist'; expected one of cifar10, imagenet200, imagenet200-224, shapes32, shapes64",
+        match="unknown data set 'mnist'; expected one of cifar10, imagenet200, imagenet200-224, camvid, cityscapes",
     ):
         data.load("mnist")
     with pytest.raises(SatlibError, match="cannot download 'shapes32'; expected one of cifar10"):

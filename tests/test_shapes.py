@@ -8,6 +8,7 @@ import torch
 
 from satlib import data
 from satlib.data import shapes
+from satlib.data.drawing import Draws
 
 
 @pytest.mark.parametrize("family", shapes.FAMILIES.values(), ids=lambda family: family.name)
@@ -38,14 +39,14 @@ def test_shapes_are_balanced_shuffled_and_distinct(name, size, counts):
 
 
 def test_rotations_lie_on_the_circle_and_go_all_the_way_round():
-    c, s = shapes._Draws(4000, 1).turn()
+    c, s = Draws(4000, 1).turn()
     assert np.allclose(c * c + s * s, 1, atol=1e-6)
     octants = np.floor(np.arctan2(s, c).ravel() / (np.pi / 4)).astype(int) + 4
     assert np.bincount(octants, minlength=8)[:8].min() > 400
 
 
 def test_shape_noise_has_mean_0_and_standard_deviation_1():
-    noise = shapes._Draws(50, 2).noise(32, 32, 3)
+    noise = Draws(50, 2).noise(32, 32, 3)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 

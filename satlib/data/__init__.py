@@ -1,9 +1,10 @@
 """Data sets by name: `load("cifar10")`, or `load("shapes32")` for an embedded synthetic stand-in."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from satlib.data import cifar10, imagenet, shapes
+from satlib.data import cifar10, imagenet, scenes, shapes, streets
 from satlib.data.imageset import ImageSet, Splits
 from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
@@ -11,11 +12,21 @@ from satlib.paths import data_root
 
 __all__ = ["NAMES", "ImageSet", "Splits", "StreamedSet", "download", "load", "place", "verify"]
 
-_LOADERS = {"cifar10": cifar10.load, "imagenet200": imagenet.load, "imagenet200-224": imagenet.load_large} | {
-    name: partial(shapes.load, name) for name in shapes.FAMILIES
+_LOADERS: dict[str, Callable[..., Splits]] = {
+    "cifar10": cifar10.load,
+    "imagenet200": imagenet.load,
+    "imagenet200-224": imagenet.load_large,
+    **{name: partial(scenes.load, name) for name in scenes.LAYOUTS},
+    **{name: partial(shapes.load, name) for name in shapes.FAMILIES},
+    **{name: partial(streets.load, name) for name in streets.FAMILIES},
 }
-_PLACES = {"cifar10": cifar10.place, "imagenet200": imagenet.place, "imagenet200-224": imagenet.place_large}
-_WITH_OPTION = ("imagenet200", "imagenet200-224")
+_PLACES: dict[str, Callable[[Path], Path | None]] = {
+    "cifar10": cifar10.place,
+    "imagenet200": imagenet.place,
+    "imagenet200-224": imagenet.place_large,
+    **{name: partial(scenes.place, name) for name in scenes.LAYOUTS},
+}
+_WITH_OPTION = ("imagenet200", "imagenet200-224", *scenes.LAYOUTS)
 _DOWNLOADS = {"cifar10": cifar10.download}
 NAMES = tuple(_LOADERS)
 
@@ -23,7 +34,8 @@ NAMES = tuple(_LOADERS)
 def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> Splits:
     """The train, val and test sets of the data set `name`, on the CPU.
 
-    "imagenet200:40" is ImageNet with 40 of the 200 classes, "imagenet200:FILE" with those whose wnids the file lists.
+    "imagenet200:40" is ImageNet with 40 of the 200 classes, "imagenet200:FILE" with those whose wnids the file lists;
+    "camvid:240x180" is CamVid at that width and height.
     `root` is the folder of the data sets, by default `satlib.paths.data_root()`; embedded sets need none.
     `progress` shows long decoding on stderr. Raises `SatlibError` for an unknown name, and for data that is
     missing or damaged.

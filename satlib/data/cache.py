@@ -82,7 +82,7 @@ def _save(splits: Splits, path: Path, name: str) -> None:
         images = getattr(splits, split)
         tensors[f"{split}.images"] = images.images.permute(0, 2, 3, 1).contiguous()
         tensors[f"{split}.labels"] = images.labels
-        about = {"classes": images.classes, "name": images.name, "title": images.title}
+        about = {"classes": images.classes, "name": images.name, "title": images.title, "frames": images.frames}
         metadata[split] = json.dumps({**about, "fingerprint": images.fingerprint})
     partial = path.with_name(f".{name}.partial")
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from satlib.errors import SatlibError
 
+IGNORE = 255  # label of pixels that count for nothing
 CROP_PADDING = 8  # an image is cropped from itself padded by its shorter side divided by this: 32 pixels by 4
 
 
@@ -38,7 +39,7 @@ class Passes(ABC):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
 
-        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,).
+        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,) or (b, H, W).
         `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
         is the set's own. `augment` crops at random, each kind of set in its way, and flips half of the
         images left to right; it needs a generator. `limit` stops after that many images; they
@@ -77,11 +78,12 @@ class Passes(ABC):
 @dataclass(frozen=True, eq=False)
 class ImageSet(Passes):
     """Images with labels, all on one device. To augment is to crop from the image padded by reflected pixels, an eighth
-    of its shorter side: 4 for one of 32 pixels.
+    of its shorter side (4 for one of 32 pixels), and to flip half of them; where every pixel has a label, only to flip.
 
-    `images` is uint8 (n, C, H, W), held in channels_last order; `labels` is int64 (n,), each the index of a
-    name in `classes`. `name` is the key for `satlib.data.load`, `title` what figures and tables print,
-    `split` one of train, val and test. Raises `SatlibError` if these do not fit together.
+    `images` is uint8 (n, C, H, W), held in channels_last order; `labels` is int64 (n,), each the index of a name in
+    `classes`, or for segmentation uint8 (n, H, W), where 255 is no class. `name` is the key for `satlib.data.load`,
+    `title` what figures and tables print, `split` one of train, val and test, and `frames` names each scene, where
+    scenes have names. Raises `SatlibError` if these do not fit together.
     """
 
     images: Tensor
@@ -90,6 +92,7 @@ class ImageSet(Passes):
     name: str
     title: str
     split: str
+    frames: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels, where = self.images, self.labels, f"{self.name}/{self.split}"
@@ -99,18 +102,24 @@ class ImageSet(Passes):
             )
         if len(images) == 0:
             raise SatlibError(f"{where}: the set is empty; expected at least one image")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        each_image = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        if not each_image and (labels.dtype != torch.uint8 or labels.shape != (len(images), *images.shape[2:])):
             raise SatlibError(
-                f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},)"
+                f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},), "
+                f"or for every pixel torch.uint8 {(len(images), *images.shape[2:])}"
             )
         if labels.device != images.device:
             raise SatlibError(f"{where}: labels are on {labels.device} but images on {images.device}; move one")
-        low, high = int(labels.min()), int(labels.max())
+        meant = labels if each_image else labels[labels != IGNORE]
+        low, high = (int(meant.min()), int(meant.max())) if len(meant) else (0, 0)
         if low < 0 or high >= len(self.classes):
             raise SatlibError(
                 f"{where}: labels range over {low}..{high}; expected 0..{len(self.classes) - 1}, one per class name"
             )
+        if self.frames and len(self.frames) != len(images):
+            raise SatlibError(f"{where}: {len(self.frames)} frames for {len(images)} images; expected one each")
         object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "frames", tuple(self.frames))
         object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
 
     def __len__(self) -> int:
@@ -127,13 +136,18 @@ class ImageSet(Passes):
     def device(self) -> torch.device:
         return self.images.device
 
+    @property
+    def dense(self) -> bool:
+        """Whether every pixel has a label."""
+        return self.labels.ndim > 1
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over shape and class names, then all pixels in (n, H, W, C) order, then all labels."""
         header = json.dumps({"shape": list(self.images.shape), "classes": list(self.classes)})
         digest = hashlib.sha256(header.encode())
         digest.update(self.images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
-        digest.update(self.labels.cpu().numpy().astype("<i8"))
+        digest.update(self.labels.cpu().numpy().astype("<u1" if self.dense else "<i8"))
         return digest.hexdigest()
 
     @cached_property
@@ -175,7 +189,9 @@ class ImageSet(Passes):
                     f"indices are {indices.dtype} {tuple(indices.shape)}; expected one dimension of int64 or bool"
                 )
         try:
-            return replace(self, images=self.images[indices], labels=self.labels[indices])
+            rows = torch.arange(len(self), device=self.device)[indices].tolist() if self.frames else []
+            frames = tuple(self.frames[row] for row in rows)
+            return replace(self, images=self.images[indices], labels=self.labels[indices], frames=frames)
         except IndexError:
             raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}") from None
 
@@ -193,7 +209,7 @@ class ImageSet(Passes):
         order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
         order = order[:limit].to(self.device)
         if augment:
-            most = min(self.images.shape[2:]) // CROP_PADDING
+            most = 0 if self.dense else min(self.images.shape[2:]) // CROP_PADDING
             shifts = torch.randint(-most, most + 1, (n, 2), generator=generator)
             flips = torch.randint(2, (n,), generator=generator).bool()
             shifts, flips = shifts[:limit].to(self.device), flips[:limit].to(self.device)
@@ -202,7 +218,10 @@ class ImageSet(Passes):
             part = slice(start + (own.start or 0), start + own.stop)
             indices = order[part]
             images = self._crop_flip(indices, shifts[part], flips[part]) if augment else self.images[indices]
-            yield images.to(torch.float32, memory_format=torch.channels_last), self.labels[indices]
+            labels = self.labels[indices].long()
+            if augment and self.dense:
+                labels = torch.where(flips[part].view(-1, 1, 1), labels.flip(-1), labels)
+            yield images.to(torch.float32, memory_format=torch.channels_last), labels
 
     def _crop_flip(self, indices: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
         """Images at `indices`, moved by `shifts` (b, 2) pixels with reflected borders, then flipped where `flips`.

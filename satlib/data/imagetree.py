@@ -130,7 +130,7 @@ def read_images(
     images = torch.empty((len(files), *size, 3), dtype=torch.uint8)
     bad: list[tuple[str, str]] = []
     done = 0
-    for pixels, problems in _shown(loader, len(files), f"decoding {tree.folder.name}/{split}", progress):
+    for pixels, problems in shown(loader, len(files), f"decoding {tree.folder.name}/{split}", progress):
         images[done : done + len(pixels)] = pixels
         bad += problems
         done += len(pixels)
@@ -153,8 +153,8 @@ def sound_files(tree: ImageTree, split: str, *, progress: bool = True) -> tuple[
         return [(file.path, image if isinstance(image, str) else None)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        shown = _shown(((each,) for each in pool.map(problem, files)), len(files), f"checking {split}", progress)
-        bad = [(path, found) for (((path, found),),) in shown if found is not None]
+        checked = shown(((each,) for each in pool.map(problem, files)), len(files), f"checking {split}", progress)
+        bad = [(path, found) for (((path, found),),) in checked if found is not None]
     left_out = _left_out(tree.folder, bad) if bad else set()
     return tuple(file for file in files if file.path not in left_out)
 
@@ -210,7 +210,7 @@ def decode(path: Path, prepare: Callable[[Image.Image], Image.Image] | None = No
         return f"damaged or truncated ({error})"
 
 
-def _shown(batches: Iterable, total: int, what: str, progress: bool) -> Iterator:
+def shown(batches: Iterable, total: int, what: str, progress: bool) -> Iterator:
     """Pass `batches` through; show how many of `total` images are done: a bar on a terminal, else lines."""
     watched = sys.stderr.isatty()
     done, spoken = 0, time.monotonic()

@@ -1,0 +1,167 @@
+"""Driving scenes: drawn alike everywhere, and read from small trees that the tests write in each layout."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from satlib import data
+from satlib.data import scenes, streets
+from satlib.data.imageset import IGNORE
+from satlib.errors import SatlibError
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def camvid(root, count=3):
+    """`count` scenes of 32x24 in each split: left half class 3, right half class 8, a void corner."""
+    random = np.random.default_rng(0)
+    labels = np.full((24, 32), 3, dtype=np.uint8)
+    labels[:, 16:], labels[:4, :4] = 8, 11
+    for split in ("train", "val", "test"):
+        for i in range(count):
+            pixels = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            write(root / "camvid" / split / "images" / f"{split}_{i}.png", pixels)
+            write(root / "camvid" / split / "labels" / f"{split}_{i}.png", labels)
+    return root / "camvid"
+
+
+def cityscapes(root):
+    """Four training and four validation scenes of 64x32 in two cities; row 0 is void, 1 the own car, the rest road."""
+    random = np.random.default_rng(1)
+    labels = np.full((32, 64), 7, dtype=np.uint8)
+    labels[0], labels[1], labels[2], labels[31] = 0, 1, 255, 33
+    for split in ("train", "val"):
+        for i in range(4):
+            city = ("aachen", "bochum")[i % 2]
+            stem = f"{city}_{i:06}_000019"
+            pixels = random.integers(0, 256, (32, 64, 3), dtype=np.uint8)
+            write(root / "cityscapes" / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", pixels)
+            folder = root / "cityscapes" / "gtFine" / split / city
+            write(folder / f"{stem}_gtFine_labelIds.png", labels)
+            write(folder / f"{stem}_gtFine_color.png", pixels)
+    return root / "cityscapes"
+
+
+def load(name, root):
+    return data.load(name, root=root, progress=False)
+
+
+def test_camvid_is_read_in_its_layout(root):
+    folder = camvid(root)
+    splits = load("camvid:32x24", root)
+    assert [len(s) for s in vars(splits).values()] == [3, 3, 3]
+    train = splits.train
+    assert train.frames == ("train_0", "train_1", "train_2") and train.classes == scenes.CAMVID
+    assert train.images.shape == (3, 3, 24, 32) and train.labels.shape == (3, 24, 32)
+    first = np.asarray(Image.open(folder / "train" / "images" / "train_0.png"))
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), first)
+    assert train.labels[0].unique().tolist() == [3, 8, IGNORE] and train.labels[0, 0, 0] == IGNORE
+    small = load("camvid:16x16", root).test
+    assert small.images.shape == (3, 3, 16, 16) and small.labels.unique().tolist() == [3, 8, IGNORE]
+    assert small.title == "CamVid (16x16)" and small.name == "camvid:16x16"
+    again = load("camvid:32x24", root)
+    assert again.train.fingerprint == train.fingerprint and again.train.frames == train.frames
+
+
+def test_cityscapes_is_read_in_its_layout(root):
+    cityscapes(root)
+    splits = load("cityscapes:64x32", root)
+    assert [len(s) for s in vars(splits).values()] == [4, 2, 2]
+    frames = [frame for s in vars(splits).values() for frame in s.frames]
+    assert "aachen_000000_000019" in splits.train.frames and len(frames) == 8
+    assert set(splits.val.frames) | set(splits.test.frames) == set(splits.train.frames)  # here they have the same names
+    assert not set(splits.val.frames) & set(splits.test.frames)
+    labels = splits.train.labels[0]
+    assert (labels[:3] == IGNORE).all() and (labels[3:31] == 0).all() and (labels[31] == 18).all()
+    assert splits.train.classes[18] == "bicycle" and len(splits.train.classes) == 19
+    assert scenes.LAYOUTS["cityscapes"].size == (1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("victim", "change", "message"),
+    [
+        ("images/train_1.png", None, r"labels/train_1\.png has no image in train/images; restore that file"),
+        ("labels/train_1.png", None, r"images/train_1\.png has no labels in train/labels"),
+        ("labels/train_1.png", np.zeros((24, 30), np.uint8), r"train_1\.png: 30x24 pixels, but its image has 32x24"),
+        ("labels/train_1.png", np.full((24, 32), 77, np.uint8), "the value 77 is no label; expected some of 0..11"),
+        ("labels/train_1.png", np.zeros((24, 32, 3), np.uint8), "a RGB image; labels are one byte a pixel"),
+        ("images/train_1.png", b"broken", r"images/train_1\.png: not a PNG or JPEG image"),
+        ("labels/train_1.png", b"broken", r"labels/train_1\.png: not a PNG image"),
+    ],
+)
+def test_what_is_wrong_with_a_scene_is_named(root, victim, change, message):
+    path = camvid(root) / "train" / victim
+    path.unlink()
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    elif change is not None:
+        write(path, change)
+    with pytest.raises(SatlibError, match=message):
+        load("camvid", root)
+
+
+def test_missing_folders_and_bad_sizes_are_named(root):
+    with pytest.raises(SatlibError, match=r"no CamVid in .*: looked for camvid/"):
+        load("camvid", root)
+    with pytest.raises(SatlibError, match=r"no Cityscapes in .*: looked for cityscapes/"):
+        load("cityscapes", root)
+    folder = camvid(root)
+    for option in ("small", "10x10", "5000x100", "32", "32x24x1"):
+        with pytest.raises(SatlibError, match=f"camvid:{option}: expected a width and a height from 16 to 4096"):
+            load(f"camvid:{option}", root)
+    for path in sorted((folder / "val" / "images").iterdir()):
+        path.unlink()
+    (folder / "val" / "images").rmdir()
+    with pytest.raises(SatlibError, match=r"no folder .*val/images; unpack"):
+        load("camvid", root)
+
+
+def test_scenes_are_flipped_with_their_labels(root):
+    camvid(root)
+    train = load("camvid:32x24", root).train
+    seen = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
+        ((x, y),) = train.batches(3, generator=generator, augment=True)
+        assert y.dtype == torch.int64
+        for image, labels, index in zip(x, y, order.tolist(), strict=True):
+            own = train.images[index].float()
+            flipped = not torch.equal(image, own)
+            assert torch.equal(image, own.flip(-1) if flipped else own)
+            expected = train.labels[index].long()
+            assert torch.equal(labels, expected.flip(-1) if flipped else expected)
+            seen.add(flipped)
+    assert seen == {False, True}
+    part = train.subset([2, 0])
+    assert part.frames == ("train_2", "train_0") and torch.equal(part.labels, train.labels[[2, 0]])
+
+
+@pytest.mark.parametrize("family", streets.FAMILIES.values(), ids=lambda family: family.name)
+def test_street_scenes_are_the_same_bits_on_every_machine(family):
+    splits = data.load(family.name)
+    assert {split: images.fingerprint for split, images in vars(splits).items()} == family.fingerprints
+
+
+def test_street_scenes_show_every_class_in_its_place():
+    train = data.load("streets128x64").train
+    assert train.images.shape == (400, 3, 64, 128) and train.title == "synthetic street scenes (streets128x64)"
+    shown = torch.stack([(train.labels == label).flatten(1).any(1) for label in range(len(streets.CLASSES))])
+    assert (shown.float().mean(1) > 0.5).all(), "a class that most scenes lack"
+    rows = torch.arange(64.0).view(1, -1, 1).expand(len(train), 64, 128)
+    height = [rows[train.labels == label].mean().item() for label in range(len(streets.CLASSES))]
+    places = dict(zip(streets.CLASSES, height, strict=True))
+    assert places["sky"] < places["building"] < places["car"] < places["road"]
+    assert places["sign"] < places["person"] < places["pavement"]
+    assert rows[train.labels == IGNORE].min() > 40  # the bonnet
+    assert len({image.numpy().tobytes() for image in train.images}) == len(train)
