@@ -15,6 +15,7 @@ from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
 
+PIXELS_AT_ONCE = 2**22  # of images that are only classified
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
 
 
@@ -285,6 +286,11 @@ def universal_pgd(
     return torch.stack(kept[::-1])[best, torch.arange(heaps, device=device)]
 
 
+def images_at_once(images: Tensor) -> int:
+    """How many of the images (n, C, H, W) are passed through a model together where no gradient is needed."""
+    return max(1, PIXELS_AT_ONCE // images.shape[2:].numel())
+
+
 @torch.no_grad()
 def success_rates(
     model: nn.Module,
@@ -303,7 +309,8 @@ def success_rates(
     """
     wins = torch.zeros(len(perturbations), device=images.device)
     total = torch.zeros((), device=images.device)
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+    count = min(batch_size, images_at_once(images))
+    for x, y in zip(images.split(count), labels.split(count), strict=True):
         counted = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
         total += counted.sum()
         x = x.float().contiguous(memory_format=torch.channels_last)
@@ -333,7 +340,8 @@ def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Gener
 def _check_pair(images: Tensor, labels: Tensor) -> None:
     if images.ndim != 4 or not len(images):
         raise SatlibError(f"images of shape {tuple(images.shape)}: expected (d, C, H, W) with d at least 1")
-    if len(labels) != len(images) or labels.ndim not in (1, 3) or labels.dtype != torch.long:
+    types = (torch.int64, torch.uint8) if labels.ndim == 3 else (torch.int64,)  # an ImageSet keeps pixels' as bytes
+    if len(labels) != len(images) or labels.ndim not in (1, 3) or labels.dtype not in types:
         raise SatlibError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape"
             f" ({len(images)},), or ({len(images)}, H, W) for segmentation"

@@ -89,10 +89,11 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
 
 def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     from satlib import experiments, parallel
+    from satlib.kinds import TRAININGS
     from satlib.lab import BudgetSpent, Lab
 
     planned = (each for run in experiments.profile_runs(arguments.profile) for each in run.ancestry())
-    chosen = [run for run in planned if run.kind == "train" and arguments.only in run.title]
+    chosen = [run for run in planned if run.kind in TRAININGS and arguments.only in run.title]
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:

@@ -15,7 +15,7 @@ from torch import nn
 from satlib import data
 from satlib.attacks import heap_pgd
 from satlib.errors import SatlibError
-from satlib.kinds import KINDS
+from satlib.kinds import KINDS, TRAININGS
 from satlib.ledger import Ledger, Record, RunSpec, Workspace
 from satlib.models import Fitted, build, load_pretrained, take_over
 from satlib.paths import named_file
@@ -215,7 +215,7 @@ class Lab:
 
     def passes_per_second(self, run: Run) -> float:
         """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
-        trained = next(r for r in reversed(list(run.ancestry())) if r.kind == "train")
+        trained = next(r for r in reversed(list(run.ancestry())) if r.kind in TRAININGS)
         key = str(trained.config["architecture"]) + trained.dataset
         if key not in self._speeds:
             train, model, steps = self.splits(trained.dataset).train, self.new_model(trained), 4
@@ -234,7 +234,7 @@ class Lab:
 
     def weight_bytes(self, run: Run) -> int:
         """Bytes that the weights of a `train` run take; 0 of other runs."""
-        return sum(t.nbytes for t in self.new_model(run).state_dict().values()) if run.kind == "train" else 0
+        return sum(t.nbytes for t in self.new_model(run).state_dict().values()) if run.kind in TRAININGS else 0
 
     def check_budget(self, needed: float = 0.0) -> None:
         """Raises BudgetSpent where fewer than `needed` seconds are left."""

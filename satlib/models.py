@@ -222,11 +222,11 @@ class FCN8s(Normalised):
         return F.interpolate(logits.float(), size, mode="bilinear")
 
 
-ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet}
+ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8s}
 
 
 def build(architecture: Mapping[str, Any], **data: Any) -> nn.Module:
-    """The classifier that `architecture` describes: `name`, a key of ARCHITECTURES ("resnet" if missing), and its
+    """The network that `architecture` describes: `name`, a key of ARCHITECTURES ("resnet" if missing), and its
     settings. data: `classes`, `mean` and `std`.
 
     Raises SatlibError for an unknown name or setting, and what the classifier raises.
@@ -253,7 +253,9 @@ class Fitted:
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} tensors taken"]
         if self.other_shape:
-            listed = (f"{name} {tuple(a)} in the file, {tuple(b)} here" for name, (a, b) in self.other_shape.items())
+            listed = (
+                f"{name} {tuple(a)} in the file, {tuple(b)} here" for name, (a, b) in sorted(self.other_shape.items())
+            )
             lines.append(f"other shapes, left as they were: {'; '.join(listed)}")
         for what, names in (("not in the file, left as they were", self.missing), ("of no use here", self.unused)):
             if names:

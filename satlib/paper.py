@@ -165,6 +165,60 @@ class ImageNet(Classification):
 IMAGENET = ImageNet()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cityscapes:
+    """Every setting of section 6.3. The pre-training, and how many images choose, are our choice."""
+
+    section: ClassVar[str] = "6.3"
+
+    dataset: str = "cityscapes"
+    target: str = "monchengladbach_000000_026602"  # the training scene whose segmentation targeted attacks aim at
+    width: int = 64  # maps in the first stage of the VGG-16 encoder
+    pretrained: str = ""  # a file of weights to start from, such as VGG-16's
+    seed: int = 0
+    batch_size: int = 5
+    label_smoothing: float = LABEL_SMOOTHING
+    erm_epochs: int = 60
+    erm_learning_rate: float = 1e-4
+    erm_schedule: str = "step"
+    erm_milestones: tuple[int, ...] = (45,)
+    finetune_epochs: int = 20
+    finetune_epoch_images: int = 0  # 0: all training images in every epoch
+    finetune_learning_rate: float = 1e-4
+    finetune_schedule: str = "step"
+    finetune_milestones: tuple[int, ...] = (15,)
+    # (s, eps, sigma): of several with one sharedness the one whose IoU is nearest to the others' counts.
+    points: tuple[tuple[int, float, float], ...] = ((1, 8.0, 0.5), (5, 30.0, 0.7))
+    evaluated: tuple[int, ...] = ()  # after which epochs; (): after every one
+    steps: int = 5
+    relative_step_size: float = 0.4
+    loss_threshold: float = KAPPA  # of untargeted attacks
+    delta: float = 0.95
+    search: str = "binary"
+    search_iterations: int = 10
+    search_steps: int = 200
+    search_batch: int = 5
+    gamma: float = 0.99
+    beta: float = 2.0
+    craft_images: int = 0  # of the validation scenes; 0: all
+    choose_images: int = 16
+    report_images: int = 16
+    adversarial_images: int = 16
+    adversarial_iterations: int = 10
+    adversarial_steps: int = 200
+    structure_eps: float = 40.0  # of the perturbations whose structure is measured (Figure 6); our choice
+    hidden: str = "person"  # the class that a dynamic target hides (Metzen et al. 2017)
+    hiding_epsilons: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What `satlib.models.build` takes."""
+        return {"name": "fcn8s", "width": self.width}
+
+
+CITYSCAPES = Cityscapes()
+
+
 @dataclass(frozen=True)
 class Reported:
     """A number of the paper's text: where it stands, what it is, and for which model."""

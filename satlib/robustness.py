@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import attackable, check_annealing, heap_pgd, success_rates, universal_pgd
+from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
@@ -207,11 +208,18 @@ SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
 @dataclass(frozen=True)
 class ImageRobustness:
     """Result of the image-dependent search. epsilons (n,): smallest success for each image in pixel units, inf
-    where none was found. epsilon: the smallest magnitude at which a share delta is fooled; None prints "> 255"."""
+    where none was found. epsilon: the smallest magnitude at which a share delta is fooled, or in segmentation the mean
+    over the images; None prints "> 255"."""
 
     delta: float
     epsilon: float | None
     epsilons: Tensor = field(repr=False)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean of the epsilons; None where one of them is inf, or there is only one."""
+        known = len(self.epsilons) > 1 and bool(self.epsilons.isfinite().all())
+        return (self.epsilons.std() / math.sqrt(len(self.epsilons))).item() if known else None
 
     def __str__(self) -> str:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
@@ -239,6 +247,9 @@ def adversarial_robustness(
     question for every image. eps_adv(delta) is then the smallest eps within which a share delta of the images
     has been fooled: never above what one common interval would find. images (n, C, H, W), labels (n,).
 
+    In segmentation, labels (n, H, W), an image is fooled when a share delta of its labelled pixels is won, and eps_adv
+    is the mean over the images (section 6.3).
+
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
     _check_search(delta, iterations)
@@ -249,7 +260,7 @@ def adversarial_robustness(
     with attackable(model) as net:
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x = x.float().contiguous(memory_format=torch.channels_last)
-            fooled = _wins(net, x, y, targeted)
+            fooled = _wins(net, x, y, targeted, delta)
             low = torch.zeros(len(x), device=x.device)
             high = torch.full_like(low, LARGEST)
             best = torch.where(fooled, 0.0, math.inf)
@@ -269,21 +280,29 @@ def adversarial_robustness(
                     generator=generator,
                     keep_best=True,
                 )
-                won = _wins(net, (x + xi).clamp(0, 255), y, targeted)
+                won = _wins(net, (x + xi).clamp(0, 255), y, targeted, delta)
                 magnitude = xi.abs().flatten(1).amax(1)
                 best = torch.where(won, torch.minimum(best, magnitude), best)
                 low, high = torch.where(won, low, eps), torch.where(won, eps, high)
             smallest.append(best)
     epsilons = torch.cat(smallest)
+    if labels.ndim > 1:
+        mean = epsilons.mean().item()
+        return ImageRobustness(delta, None if math.isinf(mean) else mean, epsilons.cpu())
     fewest = max(1, math.ceil(delta * len(epsilons) - 1e-9))  # 0.56 * 25 is a little more than 14
     at_delta = epsilons.sort().values[fewest - 1].item()
     return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu())
 
 
 @torch.no_grad()
-def _wins(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+def _wins(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, delta: float) -> Tensor:
+    """Which of the images are fooled: their decision, or in segmentation a share delta of their labelled pixels."""
     predicted = model(images).argmax(1)
-    return predicted == labels if targeted else predicted != labels
+    won = predicted == labels if targeted else predicted != labels
+    if labels.ndim == 1:
+        return won
+    counted = labels != IGNORE
+    return (won & counted).flatten(1).sum(1) >= (delta - 1e-7) * counted.flatten(1).sum(1)
 
 
 def _check_search(delta: float, iterations: int) -> None:

@@ -1,7 +1,7 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -10,15 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import parallel
-from satlib.attacks import heap_pgd, perturb
+from satlib.attacks import heap_pgd, images_at_once, perturb
+from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
+
+# What each optimizer keeps for every weight: its name in a checkpoint, and PyTorch's.
+OPTIMIZERS = {
+    "sgd": {"velocity": "momentum_buffer"},
+    "adam": {"mean": "exp_avg", "square": "exp_avg_sq"},
+}
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. Defaults: the fine-tuning of section 6.1, with our choices where it is silent.
 
+    optimizer: "sgd", or "adam" (section 6.3), which has its own default momenta; `momentum` and `nesterov` are SGD's.
     sigma weighs adversarial against clean loss; 0 is ERM, and needs no attack. eps (pixel units), sharedness,
     steps (K) and relative_step_size (alpha_k / eps) set the heap adversary; sharedness 1 is standard
     adversarial training. schedule "step" divides the learning rate by 10 at the `milestones` (in epochs);
@@ -26,6 +34,7 @@ class Training:
     shortens an epoch to that many images, drawn anew each time; 0 means all.
     """
 
+    optimizer: str = "sgd"
     epochs: int = 65
     batch_size: int = 128
     learning_rate: float = 0.0025
@@ -61,6 +70,7 @@ class Training:
         check("sigma", 0 <= self.sigma <= 1, "a number in [0, 1]")
         check("eps", 0 <= self.eps <= 255, "a number from 0 to 255 (pixel units)")
         check("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         check("schedule", self.schedule in ("step", "one-cycle"), "'step' or 'one-cycle'")
         check("sharedness", self.sharedness <= self.batch_size, f"at most batch_size ({self.batch_size})")
         whole = isinstance(self.epoch_images, int) and self.epoch_images >= 0
@@ -73,6 +83,7 @@ class Training:
         """The settings as plain JSON types; those of the attack only where there is one (sigma > 0)."""
         config = asdict(self) | {"milestones": list(self.milestones)}
         unused = {"milestones"} if self.schedule == "one-cycle" else {"warm_up"}
+        unused |= {"optimizer"} if self.optimizer == "sgd" else {"momentum", "nesterov"}
         if self.sigma == 0:
             unused |= {"eps", "sharedness", "steps", "relative_step_size", "loss_threshold"}
         return {name: value for name, value in config.items() if name not in unused}
@@ -133,10 +144,21 @@ def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Te
     both = torch.cat([adversarial, images])
     with autocast(images.device):
         logits = model(both.contiguous(memory_format=torch.channels_last)).float()
-    perturbed, clean = (
-        F.cross_entropy(half, labels, label_smoothing=settings.label_smoothing) for half in logits.chunk(2)
-    )
+    perturbed, clean = (training_loss(half, labels, settings) for half in logits.chunk(2))
     return settings.sigma * perturbed + (1 - settings.sigma) * clean
+
+
+def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
+    """Mean cross-entropy with soft targets, over images or over the pixels that have a class; never capped."""
+    ignored = IGNORE if labels.ndim > 1 else -100
+    return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, ignore_index=ignored)
+
+
+def _optimizer(weights: Sequence[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(weights, **options)
+    return torch.optim.SGD(weights, momentum=settings.momentum, nesterov=settings.nesterov, **options)
 
 
 def _at_least_one(share: slice) -> slice:
@@ -172,13 +194,15 @@ def train(
     history: list[dict] | None = None,
     after_epoch: Callable[[dict[str, Tensor], list[dict]], None] | None = None,
     progress: Callable[[str, float], None] | None = None,
+    until: int | None = None,
 ) -> list[dict]:
     """Train `model` in place on `data` (an ImageSet on the model's device); returns the history, an entry an epoch.
 
     The loss is that of the `adversary` if one is given, else shared adversarial training's where sigma > 0, else ERM's.
 
     after_epoch(state, history) is called with everything that resuming needs; handed back as `state` and
-    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
+    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone. until: stop
+    after so many of the epochs.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
     Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
@@ -189,7 +213,8 @@ def train(
     is not finite after an epoch, naming the epoch and the mend.
     """
     names, weights = zip(*model.named_parameters(), strict=True)
-    velocity = [torch.zeros_like(weight) for weight in weights]
+    kept = OPTIMIZERS[settings.optimizer]
+    memory = [{slot: torch.zeros_like(weight) for slot in kept} for weight in weights]
     ranks = parallel.here()
     if adversary is not None and ranks.count > 1:
         raise SatlibError(f"{type(adversary).__name__} trains on one rank, not {ranks.count}; run it without torchrun")
@@ -199,26 +224,23 @@ def train(
     history = list(history or [])
     if state is not None:
         model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        for name, buffer in zip(names, velocity, strict=True):
-            buffer.copy_(state[f"velocity.{name}"])  # which stays in the weight's memory format, as on other ranks
+        for name, slots in zip(names, memory, strict=True):
+            for slot, buffer in slots.items():
+                buffer.copy_(state[f"{slot}.{name}"])  # which stays in the weight's memory format, as on other ranks
         if adversary is not None:
             found = {k.removeprefix("adversary."): v for k, v in state.items() if k.startswith("adversary.")}
             adversary.load({name: value.to(weights[0].device) for name, value in found.items()})
-    optimizer = torch.optim.SGD(
-        weights,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-    )
-    for weight, buffer in zip(weights, velocity, strict=True):
-        optimizer.state[weight]["momentum_buffer"] = buffer
+    optimizer = _optimizer(weights, settings)
     history = ranks.told(history)
-    ranks.agree([*model.state_dict().values(), *velocity])
+    ranks.agree([*model.state_dict().values(), *(buffer for slots in memory for buffer in slots.values())])
     wrapped = ranks.wrapped(model)
     images_each = min(settings.epoch_images or len(data), len(data))
     batches_each = math.ceil(images_each / settings.batch_size)
-    for epoch in range(len(history), settings.epochs):
+    for weight, slots in zip(weights, memory, strict=True):
+        optimizer.state[weight].update({kept[slot]: buffer for slot, buffer in slots.items()})
+        if settings.optimizer == "adam":
+            optimizer.state[weight]["step"] = torch.tensor(float(len(history) * batches_each))
+    for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
         total = torch.zeros((), device=weights[0].device)
         if adversary is not None:
@@ -246,7 +268,7 @@ def train(
             else:
                 with autocast(x.device):
                     logits = wrapped(x).float()
-                loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+                loss = training_loss(logits, y, settings)
             images = own.stop - own.start
             if ranks.count > 1:  # gradients are averaged over ranks, losses are means over images
                 loss = loss * (images * ranks.count / size)
@@ -269,7 +291,9 @@ def train(
         stopped: Exception | None = None
         if after_epoch and ranks.rank == 0:
             momenta = {
-                f"velocity.{n}": optimizer.state[w]["momentum_buffer"] for n, w in zip(names, weights, strict=True)
+                f"{slot}.{n}": optimizer.state[w][name]
+                for n, w in zip(names, weights, strict=True)
+                for slot, name in kept.items()
             }
             found = {f"adversary.{k}": v for k, v in adversary.state().items()} if adversary is not None else {}
             try:
@@ -284,15 +308,39 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Any, *, batch_size: int = 512) -> float:
-    """Share of `data` (an ImageSet) that the model, in eval mode, classifies correctly."""
+    """Share of `data` (an ImageSet; of its labelled pixels, in segmentation) that the model, in eval mode, classifies
+    correctly."""
+    return share_right(confusion(model, data, batch_size=batch_size))
+
+
+@torch.no_grad()
+def confusion(model: nn.Module, data: Any, *, batch_size: int = 512) -> Tensor:
+    """How often each class (row) is taken for which (column) by the model in eval mode: int64 (classes, classes).
+
+    Counted are images, or in segmentation pixels whose label is not 255.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    correct = torch.zeros((), device=data.images.device)
+    classes = len(data.classes)
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=data.device)
     try:
-        for x, y in data.batches(batch_size):
+        for x, y in data.batches(min(batch_size, images_at_once(data.images))):
             with autocast(x.device):
-                correct += (model(x).argmax(1) == y).sum()
+                predicted = model(x).argmax(1)
+            known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
+            counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
     finally:
         for module, training in modes:
             module.training = training
-    return correct.item() / len(data)
+    return counts.view(classes, classes)
+
+
+def share_right(counts: Tensor) -> float:
+    """Share of decisions that are right, from `confusion`."""
+    return counts.diagonal().sum().item() / counts.sum().item()
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """Intersection over union of each class, from `confusion`; nan of a class that is neither there nor predicted."""
+    hits = counts.diagonal().double()
+    return hits / (counts.sum(0) + counts.sum(1) - hits)

@@ -22,7 +22,8 @@ from satlib.__main__ import main
 from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
-from satlib.kinds import KINDS, entropy_bits
+from satlib.kinds import KINDS
+from satlib.kinds.evaluation import entropy_bits
 from satlib.lab import BudgetSpent, Lab, Run
 from satlib.ledger import Ledger
 
@@ -189,7 +190,8 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
     stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
     kinds = {record.kind for stem in stems for record in lab.carry_out(plan.of(stem))}
-    kinds |= {run.kind for run in (*small.runs, *experiments.imagenet(paper.IMAGENET).runs)}
+    others = (experiments.imagenet(paper.IMAGENET), experiments.cityscapes(paper.CITYSCAPES))
+    kinds |= {run.kind for run in (*small.runs, *(run for other in others for run in other.runs))}
     assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"
     risks = lab.record(plan.risks[plan.erm]).metrics
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
@@ -385,7 +387,7 @@ def test_erm_starts_from_more_classes_and_keeps_all_but_the_head(tiny, tmp_path,
         assert value.shape[0] == 2 if name.startswith("net.fc") else torch.equal(value, parent[name])
     lab.record(plan.erm)
     out, err = capsys.readouterr()
-    assert "other shapes, left as they were: net.fc.weight (4, " in out + err
+    assert "other shapes, left as they were: net.fc.bias (4,) in the file, (2,) here; net.fc.weight (4, " in out + err
     assert lab.model(plan.erm).net.fc.weight.shape[0] == 2
     with pytest.raises(SatlibError, match="erm_dataset: 'many' is for the first training, but erm_restart_epochs is 0"):
         experiments.imagenet(with_parameters(paper.IMAGENET, small | {"erm_restart_epochs": 0}))

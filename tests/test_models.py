@@ -298,7 +298,7 @@ def test_weights_that_do_not_fit_are_named(bottleneck, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ({"name": "transformer"}, "architecture 'transformer': expected one of resnet, bottleneck"),
+        ({"name": "transformer"}, "architecture 'transformer': expected one of resnet, bottleneck, fcn8s"),
         ({"name": "resnet", "layers": 3}, "resnet has no setting 'layers': expected some of depth, width"),
         ({"name": "bottleneck", "layers": (1, 1)}, r"layers=\(1, 1\): expected the number of blocks"),
         ({"name": "bottleneck", "stem": "tiny"}, "stem='tiny': expected one of large, half, full"),

@@ -1,0 +1,101 @@
+"""What perturbations do to the segmentation of driving scenes: section 6.4, and dynamic targets."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from satlib.attacks import annealed_step_sizes, attackable, heap_pgd, universal_pgd
+from satlib.data.imageset import IGNORE
+from satlib.ledger import Workspace
+from satlib.segmentation import (
+    repeated,
+    scene_target,
+    segment,
+    share_hidden,
+    target_structure,
+    weakening,
+    without,
+)
+
+if TYPE_CHECKING:
+    from satlib.lab import Lab, Run
+
+
+def compute_perturbation_structure(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Image-dependent against universal perturbations of one size, for the same images and target (Figure 6).
+
+    The universal one is crafted on validation scenes, each test scene gets one of its own. For both: how far they
+    weaken the edges of their image, how far their edges lie on the boundaries of the target, and the share of the
+    target's pixels that they win. Kept as arrays: the first three images, their perturbations, and what the model makes
+    of them.
+    """
+    config, splits = run.config, lab.splits(run.dataset)
+    part, target = splits.test.first(min(config["images"], len(splits.test))), scene_target(splits, config["target"])
+    generator, began = torch.Generator().manual_seed(config["seed"]), time.monotonic()
+    eps, attack, batch = config["eps"], dict(config["attack"]), config["batch_size"]
+    sizes = annealed_step_sizes(eps, attack["steps"], beta=attack["beta"], gamma=attack["gamma"])
+    images, aim = part.images.float(), repeated(target, len(part))
+    metrics = {"eps": eps, "images": len(part)}
+    with attackable(lab.model(run.parents["model"])) as net:
+        craft = splits.val
+        options = {"eps": eps, "targeted": True, "generator": generator, "batch_size": batch, "score_images": len(part)}
+        one = universal_pgd(net, craft.images, repeated(target, len(craft)), **options, **attack)
+        own = []
+        for start in range(0, len(part), batch):
+            x, y = images[start : start + batch], aim[start : start + batch]
+            options = {"eps": eps, "sharedness": 1, "targeted": True, "keep_best": True, "generator": generator}
+            own.append(heap_pgd(net, x, y, steps=attack["steps"], step_size=sizes, **options))
+            lab.report(run, "image-dependent perturbations", (start + len(x)) / len(part), began)
+        found = {"own": torch.cat(own), "universal": one.expand(len(part), -1, -1, -1)}
+        seen = {"clean": segment(net, images)} | {
+            name: segment(net, (images + xi).clamp(0, 255)) for name, xi in found.items()
+        }
+    for name, xi in found.items():
+        metrics[name] = {
+            "weakening": weakening(images, xi).tolist(),
+            "target_structure": target_structure(xi, target).tolist(),
+            "target_accuracy": (seen[name] == aim)[aim != IGNORE].float().mean().item(),
+        }
+    kept = {"images": part.images, "own": found["own"], "target": target, "universal": one}
+    kept |= {f"segmented_{name}": predicted for name, predicted in seen.items()}
+    arrays = {name: (value if name in ("target", "universal") else value[:3]) for name, value in kept.items()}
+    work.save_arrays("perturbations", {name: value.cpu().numpy() for name, value in arrays.items()})
+    return metrics
+
+
+def compute_hiding(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """One perturbation that hides a class everywhere and keeps all else (the dynamic target of Metzen et al. 2017).
+
+    Targets are the model's own predictions in which the class gives way to what is nearest. Crafted on validation
+    scenes for every eps at once, scored on test scenes: the share of the class's predicted pixels that are gone, and
+    the share of the others that stay. Kept as arrays: the test scene with most of the class, at the largest eps.
+    """
+    config, splits = run.config, lab.splits(run.dataset)
+    hidden = splits.train.classes.index(config["hide"])
+    model = lab.model(run.parents["model"])
+    with attackable(model) as net:
+        craft = splits.val
+        targets = without(segment(net, craft.images), hidden)
+        found = universal_pgd(
+            net,
+            craft.images,
+            targets,
+            eps=config["epsilons"],
+            targeted=True,
+            generator=torch.Generator().manual_seed(config["seed"]),
+            **config["attack"],
+        )
+        test = splits.test.images[: config["images"]]
+        clean = segment(net, test)
+        seen = [segment(net, (test.float() + xi).clamp(0, 255)) for xi in found]
+    most = (clean == hidden).flatten(1).sum(1).argmax()
+    arrays = {"image": test[most], "perturbation": found[-1], "clean": clean[most], "perturbed": seen[-1][most]}
+    work.save_arrays("example", {name: value.cpu().numpy() for name, value in arrays.items()})
+    return {
+        "hide": config["hide"],
+        "scores": [
+            {"eps": eps, **share_hidden(clean, after, hidden)}
+            for eps, after in zip(config["epsilons"], seen, strict=True)
+        ],
+    }
