@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
@@ -13,11 +14,12 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from satlib import figures
-from satlib.attacks import perturb
+from satlib.attacks import attackable, perturb
 from satlib.claims import Model
 from satlib.data import ImageSet, StreamedSet
-from satlib.lab import Lab
+from satlib.lab import Lab, Run
 from satlib.ledger import Record
+from satlib.segmentation import segment
 
 
 def show_source(*functions: object) -> None:
@@ -59,6 +61,18 @@ def broken_by(lab: Lab, models: Iterable[Model], pictures: ImageSet | StreamedSe
             }
         )
     return rows
+
+
+def segmented(lab: Lab, model: Run, search: Run, picture: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """What a segmentation model sees of a picture (C, H, W) under the universal perturbation that a search found:
+    the perturbation (C, H, W), the classes (H, W), and its size; None where the search found none."""
+    found = lab.record(search)
+    if found.metrics["rate"] is None:
+        return None
+    xi = found.tensors("perturbation")["perturbation"].to(lab.device)
+    with attackable(lab.model(model)) as net:
+        seen = segment(net, (picture[None] + xi).clamp(0, 255))[0]
+    return xi[0].cpu().numpy(), seen.cpu().numpy(), found.metrics["eps_uni"]
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:

@@ -1,8 +1,9 @@
 """The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
 
+import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import pandas as pd
 from satlib import experiments, profiles
 from satlib.claims import Claim, Model, Records, cifar10_claims, imagenet_claims, trained_models
 from satlib.ledger import Ledger
-from satlib.paper import CIFAR10, IMAGENET, REPORTED, Reported
+from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, Reported
+from satlib.scene_claims import SceneModel, cityscapes_claims, matched, scene_models
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/shared": "s = 64",
@@ -49,55 +51,77 @@ class Row:
 class Section:
     """A section of the paper that has models to compare: the notebook that reproduces it, and how.
 
-    keys: how the keys of its reported numbers begin.
+    keys: how the keys of its reported numbers begin; paper: its settings; models: those of a plan that have records;
+    claims and table: of these models; fill: its rows.
     """
 
     keys: str
     stem: str
-    paper: Any  # its settings
-    plan: Callable[[Any], experiments.Plan]
-    claims: Callable[[list[Model], experiments.Plan, Records], list[Claim]]
-    fill: Callable[["_Rows", list[Model], experiments.Plan, Records], None]
+    paper: Any
+    plan: Callable[[Any], Any]
+    models: Callable[[Any, Records], list]
+    claims: Callable[[list, Any, Records], list[Claim]]
+    table: Callable[[Any, list], pd.DataFrame]
+    fill: Callable[["_Rows", list, Any, Records], None]
 
     def settings(self, profile: str) -> Any:
         """The section's settings under a profile."""
         return experiments.with_parameters(self.paper, experiments.parameters(profile, self.stem))
 
 
-def section_plan(section: str, profile: str) -> experiments.Plan:
-    """The plan of section "6.1" or "6.2" under a profile."""
+def section_plan(section: str, profile: str) -> Any:
+    """The plan of section "6.1", "6.2" or "6.3" under a profile."""
     return SECTIONS[section].plan(SECTIONS[section].settings(profile))
 
 
 def published_claims(section: str, profile: str) -> list[Claim]:
     """The claims of a section, evaluated on a profile's published records."""
     plan, records = section_plan(section, profile), Records(published=True)
-    return SECTIONS[section].claims(trained_models(plan, records), plan, records)
+    return SECTIONS[section].claims(SECTIONS[section].models(plan, records), plan, records)
 
 
 def published_models(section: str, profile: str) -> pd.DataFrame:
-    """The models of a section in a profile's published records, with the spread over seeds."""
-    settings = SECTIONS[section].settings(profile)
-    models = trained_models(section_plan(section, profile), Records(published=True))
+    """The models of a section in a profile's published records, as text."""
+    models = SECTIONS[section].models(section_plan(section, profile), Records(published=True))
+    return SECTIONS[section].table(SECTIONS[section].settings(profile), models)
 
-    def shown(model: Model, value: float | None, name: str) -> str:
-        spread = f" ± {model.spreads[name]:.1f}" if name in model.spreads else ""
-        return "> 255" if value is None else f"{value:.1f}{spread}"
 
+def _size(value: float | None, spread: float | None = None) -> str:
+    """A size in pixel units with its spread; None is beyond what a search looks at."""
+    return "> 255" if value is None else f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
+    """A row of text for each model of section 6.1 or 6.2."""
     rows = []
     for m in models:
         row = {
             "model": m.title,
-            "accuracy (%)": shown(m, m.accuracy, "accuracy"),
-            f"eps_uni({settings.delta:g})": shown(m, m.eps_uni, "eps_uni"),
+            "accuracy (%)": _size(m.accuracy, m.spreads.get("accuracy")),
+            f"eps_uni({settings.delta:g})": _size(m.eps_uni, m.spreads.get("eps_uni")),
         }
         if any(each.deepfool is not None for each in models):
             title = f"accuracy under DeepFool, eps = {settings.deepfool_eps:g} (%)"
-            row[title] = "-" if m.deepfool is None else shown(m, m.deepfool, "deepfool")
+            row[title] = "-" if m.deepfool is None else _size(m.deepfool, m.spreads.get("deepfool"))
         if any(each.entropy_bits is not None for each in models):
             row["entropy where fooled (bits)"] = "-" if m.entropy_bits is None else f"{m.entropy_bits:.2f}"
         rows.append(row | {"trainings, searches": f"{len(m.trainings)}, {len(m.searches)}"})
     return pd.DataFrame(rows)
+
+
+def segmenters(settings: Any, models: list[SceneModel]) -> pd.DataFrame:
+    """A row of text for each model of section 6.3."""
+    return pd.DataFrame(
+        {
+            "model": m.title,
+            "mean IoU (%)": f"{m.iou:.1f}",
+            f"targeted eps_uni({settings.delta:g})": _size(m.eps_uni),
+            "targeted eps_adv": _size(m.eps_adv, m.error),
+            "untargeted eps_uni": _size(m.untargeted),
+            "untargeted eps_adv": _size(m.untargeted_adv, m.untargeted_error),
+        }
+        for m in models
+    )
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -139,7 +163,13 @@ class _Rows:
         self.profile, self.dataset = profile, dataset
 
     def fill(
-        self, key: str, ours: float | None, used: list[Model], verdict: str, spread: float | None = None, **more: Any
+        self,
+        key: str,
+        ours: float | None,
+        used: Sequence[Model | SceneModel],
+        verdict: str,
+        spread: float | None = None,
+        **more: Any,
     ) -> None:
         """Our number, the models that it follows from, and the verdict."""
         filled = {
@@ -205,13 +235,34 @@ def _fill_imagenet(rows: _Rows, models: list[Model], plan: experiments.Plan, rec
         rows.fill_robustness("imagenet/good/eps_uni", good, erm)
 
 
+def _fill_cityscapes(rows: _Rows, models: list[SceneModel], plan: experiments.ScenesPlan, records: Records) -> None:
+    chosen = {("erm" if m.family == "ERM" else "s1" if m.sharedness == 1 else "s5"): m for m in matched(models)}
+    erm = chosen["erm"]
+    rows.fill("cityscapes/erm/iou", erm.iou, [erm], "other setting", seeds=1)
+    measures = {
+        "eps_uni_targeted": lambda m: m.eps_uni,
+        "eps_uni": lambda m: m.untargeted,
+        "eps_adv": lambda m: m.eps_adv,
+    }
+    for who, model in chosen.items():
+        for what, measure in measures.items():
+            key, ours, base = f"cityscapes/{who}/{what}", measure(model), measure(erm)
+            if key not in rows.reported or not model.searches:
+                continue
+            better = (math.inf if ours is None else ours) > (math.inf if base is None else base)
+            verdict = "other setting" if who == "erm" else "same direction" if better else "not reproduced"
+            rows.fill(key, ours, [model], verdict, model.error if what == "eps_adv" else None, seeds=1)
+
+
 SECTIONS = {
     "6.1": Section(
         "cifar10",
         "04_cifar10",
         CIFAR10,
         experiments.cifar10,
+        trained_models,
         lambda models, plan, records: cifar10_claims(models, records.of(plan.cost) if plan.cost else None),
+        classifiers,
         _fill_cifar10,
     ),
     "6.2": Section(
@@ -219,8 +270,20 @@ SECTIONS = {
         "05_imagenet",
         IMAGENET,
         experiments.imagenet,
+        trained_models,
         lambda models, plan, records: imagenet_claims(models),
+        classifiers,
         _fill_imagenet,
+    ),
+    "6.3": Section(
+        "cityscapes",
+        "06_cityscapes",
+        CITYSCAPES,
+        experiments.cityscapes,
+        scene_models,
+        lambda models, plan, records: cityscapes_claims(models),
+        segmenters,
+        _fill_cityscapes,
     ),
 }
 
@@ -230,8 +293,8 @@ def section_rows(section: str, profile: str, records: Records) -> list[Row]:
     if SECTIONS[section].stem not in profiles.notebook_paths():
         return [_row(reported) for reported in REPORTED if reported.section == section]
     plan = section_plan(section, profile)
-    models = trained_models(plan, records)
-    found = _Rows(SECTIONS[section].keys, profile, models[0].trainings[0].labels["dataset"] if models else "")
+    models = SECTIONS[section].models(plan, records)
+    found = _Rows(SECTIONS[section].keys, profile, models[0].records[0].labels["dataset"] if models else "")
     if models and models[0].family == "ERM":
         SECTIONS[section].fill(found, models, plan, records)
     return list(found.rows.values())
