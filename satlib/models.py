@@ -221,6 +221,34 @@ class FCN8s(Normalised):
             logits = F.interpolate(logits, skip.shape[2:], mode="bilinear") + score(skip)
         return F.interpolate(logits.float(), size, mode="bilinear")
 
+    def translated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of torchvision's VGG-16 with batch norm under our names; others as they are.
+
+        Its convolutions have a bias, ours have none: batch norm takes it off the mean that it subtracts. What VGG-16
+        has beyond its encoder is left out.
+        """
+        layers = [name.removesuffix(".weight") for name, value in weights.items() if value.ndim == 4]
+        if len(layers) != 13 or not all(name.removeprefix("module.").startswith("features.") for name in layers):
+            return weights
+        convolutions = sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
+        pairs = [
+            f"stages.{stage}.{index}"
+            for stage, layer in enumerate(self.stages)
+            for index, child in enumerate(layer)
+            if isinstance(child, nn.Sequential)
+        ]
+        found = {}
+        for theirs, ours in zip(convolutions, pairs, strict=True):
+            start, _, number = theirs.rpartition(".")
+            norm = f"{start}.{int(number) + 1}"
+            found[f"{ours}.0.weight"] = weights[f"{theirs}.weight"]
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                if f"{norm}.{name}" in weights:
+                    found[f"{ours}.1.{name}"] = weights[f"{norm}.{name}"]
+            if f"{ours}.1.running_mean" in found and f"{theirs}.bias" in weights:
+                found[f"{ours}.1.running_mean"] = found[f"{ours}.1.running_mean"] - weights[f"{theirs}.bias"]
+        return found
+
 
 ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8s}
 
@@ -300,6 +328,8 @@ def take_over(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -
 
     Raises SatlibError where none of them fits.
     """
+    if hasattr(model, "translated"):
+        weights = model.translated(weights)
     wanted = model.state_dict()
     plain = {name.removeprefix("net."): name for name in wanted}
     taken, unused, other_shape = [], [], {}

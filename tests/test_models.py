@@ -295,6 +295,29 @@ def test_weights_that_do_not_fit_are_named(bottleneck, tmp_path, capsys):
     assert "run" not in capsys.readouterr().out
 
 
+def test_torchvision_s_vgg_becomes_the_encoder_of_fcn8s(tmp_path):
+    from torchvision.models import vgg16_bn
+
+    torch.manual_seed(0)
+    theirs = vgg16_bn(num_classes=3).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    torch.save(theirs.state_dict(), tmp_path / "vgg.pt")
+    model = FCN8s(classes=3, width=64).eval()
+    fitted = load_pretrained(model, tmp_path / "vgg.pt")
+    assert not fitted.unused and not fitted.other_shape and len(fitted.taken) == 13 * 6
+    assert all(not name.startswith("stages") for name in fitted.missing)
+    x = torch.rand(1, 3, 64, 64)
+    own = x
+    for stage in model.stages:
+        own = stage(own)
+    torch.testing.assert_close(own, theirs.features(x), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
