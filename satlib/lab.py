@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from satlib import data
-from satlib.attacks import heap_pgd
+from satlib.attacks import AT_ONCE, heap_pgd
 from satlib.errors import SatlibError
 from satlib.kinds import KINDS, TRAININGS
 from satlib.ledger import Ledger, Record, RunSpec, Workspace
@@ -107,26 +107,27 @@ class Lab:
             )
         return self._specs[run]
 
-    def _needs(self, run: Run, whole: bool) -> tuple[str, ...]:
+    def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:
         kind = KINDS[run.kind]
-        return kind.artefacts if whole or not kind.inner else ()
+        return (kind.artefacts if whole or not kind.inner else ()) + also
 
-    def find(self, run: Run, *, whole: bool = False) -> Record | None:
-        """The run's record if it is known; None where it is to be computed. whole: with all that it is built on for."""
-        record = self.ledger.find(self.spec(run).id, self._needs(run, whole))
+    def find(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record | None:
+        """The run's record if it is known; None where it is to be computed. whole, also: as for `record`."""
+        record = self.ledger.find(self.spec(run).id, self._needs(run, whole, also))
         if record is not None and datetime.fromisoformat(record.created).timestamp() < self.forced_at:
             return None
         return record
 
-    def record(self, run: Run, *, whole: bool = False) -> Record:
+    def record(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record:
         """The run's record: found, or computed after the runs that it builds on. Raises BudgetSpent.
 
-        whole: with the artefacts that are there for other runs to build on, such as a model's weights.
+        whole: with the artefacts that are there for other runs to build on, such as a model's weights. also: other
+        artefacts that it must have.
         """
-        spec, needs = self.spec(run), self._needs(run, whole)
+        spec, needs = self.spec(run), self._needs(run, whole, also)
         if spec.id in self._done and all(self._done[spec.id].has(name) for name in needs):
             return self._done[spec.id]
-        known = self.find(run, whole=whole)
+        known = self.find(run, whole=whole, also=also)
         if known is None:
             for parent in run.parents.values():
                 self.record(parent, whole=True)
@@ -222,7 +223,8 @@ class Lab:
             options = {"eps": 8.0, "sharedness": 1, "steps": steps, "step_size": 2.0}
             rates: list[float] = []
             for count in (8, 128, 128, 128, 128):
-                part = train.first(min(count, len(train)))
+                most = max(1, AT_ONCE // train.images.shape[1:].numel())
+                part = train.first(min(count, most, len(train)))
                 x, start = part.images[:].float(), time.perf_counter()
                 heap_pgd(model, x, part.labels, **options).sum().item()  # the sum waits for it
                 seconds = time.perf_counter() - start
@@ -234,7 +236,11 @@ class Lab:
 
     def weight_bytes(self, run: Run) -> int:
         """Bytes that the weights of a `train` run take; 0 of other runs."""
-        return sum(t.nbytes for t in self.new_model(run).state_dict().values()) if run.kind in TRAININGS else 0
+        if run.kind not in TRAININGS:
+            return 0
+        until, epochs = run.config.get("until"), run.config["training"]["epochs"]
+        copies = 1 if until in (None, epochs) else 3  # with both of Adam's means, for the next part to go on with
+        return copies * sum(t.nbytes for t in self.new_model(run).state_dict().values())
 
     def check_budget(self, needed: float = 0.0) -> None:
         """Raises BudgetSpent where fewer than `needed` seconds are left."""

@@ -228,7 +228,8 @@ class FCN8s(Normalised):
         has beyond its encoder is left out.
         """
         layers = [name.removesuffix(".weight") for name, value in weights.items() if value.ndim == 4]
-        if len(layers) != 13 or not all(name.removeprefix("module.").startswith("features.") for name in layers):
+        normed = any(name.endswith(".running_mean") for name in weights)
+        if len(layers) != 13 or not normed or not all(name.partition("features.")[1] for name in layers):
             return weights
         convolutions = sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
         pairs = [
@@ -342,7 +343,7 @@ def take_over(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -
         else:
             wanted[own].copy_(value)
             taken.append(own)
-    if not taken:
+    if not any(wanted[name].ndim > 1 and name not in ("mean", "std") for name in taken):  # no layer, but a counter
         raise SatlibError(
             f"nothing in {source} fits: it has {', '.join(list(weights)[:3])}, ...; expected {list(plain)[:3]}"
         )

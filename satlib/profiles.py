@@ -18,7 +18,7 @@ from pathlib import Path
 from satlib.errors import SatlibError
 from satlib.paths import project_root
 
-EMBEDDED = ("shapes32", "shapes64")  # data sets made in code: never missing
+EMBEDDED = ("shapes32", "shapes64", "streets128x64", "streets256x128")  # data sets made in code: never missing
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _KEYS = {
     "description": str,

@@ -209,7 +209,7 @@ SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
 class ImageRobustness:
     """Result of the image-dependent search. epsilons (n,): smallest success for each image in pixel units, inf
     where none was found. epsilon: the smallest magnitude at which a share delta is fooled, or in segmentation the mean
-    over the images; None prints "> 255"."""
+    over the images, of which those without success count as 255; None, where none is fooled, prints "> 255"."""
 
     delta: float
     epsilon: float | None
@@ -217,9 +217,14 @@ class ImageRobustness:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean of the epsilons; None where one of them is inf, or there is only one."""
-        known = len(self.epsilons) > 1 and bool(self.epsilons.isfinite().all())
-        return (self.epsilons.std() / math.sqrt(len(self.epsilons))).item() if known else None
+        """Of the mean of the epsilons, counted as there; None for a single one."""
+        known = self.epsilons.clamp(max=LARGEST)
+        return (known.std() / math.sqrt(len(known))).item() if len(known) > 1 else None
+
+    @property
+    def unreached(self) -> int:
+        """Images that nothing fooled."""
+        return int(self.epsilons.isinf().sum())
 
     def __str__(self) -> str:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
@@ -287,8 +292,8 @@ def adversarial_robustness(
             smallest.append(best)
     epsilons = torch.cat(smallest)
     if labels.ndim > 1:
-        mean = epsilons.mean().item()
-        return ImageRobustness(delta, None if math.isinf(mean) else mean, epsilons.cpu())
+        mean = epsilons.clamp(max=LARGEST).mean().item() if epsilons.isfinite().any() else None
+        return ImageRobustness(delta, mean, epsilons.cpu())
     fewest = max(1, math.ceil(delta * len(epsilons) - 1e-9))  # 0.56 * 25 is a little more than 14
     at_delta = epsilons.sort().values[fewest - 1].item()
     return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu())

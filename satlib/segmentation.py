@@ -22,6 +22,15 @@ def scene_target(splits: Splits, frame: str) -> Tensor:
     return splits.train.labels[splits.train.frames.index(frame)]
 
 
+def class_index(splits: Splits, name: str) -> int:
+    """Index of a class by its name. Raises SatlibError where there is none."""
+    if name not in splits.train.classes:
+        raise SatlibError(
+            f"hidden={name!r}: {splits.train.title} has no such class; it has {', '.join(splits.train.classes)}"
+        )
+    return splits.train.classes.index(name)
+
+
 def repeated(target: Tensor, count: int) -> Tensor:
     """One target for `count` images: (count, H, W), without a copy."""
     return target.expand(count, *target.shape)

@@ -150,8 +150,15 @@ def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Te
 
 def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
     """Mean cross-entropy with soft targets, over images or over the pixels that have a class; never capped."""
-    ignored = IGNORE if labels.ndim > 1 else -100
-    return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, ignore_index=ignored)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+    options = {"label_smoothing": settings.label_smoothing, "ignore_index": IGNORE, "reduction": "sum"}
+    return F.cross_entropy(logits, labels, **options) / decisions(labels).clamp(min=1)
+
+
+def decisions(labels: Tensor) -> Tensor:
+    """How many decisions labels (n,) or (n, H, W) are about: images, or pixels that have a class."""
+    return (labels != IGNORE).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
 
 
 def _optimizer(weights: Sequence[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
@@ -269,9 +276,9 @@ def train(
                 with autocast(x.device):
                     logits = wrapped(x).float()
                 loss = training_loss(logits, y, settings)
-            images = own.stop - own.start
-            if ranks.count > 1:  # gradients are averaged over ranks, losses are means over images
-                loss = loss * (images * ranks.count / size)
+            if ranks.count > 1:  # gradients are averaged over ranks, losses are means over decisions
+                known = decisions(y).float() * (own.stop > own.start)
+                loss = loss * (known * ranks.count / ranks.total(known.clone()).clamp(min=1))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -1,6 +1,7 @@
 """Tiny ImageNet: read from small trees that the tests write, its classes chosen, its damaged files named."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -63,6 +64,28 @@ def test_a_tree_is_read_and_split_and_val_reports(root):
     assert all(
         torch.equal(a.images, b.images) for a, b in zip(vars(splits).values(), vars(again).values(), strict=True)
     )
+
+
+def digests(images):
+    return {image.numpy().tobytes() for image in images.images[:].permute(0, 2, 3, 1)}
+
+
+@pytest.mark.parametrize("skip", ["0", "1"])
+def test_what_is_held_out_of_some_classes_is_held_out_of_all(root, monkeypatch, tmp_path, skip):
+    """Whoever trains on all classes, and then on some, has not trained on the images that decide."""
+    monkeypatch.setenv("SATLIB_SKIP_DAMAGED", skip)
+    if skip == "1":
+        victim = root / "imagenet200" / "train" / FEW[3] / f"{FEW[3]}_2.JPEG"
+        victim.write_bytes(victim.read_bytes()[:300])
+    (two := tmp_path / "two.txt").write_text(f"{FEW[2]}\n{FEW[0]}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        every, some = load(root), load(root, f":{two}")
+    assert [len(s) for s in vars(some).values()] == [18, 2, 6]
+    assert digests(some.val) < digests(every.val) and digests(some.train) < digests(every.train)
+    for label, wnid in enumerate((FEW[2], FEW[0])):
+        of_all = every.test.subset(every.test.labels == FEW.index(wnid))
+        assert digests(some.test.subset(some.test.labels == label)) == digests(of_all)
 
 
 def as_shipped(root):
@@ -149,7 +172,7 @@ def test_missing_data_and_classes_are_named(root, tmp_path):
     with pytest.raises(SatlibError, match=r"no class folder .* \(196 of 200 missing\)"):
         load(root, "")
     with pytest.raises(
-        SatlibError, match="data set 'cifar10' has no options: '4'; only imagenet200, imagenet200-224 have"
+        SatlibError, match="data set 'cifar10' has no options: '4'; only imagenet200, imagenet200-224, camvid"
     ):
         data.load("cifar10:4", root=root)
 

@@ -355,6 +355,12 @@ def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(ti
         predictions = lab.record(plan.predictions[m.run])
         counts, entropy = predictions.metrics["counts"], predictions.metrics["entropy_bits"]
         assert sum(counts["clean"]) == sum(counts["perturbed"]) == len(tiny.test)
+        for name, classes in predictions.metrics["first"].items():
+            assert len(classes) == 16 and max(classes) < len(tiny.test.classes) and name in ("clean", "perturbed")
+        xi = search.tensors("perturbation")["perturbation"]
+        with torch.no_grad():
+            seen = lab.model(m.run)((tiny.test.images[:16].float() + xi).clamp(0, 255)).argmax(1)
+        assert predictions.metrics["first"]["perturbed"] == seen.tolist()
         wrong = round(search.metrics["report_rate"] * len(tiny.test))
         clean = round((1 - m.accuracy / 100) * len(tiny.test))
         assert wrong - clean <= sum(counts["fooled"]) <= wrong

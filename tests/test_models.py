@@ -285,6 +285,7 @@ def test_weights_that_do_not_fit_are_named(bottleneck, tmp_path, capsys):
         ({"weights": Mischief()}, r"cannot read weights from .*w\.pt"),
         ([1, 2], "holds no state dict"),
         ({"a": torch.zeros(2)}, r"nothing in .*w\.pt fits: it has a"),
+        ({"bn1.num_batches_tracked": torch.tensor(3)}, r"nothing in .*w\.pt fits: it has bn1"),
     ):
         torch.save(content, path)
         with pytest.raises(SatlibError, match=message):

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from satlib import paper
+from satlib import paper, results
 from satlib.figures import scenes as drawings
 from satlib.scene_claims import Looked, SceneModel, cityscapes_claims, matched
 
@@ -19,6 +19,7 @@ def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3)):
         family=family,
         sharedness=sharedness,
         iou=iou,
+        validation_iou=iou + 10,
         eps_uni=eps_uni,
         eps_adv=eps_adv,
         error=0.5,
@@ -27,7 +28,7 @@ def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3)):
         untargeted_error=0.1,
         curve=curve,
         run=None,
-        training=types.SimpleNamespace(id="t"),
+        training=types.SimpleNamespace(id="t", labels={"dataset": "Made up"}),
         searches=(),
     )
 
@@ -36,23 +37,46 @@ ERM = model("ERM", 49.0, 20.0, eps_adv=3.0, untargeted=8.0, epochs=(60,))
 ONE, MANY = model("s = 1", 45.0, 60.0, eps_adv=11.0, untargeted=25.0), model("s = 5", 44.0, 110.0, eps_adv=6.0)
 
 
-def test_models_of_equal_performance_are_compared():
-    others = [model("s = 5", 40.0, 200.0), model("s = 1", 47.0, 10.0)]
-    assert matched([ERM, ONE, *others, MANY]) == [ERM, ONE, MANY]
+def test_sound_models_of_equal_performance_are_compared():
+    collapsed = [model("s = 1", 6.0, 0.0), model("s = 5", 6.0, None)]  # nearer to each other, but useless
+    others = [model("s = 5", 48.9, 200.0), model("s = 1", 47.0, 10.0)]
+    assert matched([ERM, *collapsed, ONE, *others, MANY]) == [ERM, ONE, MANY]
+    assert matched([ERM, *collapsed]) == [ERM, *collapsed]
     assert matched([ERM, ONE]) == [ERM, ONE] and matched([ERM]) == [ERM]
 
 
 def test_claims_of_section_6_3():
     found = cityscapes_claims([ERM, ONE, MANY])
     assert [claim.verdict for claim in found] == ["holds", "holds", "does not hold", "holds", "holds"]
-    assert "s = 1, 45 25.0" in found[2].evidence
+    assert found[2].evidence == "s = 5, 44 20.0, s = 1, 45 25.0 pixel units"
     beyond = model("s = 5", 30.0, None, eps_adv=20.0, untargeted=None)
     found = cityscapes_claims([ERM, ONE, beyond])
     assert [claim.verdict for claim in found] == ["does not hold", "holds", "holds", "does not hold", "holds"]
     assert "> 255" in found[1].evidence
+    weak = model("s = 5", 45.0, 10.0, eps_adv=11.5, untargeted=26.0)
+    verdicts = [claim.verdict for claim in cityscapes_claims([ERM, ONE, weak])]
+    assert verdicts == ["holds", "does not hold", "not decided", "not decided", "does not hold"]
+    broken = model("s = 5", 45.0, 0.0)  # clean scenes already look like the target
+    assert cityscapes_claims([ERM, ONE, broken])[1].verdict == "does not hold"
     both = [model("s = 1", 45.0, None), model("s = 5", 45.0, None)]
     assert cityscapes_claims([ERM, *both])[1].verdict == "not decided"
     assert [claim.verdict for claim in cityscapes_claims([ERM, ONE])] == ["not run"]
+
+
+def test_rows_of_section_6_3_are_judged_as_the_paper_says():
+    def rows(*models):
+        found = results._Rows("cityscapes", "p", "Made up")
+        results._fill_cityscapes(found, list(models), None, None)
+        return {key: (row.ours, row.verdict) for key, row in found.rows.items()}
+
+    found = rows(ERM, ONE, MANY)
+    assert found["cityscapes/erm/iou"] == (49.0, "other setting")
+    assert found["cityscapes/s5/eps_uni_targeted"] == (110.0, "same direction")
+    assert found["cityscapes/s1/eps_adv"] == (11.0, "same direction")
+    swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=5.0), MANY)
+    assert swapped["cityscapes/s1/eps_adv"] == (5.0, "not reproduced")
+    assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
+    assert rows(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
 
 
 def test_figure_5_has_a_line_for_each_defence_and_leaves_out_what_was_not_reached():

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from satlib.data.cache import cached_splits
-from satlib.data.imageset import Splits
-from satlib.data.imagetree import ImageTree, read_images, scan_class, scan_tree, sound_files
-from satlib.data.splitting import RULE, held_out
+from satlib.data.imageset import ImageSet, Splits
+from satlib.data.imagetree import ImageFile, ImageTree, read_images, scan_class, scan_tree, sound_files
+from satlib.data.splitting import RULE
 from satlib.data.splitting import rows as split_rows
 from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
@@ -47,26 +47,51 @@ def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
             f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG and {FOLDERS[1]}/ as its "
             "authors ship it; set SATLIB_DATA to the folder that holds it, or place it there"
         )
-    if (folder / "val" / ANNOTATIONS).is_file():
-        tree = _scan_official(folder, chosen)
-    else:
-        tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
+    tree = _scan(folder, chosen)
     sources = {
         "split": RULE,
+        "classes": chosen,
         "skip": _skip(),
         "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
     }
 
     def build() -> Splits:
-        decoded = {
-            name: read_images(tree, split, size=SIZE, progress=progress, skip_damaged=_skip())
-            for name, split in (("train", "train"), ("test", "val"))
-        }
-        classes = tuple(names()[wnid] for wnid in chosen)
-        return held_out("imagenet200" + (f":{option}" if option else ""), _title(tree), classes, decoded)
+        files, sets = _split(tree, chosen, progress=progress), {}
+        part = ImageTree(folder, chosen, files)
+        name = "imagenet200" + (f":{option}" if option else "")
+        for split in files:
+            images, labels = read_images(part, split, size=SIZE, progress=progress)
+            sets[split] = ImageSet(images, labels, tuple(names()[wnid] for wnid in chosen), name, _title(part), split)
+        return Splits(**sets)
 
     which = hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:8]
     return cached_splits(f"imagenet200-{which}", sources, root, build)
+
+
+def _scan(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
+    """The files of all classes that are there, of the 200, and in any case of the chosen ones."""
+    there = tuple(wnid for wnid in names() if wnid in chosen or (folder / "train" / wnid).is_dir())
+    if (folder / "val" / ANNOTATIONS).is_file():
+        return _scan_official(folder, there)
+    return scan_tree(folder, splits=("train", "val"), classes=there, others=True)
+
+
+def _split(tree: ImageTree, chosen: tuple[str, ...], *, progress: bool) -> dict[str, tuple[ImageFile, ...]]:
+    """The chosen classes' files of train, val and test, in their order, labelled by their places in `chosen`.
+
+    Which images are held out follows from all classes that are there: whoever trains on all of them, and then on some,
+    has trained on none of the images that are held out of either.
+    """
+    files = {
+        split: sound_files(tree, split, progress=progress) if _skip() else tree.files[split] for split in tree.files
+    }
+    labels = {split: torch.tensor([file.label for file in files[split]]) for split in files}
+    place = {tree.classes.index(wnid): index for index, wnid in enumerate(chosen)}
+    found = {}
+    for split, rows in split_rows(labels["train"], labels["val"]).items():
+        ordered = (files["val" if split == "test" else "train"][i] for i in rows.tolist())
+        found[split] = tuple(replace(file, label=place[file.label]) for file in ordered if file.label in place)
+    return found
 
 
 def _scan_official(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
@@ -106,19 +131,13 @@ def load_large(root: Path, option: str = "", *, progress: bool = True) -> Splits
             f"no ImageNet in {root}: looked for imagenet/{{train,val}}/<wnid>/*.JPEG; "
             "set SATLIB_DATA to the folder that holds imagenet/, or link it there"
         )
-    tree = scan_tree(folder, splits=("train", "val"), classes=chosen, others=True)
-    files = {
-        split: sound_files(tree, split, progress=progress) if _skip() else tree.files[split] for split in tree.files
-    }
-    labels = {split: torch.tensor([file.label for file in files[split]]) for split in files}
     classes = tuple(names()[wnid] for wnid in chosen)
     title = "ImageNet (224x224)" + (f", {len(chosen)} classes" if len(chosen) < len(names()) else ", 200 classes")
     name = "imagenet200-224" + (f":{option}" if option else "")
     sets = {}
-    for split, rows in split_rows(labels["train"], labels["val"]).items():
-        source = "val" if split == "test" else "train"
-        taken = tuple(files[source][i] for i in rows.tolist())
-        sets[split] = StreamedSet(folder, taken, labels[source][rows], 224, classes, name, title, split)
+    for split, files in _split(_scan(folder, chosen), chosen, progress=progress).items():
+        labels = torch.tensor([file.label for file in files])
+        sets[split] = StreamedSet(folder, files, labels, 224, classes, name, title, split)
     return Splits(**sets)
 
 

@@ -110,8 +110,10 @@ class ImageSet(Passes):
             )
         if labels.device != images.device:
             raise SatlibError(f"{where}: labels are on {labels.device} but images on {images.device}; move one")
-        meant = labels if each_image else labels[labels != IGNORE]
-        low, high = (int(meant.min()), int(meant.max())) if len(meant) else (0, 0)
+        if each_image:
+            low, high = int(labels.min()), int(labels.max())
+        else:  # part by part, for a copy of all could be large
+            low, high = 0, max(int(part.masked_fill(part == IGNORE, 0).max()) for part in labels.split(64))
         if low < 0 or high >= len(self.classes):
             raise SatlibError(
                 f"{where}: labels range over {low}..{high}; expected 0..{len(self.classes) - 1}, one per class name"

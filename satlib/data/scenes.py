@@ -146,7 +146,7 @@ def place(name: str, root: Path) -> Path | None:
 
 
 def load(name: str, root: Path, option: str = "", *, progress: bool = True) -> Splits:
-    """Scenes of `root`/<name>, resized once (images bilinear, labels by their nearest pixel) and cached.
+    """Scenes of `root`/<name>, resized once (images bilinear, labels by their nearest pixel), shuffled once, cached.
 
     option: "240x180" for another width and height. `labels` are uint8 (n, H, W), with 255 for no class, and `frames`
     are the scenes' names. Raises `SatlibError` if the folders are not there, a scene lacks its image or its labels,
@@ -160,6 +160,7 @@ def load(name: str, root: Path, option: str = "", *, progress: bool = True) -> S
             "set SATLIB_DATA to the folder that holds it, or place it there"
         )
     pairs = layout.pairs(folder)
+    pairs = {split: [scenes[i] for i in shuffled(len(scenes), 1).tolist()] for split, scenes in pairs.items()}
     stamps = [
         [path, status.st_size, status.st_mtime_ns]
         for scenes in pairs.values()

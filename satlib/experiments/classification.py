@@ -118,12 +118,7 @@ def erm_run(settings: Classification) -> Run:
     )
     if not training.epochs and not settings.pretrained:
         raise SatlibError("erm_epochs: 0 without pretrained weights; name a file of them, or train for some epochs")
-    more, labels = {}, {}
-    if settings.pretrained:
-        path = named_file(settings.pretrained)
-        if not path.is_file():
-            raise SatlibError(f"pretrained: no file {path}; expected a .safetensors file or a state dict of torch.save")
-        more, labels = {"pretrained": file_digest(path)}, {"pretrained": settings.pretrained}
+    more, labels = pretrained_weights(settings.pretrained)
     if settings.erm_dataset and not settings.erm_restart_epochs:
         raise SatlibError(
             f"erm_dataset: {settings.erm_dataset!r} is for the first training, but erm_restart_epochs is 0; "
@@ -142,6 +137,16 @@ def erm_run(settings: Classification) -> Run:
         seed=settings.seed + 1,  # other mini-batches than in the first epochs
     )
     return _train_run(settings, again, "ERM", {"init": _train_run(first, training, title, {}, labels=labels, **more)})
+
+
+def pretrained_weights(name: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What a training that starts from a file of weights has in its settings, and in its labels; nothing for ""."""
+    if not name:
+        return {}, {}
+    path = named_file(name)
+    if not path.is_file():
+        raise SatlibError(f"pretrained: no file {path}; expected a .safetensors file or a state dict of torch.save")
+    return {"pretrained": file_digest(path)}, {"pretrained": name}
 
 
 def finetune_run(

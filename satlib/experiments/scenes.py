@@ -4,11 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from satlib.errors import SatlibError
-from satlib.experiments.classification import Point
+from satlib.experiments.classification import Point, pretrained_weights
 from satlib.lab import Run
 from satlib.paper import Cityscapes
-from satlib.paths import named_file
-from satlib.records import file_digest
 from satlib.training import Training
 
 TRAIN_SCENES = {"cityscapes": 2975, "camvid": 367, "streets128x64": 400, "streets256x128": 400}  # for estimates alone
@@ -115,10 +113,9 @@ def _erm_run(settings: Cityscapes) -> Run:
         milestones=settings.erm_milestones,
     )
     config: dict[str, Any] = {"architecture": settings.architecture, "training": training.config()}
-    if settings.pretrained:
-        config["pretrained"] = file_digest(named_file(settings.pretrained))
-    run = _run(settings, "train", "ERM", {}, 1.5 * _scenes(settings) * settings.erm_epochs, **config)
-    run.labels.update({"pretrained": settings.pretrained} if settings.pretrained else {})
+    more, labels = pretrained_weights(settings.pretrained)
+    run = _run(settings, "train", "ERM", {}, 1.5 * _scenes(settings) * settings.erm_epochs, **config, **more)
+    run.labels.update(labels)
     return run
 
 
@@ -194,8 +191,8 @@ def _universal(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
 
 
 def _adversarial(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
-    """An image by itself competes with no other: neither loss threshold nor soft targets, as in section 5."""
-    attack = {"steps": settings.adversarial_steps, "beta": settings.beta, "gamma": settings.gamma}
+    """Without a target the pixels of an image compete for its perturbation, and their losses are capped."""
+    attack = {"steps": settings.adversarial_steps} | _attack(settings, targeted=targeted)
     return _run(
         settings,
         "adversarial_robustness",

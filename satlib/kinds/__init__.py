@@ -28,9 +28,9 @@ class Kind:
 TRAININGS = ("train", "train_part")
 KINDS = {
     "train": Kind(1, training.compute_train, ("weights",), inner=True),
-    "train_part": Kind(1, training.compute_train, ("weights", "optimizer"), inner=True),
+    "train_part": Kind(1, training.compute_train, ("weights",), inner=True),
     "universal_robustness": Kind(2, evaluation.compute_universal_robustness),
-    "predictions": Kind(1, evaluation.compute_predictions),
+    "predictions": Kind(2, evaluation.compute_predictions),
     "universal_deepfool": Kind(1, evaluation.compute_universal_deepfool),
     "epoch_cost": Kind(1, training.compute_epoch_cost),
     "adversarial_robustness": Kind(1, evaluation.compute_adversarial_robustness, ("epsilons",)),

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from satlib.lab import Lab, Run
 
 
+FIRST = 16  # test images whose predictions are kept one by one
+
+
 def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """The search of section 5.2: crafted, decided and reported on disjoint images.
 
@@ -83,11 +86,13 @@ def compute_predictions(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """Which classes a model predicts for test images, clean and under its universal perturbation (A.7).
 
     Counts by class; `fooled`: of images that are right when clean and wrong under the perturbation. Entropies in bits,
-    of the shares of the classes; None where there is no perturbation, or nothing is fooled.
+    of the shares of the classes; None where there is no perturbation, or nothing is fooled. `first`: the classes
+    predicted for the first test images, so that pictures of them need no weights.
     """
     test, model = lab.splits(run.dataset).test, lab.model(run.parents["model"])
     search = lab.record(run.parents["search"])
     found = search.tensors("perturbation")["perturbation"].to(lab.device) if search.metrics["rate"] else None
+    first: dict[str, list[int]] = {}
     counts = {name: torch.zeros(len(test.classes), dtype=torch.long) for name in ("clean", "perturbed", "fooled")}
     with torch.no_grad(), attackable(model) as net:
         for x, y in test.batches(512):
@@ -97,11 +102,13 @@ def compute_predictions(lab: "Lab", run: "Run", work: Workspace) -> dict:
             seen = {"clean": clean}
             if perturbed is not None:
                 seen |= {"perturbed": perturbed, "fooled": perturbed[(clean == y) & (perturbed != y)]}
+            first = first or {name: predicted[:FIRST].tolist() for name, predicted in seen.items() if name != "fooled"}
             for name, predicted in seen.items():
                 counts[name] += torch.bincount(predicted, minlength=len(test.classes)).cpu()
     return {
         "images": len(test),
         "eps_uni": search.metrics["eps_uni"],
+        "first": first,
         "counts": {name: values.tolist() for name, values in counts.items()},
         "entropy_bits": {name: entropy_bits(values) for name, values in counts.items()},
     }
@@ -162,5 +169,12 @@ def compute_adversarial_robustness(lab: "Lab", run: "Run", work: Workspace) -> d
         **config["attack"],
     )
     work.save_arrays("epsilons", {"epsilons": found.epsilons.numpy()})
-    spread = {} if images.labels.ndim == 1 else {"standard_error": found.standard_error}
+    spread = (
+        {}
+        if images.labels.ndim == 1
+        else {
+            "standard_error": found.standard_error,
+            "unreached": found.unreached,
+        }
+    )
     return {"eps_adv": found.epsilon, "images": len(images)} | spread

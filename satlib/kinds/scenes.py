@@ -9,6 +9,7 @@ from satlib.attacks import annealed_step_sizes, attackable, heap_pgd, universal_
 from satlib.data.imageset import IGNORE
 from satlib.ledger import Workspace
 from satlib.segmentation import (
+    class_index,
     repeated,
     scene_target,
     segment,
@@ -72,7 +73,7 @@ def compute_hiding(lab: "Lab", run: "Run", work: Workspace) -> dict:
     the share of the others that stay. Kept as arrays: the test scene with most of the class, at the largest eps.
     """
     config, splits = run.config, lab.splits(run.dataset)
-    hidden = splits.train.classes.index(config["hide"])
+    hidden = class_index(splits, config["hide"])
     model = lab.model(run.parents["model"])
     with attackable(model) as net:
         craft = splits.val

@@ -34,7 +34,7 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
         lab.progress.line(f"[run] {run.title}: {fitted}")
     state, history, until = None, [], run.config.get("until", settings.epochs)
     if "previous" in run.parents and ranks.rank == 0:
-        before = lab.record(run.parents["previous"], whole=True)
+        before = lab.record(run.parents["previous"], whole=True, also=("optimizer",))
         state = {f"model.{name}": value for name, value in before.tensors("weights").items()}
         state |= before.tensors("optimizer")
         history = before.metrics["history"]
@@ -72,7 +72,7 @@ def compute_train(lab: "Lab", run: "Run", work: Workspace) -> dict:
         until=until,
     )
     work.save_tensors("weights", {name: value.cpu() for name, value in model.state_dict().items()})
-    if "until" in run.config:
+    if until < settings.epochs:
         work.save_tensors("optimizer", {k: v for k, v in last.items() if not k.startswith("model.")})
     scores = {
         "": confusion(model, splits.test),
