@@ -243,16 +243,20 @@ def _against_erm(
     return claims
 
 
+MORE_EVENLY = 1.1  # times the bits of the undefended model that count as substantially more
+
+
 def imagenet_claims(models: Sequence[Model]) -> list[Claim]:
     """The claims of section 6.2."""
     gains = ((3.0, 5.0, "paper: 8.4 -> 25.64"), (2.0, 5.0, "our weaker form of it"))
     found = [Claim("s = 32 dominates s = 1 (S-PGD)", *domination(models, "s = 32", "s = 1"))]
     found += _against_erm(models, "s = 32", "8.4 -> 15.0", gains)
-    claim = "defended models predict more evenly where they are fooled (A.7)"
+    claim = "defended models predict substantially more evenly where they are fooled (A.7)"
     base = next((m.entropy_bits for m in models if m.family == "ERM"), None)
     defended = {m.title: bits for m in models if m.family != "ERM" and (bits := m.entropy_bits) is not None}
     if base is None or not defended:
         return [*found, Claim(claim, "not run", "")]
     fewest = min(defended.values())
+    verdict = "holds" if fewest >= MORE_EVENLY * base else "not decided" if fewest > base else "does not hold"
     text = f"ERM {base:.2f} bits; {', '.join(f'{title}: {bits:.2f}' for title, bits in defended.items())}"
-    return [*found, Claim(claim, "holds" if fewest > base else "does not hold", text)]
+    return [*found, Claim(claim, verdict, text)]

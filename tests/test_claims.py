@@ -110,5 +110,7 @@ def test_claims_of_section_6_2():
     assert found[-1].evidence == "ERM 2.00 bits; s = 32, 77.5: 3.00, s = 32, 73: 4.00"
     found = imagenet_claims([with_entropy(m, bits) for m, bits in zip(models, (3.5, 3.0, 4.0, None), strict=True)])
     assert found[-1].verdict == "does not hold"
+    found = imagenet_claims([with_entropy(m, bits) for m, bits in zip(models, (2.9, 3.0, 4.0, None), strict=True)])
+    assert found[-1].verdict == "not decided"
     found = imagenet_claims([models[0], model("s = 32", 70.0, 30.0)])
     assert [claim.verdict for claim in found] == ["not run", *["does not hold"] * 3, "not run"]
