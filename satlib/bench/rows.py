@@ -266,7 +266,7 @@ def data(bench: Bench) -> list[Row]:
 
 def stored(bench: Bench) -> list[Row]:
     """Data on disk: images decoded, cropped and flipped a second, and the share of a training epoch spent waiting"""
-    size, count, layers, width = (128, 8192, (3, 4, 6, 3), 128) if bench.on_cuda else (32, 512, (1, 1, 1, 1), 64)
+    size, count, layers, width = (128, 8192, (3, 4, 6, 3), 128) if bench.on_cuda else (32, 2048, (1, 1, 1, 1), 64)
     with tempfile.TemporaryDirectory() as folder:
         train = on_disk(Path(folder), first(bench.splits.train, count)).to(bench.device)
         generator, loader = torch.Generator().manual_seed(0), peers.stored_loader(train, size)

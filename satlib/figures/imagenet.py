@@ -48,7 +48,7 @@ def dominant_labels(
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("share of fooled images (%)", fontsize=9)
-        axis.set_title(f"{title}: {bits:.2f} of {np.log2(len(counts)):.2f} bits", fontsize=9)
+        axis.set_title(f"{title}\n{bits:.2f} of {np.log2(len(counts)):.2f} bits", fontsize=9)
     figure.suptitle(
         f"Classes predicted under the universal perturbation, where it fools the model · {dataset}", fontsize=11
     )
