@@ -56,8 +56,8 @@ def test_rows_without_peers(small, name):
 def test_a_peer_attacks_the_same_images_within_the_same_bound(name, tiny, trained):
     if peers.title(name) is None:
         pytest.skip(f"{name} is not installed; it comes with the extra `bench`")
-    x, y = tiny.test.images[:48].float(), tiny.test.labels[:48]
-    options = {"eps": 8.0, "steps": 6, "batch": 20}
+    x, y = tiny.train.images[:400].float(), tiny.train.labels[:400]  # random starts differ: many images, so that
+    options = {"eps": 8.0, "steps": 6, "batch": 150}  # what they decide by chance is far below the tolerance
     theirs = peers.image_dependent(name, trained, x, y, **options)
     assert theirs.shape == x.shape and 7.9 < (theirs - x).abs().max() <= 8.001
     ours = x + heap_pgd(trained, x, y, eps=8.0, sharedness=1, steps=6, step_size=2.0)
