@@ -181,7 +181,8 @@ def test_torchrun_trains_a_profile_s_models_and_goes_on_after_a_rank_was_killed(
     assert [record.labels["title"] for record in records] == ["ERM", "s=8, eps=8, sigma=0.5"]
     assert [len(record.metrics["history"]) for record in records] == [1, 2]
     two_ranks(whole)
-    assert "[run]" not in (whole / "out").read_text()  # all of it is known
+    again = (whole / "out").read_text()
+    assert "2 trainings" in again and "[run]" not in again  # all of it is known
     assert [r.created for r in trainings(whole)] == [r.created for r in records]
 
     process = two_ranks(killed, wait=False)

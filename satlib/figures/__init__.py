@@ -1,7 +1,7 @@
 """Figures from records alone: one function for each figure or table, provenance in every file.
 
 This module holds what all of them share. `pictures` and `method` draw sections 3 to 5, `cifar10` section 6.1,
-`imagenet` section 6.2.
+`imagenet` section 6.2, `scenes` sections 6.3 and 6.4 and Figure 1.
 Every function takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
 """
 

@@ -1,4 +1,4 @@
-"""How attacks do on a trained model: sections 5, 6.1 and 6.2."""
+"""How attacks do on a trained model: sections 5 and 6."""
 
 import math
 import time
