@@ -15,7 +15,7 @@ from satlib.errors import SatlibError
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
-ANYWHERE = (0.5, 0.75, 1.0)  # of LARGEST, while there is none
+ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
 SKETCHED = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
 COARSE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
 CHANCE = 0.05  # how far a success rate may fall, as eps grows, before it counts as more than chance

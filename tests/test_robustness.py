@@ -260,7 +260,15 @@ def test_k_ary_search_that_never_succeeds_is_more_than_255(linear):
     constant = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
     found = search(constant, search="k-ary")
     assert found.epsilon is found.perturbation is None and str(found) == "> 255"
-    assert [e.eps for e in found.evaluations if e.how == "crafted"] == [0.0, 127.5, 191.25, 255.0]
+    assert [e.eps for e in found.evaluations if e.how == "crafted"] == [0.0, 31.875, 63.75, 127.5, 255.0]
+
+
+def test_k_ary_search_finds_what_wins_at_a_middling_eps_alone(brightness, scripted):
+    """Neither the sketch wins, nor the full attack where most pixels are out of range: it still must ask at 1/4."""
+    calls = iter(range(1000))
+    scripted(lambda eps: 60.0 if next(calls) >= 4 and 50 < eps < 100 else 0.0)
+    found = search(brightness, search="k-ary")
+    assert 31.875 < found.epsilon <= 31.875 + GRID and not found.monotone  # where it missed it does not look again
 
 
 def test_k_ary_answer_is_the_papers_within_its_spread_over_seeds(trained, tiny):
