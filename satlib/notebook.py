@@ -3,6 +3,7 @@
 import inspect
 import io
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -67,16 +68,27 @@ def broken_by(lab: Lab, models: Iterable[Model], pictures: ImageSet | StreamedSe
     return rows
 
 
-def segmented(lab: Lab, model: Run, search: Run, picture: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """What a segmentation model sees of a picture (C, H, W) under the universal perturbation that a search found:
-    the perturbation (C, H, W), the classes (H, W), and its size; None where the search found none."""
+class Segmented(NamedTuple):
+    """What a model sees under a universal perturbation: xi (C, H, W) in pixel units, seen (H, W), eps its size, and in
+    words how far it got."""
+
+    xi: np.ndarray
+    seen: np.ndarray
+    eps: float
+    words: str
+
+
+def segmented(lab: Lab, model: Run, search: Run, picture: torch.Tensor) -> Segmented:
+    """What a segmentation model sees of a picture (C, H, W) under the universal perturbation that a search found, or
+    where it found none, under the one that came closest."""
     found = lab.record(search)
-    if found.metrics["rate"] is None:
-        return None
-    xi = found.tensors("perturbation")["perturbation"].to(lab.device)
+    reached = found.metrics["rate"] is not None
+    xi = found.tensors("perturbation" if reached else "closest")["perturbation"].to(lab.device)
     with attackable(lab.model(model)) as net:
         seen = segment(net, (picture[None] + xi).clamp(0, 255))[0]
-    return xi[0].cpu().numpy(), seen.cpu().numpy(), found.metrics["eps_uni"]
+    eps, rate = xi.abs().max().item(), max(e["rate"] for e in found.metrics["evaluations"])
+    words = f"eps_uni = {eps:.1f}" if reached else f"eps_uni > 255; eps = {eps:.0f} wins {100 * rate:.0f} %"
+    return Segmented(xi[0].cpu().numpy(), seen.cpu().numpy(), eps, words)
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:

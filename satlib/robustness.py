@@ -44,6 +44,7 @@ class Robustness:
     epsilon: magnitude in pixel units of the smallest perturbation that reached delta; None where none did, which
     prints as "> 255". perturbation: that perturbation, (1, C, H, W); None with it. rate: its success rate on the
     deciding images; report_rate: on images that neither crafting nor search saw. evaluations: in their order.
+    closest: where none did, the perturbation of the highest rate; else None.
     """
 
     delta: float
@@ -52,6 +53,7 @@ class Robustness:
     report_rate: float | None
     evaluations: list[Evaluation]
     perturbation: Tensor | None = field(repr=False)
+    closest: Tensor | None = field(repr=False, default=None)
 
     def __str__(self) -> str:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
@@ -106,6 +108,7 @@ def universal_robustness(
             report_rate=None if hunt.best is None else success_rates(net, *report, hunt.best, targeted=targeted).item(),
             evaluations=hunt.evaluations,
             perturbation=hunt.best,
+            closest=hunt.closest if hunt.best is None else None,
         )
 
 
@@ -128,12 +131,15 @@ class Hunt:
         self.best: Tensor | None = None
         self.best_rate: float | None = None
         self.smallest = math.inf
+        self.closest: Tensor | None = None
         self.judge(0.0, torch.zeros_like(craft[0][:1], dtype=torch.float32), "crafted")
 
     def judge(self, eps: float, xi: Tensor, how: str) -> bool:
         """Whether xi (1, C, H, W) wins a share delta; the answer is noted, and the smallest success kept."""
         rate = success_rates(self.net, *self.choose, xi, targeted=self.attack["targeted"]).item()
         evaluation = Evaluation(eps, xi.abs().max().item(), rate, rate >= self.least, how)
+        if all(rate > e.rate for e in self.evaluations):
+            self.closest = xi
         self.evaluations.append(evaluation)
         if evaluation.success and evaluation.magnitude < self.smallest:
             self.best, self.best_rate, self.smallest = xi, rate, evaluation.magnitude

@@ -121,8 +121,11 @@ def test_structure_and_hiding_show_every_scene_and_size():
 
 def test_figure_1_shows_what_each_model_takes_the_image_for():
     image, xi, seen = np.full((3, 6, 6), 100.0), np.full((3, 6, 6), 5.0), np.zeros((6, 6), int)
-    classified = [drawings.Fooled("ERM", image, xi, 5.0, "cat"), drawings.Fooled("s = 32", image, 4 * xi, 20.0, "dog")]
-    driven = [drawings.Fooled("ERM", image, xi, 5.0, seen)]
+    classified = [
+        drawings.Fooled("ERM", image, xi, "eps_uni = 5.0", "cat"),
+        drawings.Fooled("s = 32", image, 4 * xi, "eps_uni = 20.0", "dog"),
+    ]
+    driven = [drawings.Fooled("ERM", image, xi, "eps_uni = 5.0", seen)]
     figure = drawings.figure1(classified, driven, ("road",), datasets=("A", "B"))
     shown = [axis.get_xlabel() for axis in figure.axes if axis.get_visible()]
     assert shown == ["clean\nA", "taken for: cat", "taken for: dog", "clean\nB", "", "what is seen"]

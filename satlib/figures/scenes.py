@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from satlib.figures import BLUE, RED, VERMILION, as_picture, perturbation_picture
+from satlib.robustness import LARGEST
 from satlib.scene_claims import SceneModel
 
 # The colours of Cityscapes' own pictures, by what a class shows.
@@ -40,6 +41,8 @@ LOOKS = {  # the paper's colours and markers in Figure 5
     "s = 1": {"color": VERMILION, "marker": "o"},
     "s = 5": {"color": BLUE, "marker": "D"},
 }
+HOLLOW = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
+SMALL = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
 OTHER = {"color": "tab:brown", "marker": "h"}
 
 
@@ -54,8 +57,9 @@ def colour(labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delta: float, dataset: str) -> Figure:
     """Figure 5: mean IoU (left), eps_adv (middle) and eps_uni (right) along the training of each defence.
 
-    The undefended model is a dashed line, untargeted results stand by themselves at the last epoch; reported: the
-    paper's numbers by their keys, drawn as crosses beside the last epoch.
+    The undefended model is a dashed line, untargeted results stand by themselves at the last epoch; what nothing
+    reached stands on a dotted line at 255. reported: the paper's numbers by their keys, drawn as crosses beside the
+    last epoch.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13.0, 4.6))
     last = max((look.epoch for m in models if m.family != "ERM" for look in m.curve), default=1)
@@ -64,17 +68,20 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
         for m in models:
             look = LOOKS.get(m.family, OTHER)
             if m.family == "ERM":
-                if (level := getattr(m, name)) is not None:
-                    axis.axhline(level, color="black", linestyle="--", linewidth=1.2, label="ERM (undefended)")
+                level = _shown(getattr(m, name))
+                axis.axhline(level, color="black", linestyle="--", linewidth=1.2, label="ERM (undefended)")
             else:
-                known = [each for each in m.curve if getattr(each, name) is not None]
-                spread = [getattr(each, error) or 0.0 for each in known] if error else None
-                xs, ys = [each.epoch for each in known], [getattr(each, name) for each in known]
+                spread = [getattr(each, error) or 0.0 for each in m.curve] if error else None
+                xs, ys = [each.epoch for each in m.curve], [_shown(getattr(each, name)) for each in m.curve]
                 axis.errorbar(xs, ys, yerr=spread, capsize=3, linewidth=1.5, markersize=6, label=m.title, **look)
-            alone = getattr(m, untargeted) if untargeted else None
-            if alone is not None:
-                place = 1.06 * last if m.family != "ERM" else 1.12 * last
-                axis.plot(place, alone, markersize=9, markerfacecolor="none", linestyle="none", **look)
+            if untargeted:
+                place = 1.06 * last if m.family != "ERM" else 1.11 * last
+                axis.plot(place, _shown(getattr(m, untargeted)), **look, **HOLLOW)
+        if untargeted and any(
+            each is None for m in models for each in (getattr(m, untargeted), *(getattr(e, name) for e in m.curve))
+        ):
+            axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
+            axis.annotate("> 255: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
         axis.set(xlabel="epoch of fine-tuning", xlim=(0, 1.2 * last))
     _paper_marks(axes, reported, 1.16 * last)
     axes[0].set(ylabel="mean IoU on clean test scenes (%)", title="clean images")
@@ -84,7 +91,7 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
         axis.set_ylim(bottom=0)
     handles, labels = axes[2].get_legend_handles_labels()
     handles += [
-        plt.Line2D([], [], color="0.3", marker="o", markerfacecolor="none", linestyle="none"),
+        plt.Line2D([], [], color="0.3", marker="o", **HOLLOW),
         plt.Line2D([], [], color="0.45", marker="x", linestyle="none", markeredgewidth=2),
     ]
     figure.legend(handles, [*labels, "untargeted", "the paper (Cityscapes)"], loc="outside lower center", ncols=5)
@@ -104,15 +111,12 @@ def _paper_marks(axes: np.ndarray, reported: Mapping[str, float], place: float) 
     )
     for panel, key, name in marks:
         axes[panel].plot(place, reported[key], color="0.45", marker="x", markeredgewidth=2, linestyle="none")
-        axes[panel].annotate(
-            name,
-            (place, reported[key]),
-            xytext=(-6, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.35",
-            ha="right",
-        )
+        axes[panel].annotate(name, (place, reported[key]), xytext=(-6, -3), ha="right", **SMALL)
+
+
+def _shown(value: float | None) -> float:
+    """What nothing reached stands at the end of the interval."""
+    return LARGEST if value is None else value
 
 
 def segmentations(
@@ -126,9 +130,9 @@ def segmentations(
     shape = next(array.shape[-2:] for row in rows for panel in row["panels"] if panel for array in [panel[1]])
     width = 2.5
     height = width * shape[0] / shape[1]
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(width * len(columns) + 1.2, (height + 0.32) * len(rows) + 1.0), squeeze=False
-    )
+    captions = any(row.get("captions") for row in rows)
+    size = (width * len(columns) + 1.2, (height + (0.3 if captions else 0.1)) * len(rows) + 1.1)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):
@@ -143,13 +147,15 @@ def segmentations(
                 axis.imshow(as_picture(array) if kind == "picture" else perturbation_picture(array))
             if caption := row.get("captions", {}).get(column):
                 axis.set_xlabel(caption, fontsize=8, labelpad=2)
-        line[0].set_ylabel(row["title"], fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
+        line[0].set_ylabel(
+            row["title"].replace(", ", "\n"), fontsize=9, rotation=0, ha="right", va="center", labelpad=6
+        )
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=9)
     shown = [(classes[i], COLOURS.get(classes[i], (255, 255, 255))) for i in sorted(seen) if i < len(classes)]
     handles = [Patch(color=tuple(value / 255 for value in rgb), label=name) for name, rgb in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(10, max(1, len(handles))), fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), int(size[0] / 1.1)), fontsize=8)
+    figure.suptitle(title, fontsize=11 if size[0] > 7 else 9)
     return figure
 
 
@@ -168,10 +174,7 @@ def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Fig
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2))
     labels = (
         ("weakening", "weakens the edges of the image\n(minus cosine of both gradients)"),
-        (
-            "target_structure",
-            "has its edges on the target's boundaries\n(correlation)",
-        ),
+        ("target_structure", "has its edges on the target's boundaries\n(correlation)"),
     )
     random = np.random.default_rng(0)
     for axis, (name, text) in zip(axes, labels, strict=True):
@@ -182,7 +185,7 @@ def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Fig
                 jitter = random.uniform(-0.1, 0.1, len(values))
                 axis.plot(place + shift + jitter, values, linestyle="none", marker="o", markersize=3.5, color=hue)
             axis.axhline(0, color="0.3", linewidth=0.8)
-        axis.set_xticks(range(len(measured)), list(measured), fontsize=9)
+        axis.set_xticks(range(len(measured)), [name.replace(", ", "\n") for name in measured], fontsize=9)
         axis.set_ylabel(text)
         axis.grid(axis="x", visible=False)
     handles = [Patch(color=RED, alpha=0.6, label="image-dependent"), Patch(color=BLUE, alpha=0.6, label="universal")]
@@ -214,13 +217,13 @@ def hiding(scores: Mapping[str, Sequence[Mapping[str, Any]]], *, hide: str, data
 class Fooled:
     """What a model makes of an image under a universal perturbation: `seen` is a class's name, or a segmentation.
 
-    clean (C, H, W) in 0..255, xi (C, H, W) in pixel units, eps its size.
+    clean (C, H, W) in 0..255, xi (C, H, W) in pixel units; words: how large it is, and how far it got.
     """
 
     title: str
     clean: np.ndarray
     xi: np.ndarray
-    eps: float
+    words: str
     seen: str | np.ndarray
 
 
@@ -241,7 +244,7 @@ def figure1(
         place = 1
         for row in rows:
             line[place].imshow(as_picture(row.clean + row.xi))
-            line[place].set_title(f"{row.title}\n$\\varepsilon$ = {row.eps:.1f}", fontsize=9)
+            line[place].set_title(f"{row.title}\n{row.words}", fontsize=8)
             if isinstance(row.seen, str):
                 line[place].set_xlabel(f"taken for: {row.seen}", fontsize=9)
             else:
@@ -253,5 +256,5 @@ def figure1(
             axis.set_visible(False)
     axes[0, 0].set_ylabel("classification", fontsize=10)
     axes[1, 0].set_ylabel("segmentation", fontsize=10)
-    figure.suptitle("Universal perturbations that fool undefended networks are faint, those of defended ones are not")
+    figure.suptitle("The universal perturbations that it takes: undefended against defended", fontsize=11)
     return figure

@@ -63,8 +63,9 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
         progress=progress,
         **config["attack"],
     )
-    if found.perturbation is not None:
-        work.save_tensors("perturbation", {"perturbation": found.perturbation.cpu()})
+    for name, xi in (("perturbation", found.perturbation), ("closest", found.closest)):
+        if xi is not None:
+            work.save_tensors(name, {"perturbation": xi.cpu()})
     return {
         "eps_uni": found.epsilon,
         "rate": found.rate,
