@@ -238,6 +238,8 @@ def _fill_imagenet(rows: _Rows, models: list[Model], plan: experiments.Plan, rec
 def _fill_cityscapes(rows: _Rows, models: list[SceneModel], plan: experiments.ScenesPlan, records: Records) -> None:
     chosen = {m.family: m for m in matched(models)}
     erm = chosen["ERM"]
+    delta = erm.searches[0].config["delta"]
+    where = {} if delta == CITYSCAPES.delta else {"dataset": f"{rows.dataset}, but delta = {delta:g}"}
     rows.fill("cityscapes/erm/iou", erm.iou, [erm], "other setting", seeds=1)
     measures = {
         "eps_uni_targeted": lambda m: m.eps_uni,
@@ -256,7 +258,8 @@ def _fill_cityscapes(rows: _Rows, models: list[SceneModel], plan: experiments.Sc
             ours, other = (math.inf if measure(m) is None else measure(m) for m in (model, base))
             verdict = "other setting" if who == "erm" else "same direction" if ours > other else "not reproduced"
             spread = model.error if what == "eps_adv" else None
-            rows.fill(key, measure(model), [model] if model is base else [model, base], verdict, spread, seeds=1)
+            used = [model] if model is base else [model, base]
+            rows.fill(key, measure(model), used, verdict, spread, seeds=1, **where)
 
 
 SECTIONS = {

@@ -11,7 +11,7 @@ from satlib.figures import scenes as drawings
 from satlib.scene_claims import Looked, SceneModel, cityscapes_claims, matched
 
 
-def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3)):
+def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3), delta=0.95):
     sharedness = int(family.removeprefix("s = ")) if family != "ERM" else None
     curve = tuple(Looked(epoch, iou - 3 + epoch, eps_uni, eps_adv, 0.5) for epoch in epochs)
     return SceneModel(
@@ -29,7 +29,7 @@ def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3)):
         curve=curve,
         run=None,
         training=types.SimpleNamespace(id="t", labels={"dataset": "Made up"}),
-        searches=(),
+        searches=(types.SimpleNamespace(id="u", config={"delta": delta}),),
     )
 
 
@@ -76,10 +76,14 @@ def test_rows_of_section_6_3_are_judged_as_the_paper_says():
     swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=5.0), MANY)
     assert swapped["cityscapes/s1/eps_adv"] == (5.0, "not reproduced")
     assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
+    found = results._Rows("cityscapes", "p", "Made up")
+    results._fill_cityscapes(found, [model("ERM", 49.0, 20.0, delta=0.5), ONE, MANY], None, None)
+    assert found.rows["cityscapes/erm/iou"].dataset == "Made up"
+    assert found.rows["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
     assert rows(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
 
 
-def test_figure_5_has_a_line_for_each_defence_and_leaves_out_what_was_not_reached():
+def test_figure_5_has_a_line_for_each_defence_and_what_nothing_reached_at_255():
     reported = {r.key: r.value for r in paper.REPORTED}
     figure = drawings.figure5([ERM, ONE, model("s = 5", 44.0, None)], reported, delta=0.95, dataset="Made up")
     left, middle, right = figure.axes
@@ -89,6 +93,13 @@ def test_figure_5_has_a_line_for_each_defence_and_leaves_out_what_was_not_reache
     containers = {container.get_label(): container for container in middle.containers}
     assert list(containers["s = 1, 45"][0].get_ydata()) == [11.0, 11.0]
     assert list(containers["s = 1, 45"][0].get_xdata()) == [1, 3]
+    never = {container.get_label(): container for container in right.containers}["s = 5, 44"]
+    assert list(never[0].get_ydata()) == [255.0, 255.0]
+    assert [[text.get_text() for text in axis.texts if "255" in text.get_text()] for axis in figure.axes] == [
+        [],
+        [],
+        ["> 255: never reached"],
+    ]
     plt.close(figure)
 
 

@@ -94,7 +94,9 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
         plt.Line2D([], [], color="0.3", marker="o", **HOLLOW),
         plt.Line2D([], [], color="0.45", marker="x", linestyle="none", markeredgewidth=2),
     ]
-    figure.legend(handles, [*labels, "untargeted", "the paper (Cityscapes)"], loc="outside lower center", ncols=5)
+    figure.legend(
+        handles, [*labels, "untargeted", "the paper (Cityscapes, delta = 0.95)"], loc="outside lower center", ncols=5
+    )
     figure.suptitle(f"Robustness along the training, lines: for the target scene · {dataset}", fontsize=12)
     return figure
 
