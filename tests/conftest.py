@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from satlib import precision
 from satlib.data import ImageSet, Splits
+from satlib.data.imageset import IGNORE
 from satlib.models import ResNet
 
 CLASSES = ("a", "b", "c", "d")
+BANDS = ("dark", "middle", "bright")
 
 
 class Linear(nn.Module):
@@ -104,3 +106,20 @@ def trained(tiny: Splits, resnet: Callable[..., ResNet]) -> ResNet:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def scenes() -> Splits:
+    """Scenes of 3x16x24: three bands of dark, middle and bright pixels, in an order that changes; a void corner."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(name: str, count: int) -> ImageSet:
+        order = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
+        labels = order.repeat_interleave(8, 1)[:, None, :].expand(count, 16, 24).clone()
+        noise = 12 * torch.randn(count, 3, 16, 24, generator=generator)
+        images = (60 + 65 * labels[:, None] + noise).clamp(0, 255).to(torch.uint8)
+        labels[:, :3, :3] = IGNORE
+        frames = tuple(f"{name}_{i}" for i in range(count))
+        return ImageSet(images, labels.to(torch.uint8), BANDS, "bands", "Bands", name, frames)
+
+    return Splits(split("train", 24), split("val", 12), split("test", 12))

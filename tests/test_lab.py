@@ -239,10 +239,14 @@ def test_paper_profile_is_the_paper():
     settings = with_parameters(paper.CIFAR10, experiments.parameters("paper", "04_cifar10"))
     assert settings == paper.CIFAR10
     assert len(experiments.cifar10(settings).models) == 9 * 4 * 3
+    scenes = with_parameters(paper.CITYSCAPES, experiments.parameters("paper", "06_cityscapes"))
+    assert scenes == paper.CITYSCAPES and len(experiments.cityscapes(scenes).epochs) == 20
 
 
-def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(tiny, tmp_path, monkeypatch, capsys, float32):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
+    tiny, scenes, tmp_path, monkeypatch, capsys, float32
+):
+    monkeypatch.setattr(lab_module.data, "load", lambda name: scenes if name.startswith("streets") else tiny)
     monkeypatch.setattr(lab_module, "Ledger", lambda: Ledger(tmp_path))
     plan = {title: f"{key:.12}" for key, title in _planned("quick", tmp_path)}
     assert main(["sweep", "--profile", "quick", "--dry-run"]) == 0

@@ -11,7 +11,7 @@ from torch import nn
 from satlib import experiments, paper, segmentation
 from satlib import lab as lab_module
 from satlib.attacks import images_at_once
-from satlib.data import ImageSet, Splits
+from satlib.data import ImageSet
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
@@ -21,24 +21,6 @@ from satlib.robustness import adversarial_robustness
 from satlib.training import Training, class_iou, confusion, share_right, train, training_loss
 
 pytestmark = pytest.mark.usefixtures("float32")
-CLASSES = ("dark", "middle", "bright")
-
-
-@pytest.fixture(scope="module")
-def scenes() -> Splits:
-    """Scenes of 3x16x24: three bands of dark, middle and bright pixels, in an order that changes; a void corner."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split(name: str, count: int) -> ImageSet:
-        order = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
-        labels = order.repeat_interleave(8, 1)[:, None, :].expand(count, 16, 24).clone()
-        noise = 12 * torch.randn(count, 3, 16, 24, generator=generator)
-        images = (60 + 65 * labels[:, None] + noise).clamp(0, 255).to(torch.uint8)
-        labels[:, :3, :3] = IGNORE
-        frames = tuple(f"{name}_{i}" for i in range(count))
-        return ImageSet(images, labels.to(torch.uint8), CLASSES, "bands", "Bands", name, frames)
-
-    return Splits(split("train", 24), split("val", 12), split("test", 12))
 
 
 class Brightness(nn.Module):
@@ -87,7 +69,7 @@ def test_pixels_without_a_class_change_no_training(scenes, sigma):
         masked = part.labels == IGNORE
         other = part.images.clone()
         other.permute(0, 2, 3, 1)[masked] = void  # seen by nothing but the void pixels: the kernel is 1x1
-        train(model, ImageSet(other, part.labels, CLASSES, "bands", "Bands", "train"), settings)
+        train(model, ImageSet(other, part.labels, part.classes, "bands", "Bands", "train"), settings)
         return model[0].weight.detach().flatten()
 
     # Random starts of the attack are alike, and void pixels have no part in any loss.
