@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -93,8 +94,10 @@ class Ledger:
                 except Damage as damage:
                     warn_of_damage(f"damaged: {damage}; {self._set_aside(folder)}")
         except OSError as error:  # the run is being computed (Timeout), or the disk is read-only
-            with contextlib.suppress(Damage):
-                return records.read_record(folder, artefacts=artefacts)
+            for pause in (0.0, 0.01, 0.1, 1.0):  # the writer may be stopped anywhere on a busy machine
+                time.sleep(pause)
+                with contextlib.suppress(Damage):
+                    return records.read_record(folder, artefacts=artefacts)
             warn_of_damage(f"damaged: {folder}; ignored, and not set aside ({error.strerror or 'in use'})")
         return None
 
