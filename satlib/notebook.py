@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from satlib import figures
-from satlib.attacks import attackable, perturb
+from satlib.attacks import perturb
 from satlib.claims import Model
 from satlib.data import ImageSet, StreamedSet
 from satlib.lab import Lab, Run
 from satlib.ledger import Record
-from satlib.segmentation import segment
+from satlib.segmentation import perturbation_of
 
 
 def show_source(*functions: object) -> None:
@@ -78,17 +78,14 @@ class Segmented(NamedTuple):
     words: str
 
 
-def segmented(lab: Lab, model: Run, search: Run, picture: torch.Tensor) -> Segmented:
-    """What a segmentation model sees of a picture (C, H, W) under the universal perturbation that a search found, or
-    where it found none, under the one that came closest."""
-    found = lab.record(search)
-    reached = found.metrics["rate"] is not None
-    xi = found.tensors("perturbation" if reached else "closest")["perturbation"].to(lab.device)
-    with attackable(lab.model(model)) as net:
-        seen = segment(net, (picture[None] + xi).clamp(0, 255))[0]
-    eps, rate = xi.abs().max().item(), max(e["rate"] for e in found.metrics["evaluations"])
+def segmented(lab: Lab, seen: Run, attack: str) -> Segmented:
+    """What a model makes of the first test scene under its "targeted" or "untargeted" universal perturbation, from a
+    run of kind `segmentations`."""
+    search = lab.record(seen.parents[attack])
+    xi, reached = perturbation_of(search)[0].numpy(), search.metrics["rate"] is not None
+    eps, rate = float(abs(xi).max()), max(e["rate"] for e in search.metrics["evaluations"])
     words = f"eps_uni = {eps:.1f}" if reached else f"eps_uni > 255; eps = {eps:.0f} wins {100 * rate:.0f} %"
-    return Segmented(xi[0].cpu().numpy(), seen.cpu().numpy(), eps, words)
+    return Segmented(xi, lab.record(seen).arrays("segmentations")[attack], eps, words)
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:

@@ -17,6 +17,7 @@ from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
 from satlib.lab import Lab
 from satlib.ledger import Ledger
+from satlib.notebook import segmented
 from satlib.robustness import adversarial_robustness
 from satlib.training import Training, class_iou, confusion, share_right, train, training_loss
 
@@ -204,7 +205,20 @@ def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
     assert lab.record(plan.untargeted[plan.erm]).config["attack"]["loss_threshold"] == paper.KAPPA
     structure = lab.record(plan.structure[plan.erm])
     assert len(structure.metrics["universal"]["weakening"]) == 4
-    assert structure.arrays("perturbations")["segmented_own"].shape == (3, 16, 24)
+    assert structure.arrays("perturbations")["segmented_own"].shape == (16, 24)
+    first = scenes.test.images[:1]
+    for name in ("own", "universal"):
+        xi = torch.from_numpy(structure.arrays("perturbations")[name]).float()
+        assert segmentation.weakening(first, xi[None]).item() == pytest.approx(
+            structure.metrics[name]["weakening"][0], abs=1e-3
+        )
+    for attack, searches in (("targeted", plan.targeted), ("untargeted", plan.untargeted)):
+        shown = segmented(lab, plan.seen[plan.erm], attack)
+        found = lab.record(searches[plan.erm]).metrics
+        assert shown.seen.shape == (16, 24) and shown.xi.shape == (3, 16, 24)
+        assert ("> 255" in shown.words) == (found["eps_uni"] is None)
+        again = segmentation.segment(lab.model(plan.erm), (first + torch.from_numpy(shown.xi)).clamp(0, 255))
+        assert np.array_equal(again[0], shown.seen)
     assert [score["eps"] for score in lab.record(plan.hiding[plan.erm]).metrics["scores"]] == [10.0, 30.0]
 
 

@@ -19,7 +19,7 @@ class ScenesPlan:
     models: by (s, eps, sigma), one part of the training for each of the `epochs` after which it is looked at. targeted,
     adversarial: eps_uni and eps_adv for the target scene, of every model after each of these epochs; untargeted and
     untargeted_adversarial: of the models at their end. structure: what image-dependent and universal perturbations do
-    to images (Figure 6); hiding: what a dynamic target reaches.
+    to images (Figure 6); hiding: what a dynamic target reaches; seen: segmentations under universal perturbations.
     """
 
     epochs: tuple[int, ...]
@@ -31,6 +31,7 @@ class ScenesPlan:
     untargeted_adversarial: dict[Run, Run] = field(default_factory=dict)
     structure: dict[Run, Run] = field(default_factory=dict)
     hiding: dict[Run, Run] = field(default_factory=dict)
+    seen: dict[Run, Run] = field(default_factory=dict)
 
     @property
     def final(self) -> list[Run]:
@@ -41,7 +42,7 @@ class ScenesPlan:
     def runs(self) -> list[Run]:
         """In order of importance: the models at their ends first."""
         kinds = (self.targeted, self.adversarial, self.untargeted, self.untargeted_adversarial)
-        kinds += (self.structure, self.hiding)
+        kinds += (self.structure, self.hiding, self.seen)
         found = []
         for model in self.final:
             found += [model, *(of[model] for of in kinds if model in of)]
@@ -64,16 +65,18 @@ def cityscapes(settings: Cityscapes) -> ScenesPlan:
     every = [erm, *(part for parts in models.values() for part in parts)]
     targeted = {model: _universal(settings, model, targeted=True) for model in every}
     adversarial = {model: _adversarial(settings, model, targeted=True) for model in every}
+    untargeted = {model: _universal(settings, model, targeted=False) for model in final}
     return ScenesPlan(
         epochs=epochs,
         erm=erm,
         models=models,
         targeted=targeted,
         adversarial=adversarial,
-        untargeted={model: _universal(settings, model, targeted=False) for model in final},
+        untargeted=untargeted,
         untargeted_adversarial={model: _adversarial(settings, model, targeted=False) for model in final},
         structure={model: _structure(settings, model) for model in final},
         hiding={model: _hiding(settings, model) for model in final},
+        seen={model: _seen(settings, model, targeted[model], untargeted[model]) for model in final},
     )
 
 
@@ -238,3 +241,8 @@ def _hiding(settings: Cityscapes, model: Run) -> Run:
         images=settings.report_images,
         seed=settings.seed,
     )
+
+
+def _seen(settings: Cityscapes, model: Run, targeted: Run, untargeted: Run) -> Run:
+    parents = {"model": model, "targeted": targeted, "untargeted": untargeted}
+    return _run(settings, "segmentations", f"segmentations of {model.title}", parents, 3)

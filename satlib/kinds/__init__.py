@@ -40,6 +40,7 @@ KINDS = {
     "sharing": Kind(1, method.compute_sharing),
     "loss_threshold": Kind(1, method.compute_loss_threshold, ("losses",)),
     "heap_trace": Kind(1, method.compute_heap_trace, ("trace",)),
-    "perturbation_structure": Kind(1, scenes.compute_perturbation_structure, ("perturbations",)),
-    "hiding": Kind(1, scenes.compute_hiding, ("example",)),
+    "perturbation_structure": Kind(2, scenes.compute_perturbation_structure, ("perturbations",)),
+    "hiding": Kind(2, scenes.compute_hiding, ("example",)),
+    "segmentations": Kind(1, scenes.compute_segmentations, ("segmentations",)),
 }

@@ -10,6 +10,7 @@ from satlib.data.imageset import IGNORE
 from satlib.ledger import Workspace
 from satlib.segmentation import (
     class_index,
+    perturbation_of,
     repeated,
     scene_target,
     segment,
@@ -28,8 +29,8 @@ def compute_perturbation_structure(lab: "Lab", run: "Run", work: Workspace) -> d
 
     The universal one is crafted on validation scenes, each test scene gets one of its own. For both: how far they
     weaken the edges of their image, how far their edges lie on the boundaries of the target, and the share of the
-    target's pixels that they win. Kept as arrays: the first three images, their perturbations, and what the model makes
-    of them.
+    target's pixels that they win. Kept as arrays: for the first test image both perturbations in half precision, and
+    what the model makes of it; not the image, which may not be passed on.
     """
     config, splits = run.config, lab.splits(run.dataset)
     part, target = splits.test.first(min(config["images"], len(splits.test))), scene_target(splits, config["target"])
@@ -58,10 +59,9 @@ def compute_perturbation_structure(lab: "Lab", run: "Run", work: Workspace) -> d
             "target_structure": target_structure(xi, target).tolist(),
             "target_accuracy": (seen[name] == aim)[aim != IGNORE].float().mean().item(),
         }
-    kept = {"images": part.images, "own": found["own"], "target": target, "universal": one}
-    kept |= {f"segmented_{name}": predicted for name, predicted in seen.items()}
-    arrays = {name: (value if name in ("target", "universal") else value[:3]) for name, value in kept.items()}
-    work.save_arrays("perturbations", {name: value.cpu().numpy() for name, value in arrays.items()})
+    kept = {name: xi[0].half() for name, xi in found.items()} | {"target": target}
+    kept |= {f"segmented_{name}": predicted[0] for name, predicted in seen.items()}
+    work.save_arrays("perturbations", {name: value.cpu().numpy() for name, value in kept.items()})
     return metrics
 
 
@@ -70,7 +70,8 @@ def compute_hiding(lab: "Lab", run: "Run", work: Workspace) -> dict:
 
     Targets are the model's own predictions in which the class gives way to what is nearest. Crafted on validation
     scenes for every eps at once, scored on test scenes: the share of the class's predicted pixels that are gone, and
-    the share of the others that stay. Kept as arrays: the test scene with most of the class, at the largest eps.
+    the share of the others that stay. Kept as arrays: the perturbation of the largest eps, and what the model makes
+    with and without it of the test scene with most of the class, whose place among them is `example`.
     """
     config, splits = run.config, lab.splits(run.dataset)
     hidden = class_index(splits, config["hide"])
@@ -90,13 +91,30 @@ def compute_hiding(lab: "Lab", run: "Run", work: Workspace) -> dict:
         test = splits.test.images[: config["images"]]
         clean = segment(net, test)
         seen = [segment(net, (test.float() + xi).clamp(0, 255)) for xi in found]
-    most = (clean == hidden).flatten(1).sum(1).argmax()
-    arrays = {"image": test[most], "perturbation": found[-1], "clean": clean[most], "perturbed": seen[-1][most]}
+    most = int((clean == hidden).flatten(1).sum(1).argmax())
+    arrays = {"perturbation": found[-1].half(), "clean": clean[most], "perturbed": seen[-1][most]}
     work.save_arrays("example", {name: value.cpu().numpy() for name, value in arrays.items()})
     return {
         "hide": config["hide"],
+        "example": most,
         "scores": [
             {"eps": eps, **share_hidden(clean, after, hidden)}
             for eps, after in zip(config["epsilons"], seen, strict=True)
         ],
     }
+
+
+def compute_segmentations(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """What a model makes of the first test scene, clean and under its universal perturbations.
+
+    Kept as arrays (H, W): `clean`, and under the perturbation that each search among the parents found, or that came
+    closest, so that pictures need no weights.
+    """
+    scene, names = lab.splits(run.dataset).test.images[:1].float(), [name for name in run.parents if name != "model"]
+    with attackable(lab.model(run.parents["model"])) as net:
+        seen = {"clean": segment(net, scene)[0]}
+        for name in names:
+            xi = perturbation_of(lab.record(run.parents[name])).to(lab.device)
+            seen[name] = segment(net, (scene + xi).clamp(0, 255))[0]
+    work.save_arrays("segmentations", {name: labels.cpu().numpy() for name, labels in seen.items()})
+    return {"scene": 0}
