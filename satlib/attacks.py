@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,23 +14,42 @@ from satlib import graphs
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
+from satlib.updates import UPDATES
 
 PIXELS_AT_ONCE = 2**22  # of images that are only classified
+Gradients = Callable[..., tuple[Tensor, Tensor]]
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
 
 
+LOSSES = ("cross-entropy", "margin")
+SCHEDULES = ("geometric", "cosine")
+
+
 def attack_loss(
-    logits: Tensor, labels: Tensor, *, loss_threshold: float | None = None, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+    loss: str = "cross-entropy",
 ) -> Tensor:
     """L_adv of section 4.3: min(L(theta, x, y), kappa) for each sample (each pixel, in segmentation).
 
     logits (d, classes) or (d, classes, H, W), labels (d,) or (d, H, W); returns losses shaped like labels.
     The cap acts on every sample by itself: a sample beyond kappa has zero gradient, the others keep theirs.
+
+    loss "margin" is the highest other logit minus that of the label (Carlini and Wagner 2017): above 0 where the
+    decision is another, whatever the scale of the logits. It knows no label smoothing.
     """
     ignored = IGNORE if labels.ndim > 1 else -100  # class 255 of a classifier is a class like any other
-    losses = F.cross_entropy(
-        logits.float(), labels.long(), reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
-    )
+    if loss == "margin":
+        counted, target = labels != ignored, labels.long().clamp(max=logits.shape[1] - 1)[:, None]
+        others = logits.float().scatter(1, target, -math.inf).amax(1)
+        losses = (others - logits.float().gather(1, target)[:, 0]) * counted
+    else:
+        losses = F.cross_entropy(
+            logits.float(), labels.long(), reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
+        )
     return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
 
 
@@ -44,14 +63,28 @@ def broadcast(perturbations: Tensor, sharedness: int, count: int) -> Tensor:
     return perturbations.unsqueeze(1).expand(heaps, sharedness, *shape).reshape(-1, *shape)[:count]
 
 
-def perturb(images: Tensor, perturbations: Tensor, sharedness: int) -> Tensor:
-    """x + xi as every model sees it, in training, attack and evaluation alike: clamped to [0, 255]."""
-    return (images + broadcast(perturbations, sharedness, len(images))).clamp(0, 255)
+def perturb(images: Tensor, perturbations: Tensor, sharedness: int, *, straight_through: bool = False) -> Tensor:
+    """x + xi as every model sees it, in training, attack and evaluation alike: clamped to [0, 255].
+
+    straight_through: pixels that xi drives out of range keep the gradient of the pixel that the model sees, as in
+    attacks that project x + xi itself; by the chain rule they have none.
+    """
+    added = images + broadcast(perturbations, sharedness, len(images))
+    clamped = added.clamp(0, 255)
+    return added + (clamped - added).detach() if straight_through else clamped
 
 
-def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
-    """alpha_k = beta * eps * gamma^k / sum_j gamma^j of section 5.2, k = 0 .. steps - 1; their sum is beta * eps."""
-    weights = [gamma**k for k in range(steps)]
+def annealed_step_sizes(
+    eps: float, steps: int, *, beta: float, gamma: float, schedule: str = "geometric"
+) -> list[float]:
+    """alpha_k = beta * eps * gamma^k / sum_j gamma^j of section 5.2, k = 0 .. steps - 1; their sum is beta * eps.
+
+    schedule "cosine" has (1 + cos(pi k / steps)) / 2 in the place of gamma^k.
+    """
+    if schedule == "cosine":
+        weights = [(1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
+    else:
+        weights = [gamma**k for k in range(steps)]
     return [beta * eps * weight / math.fsum(weights) for weight in weights]
 
 
@@ -97,20 +130,23 @@ def heap_gradients(
     xi: Tensor,
     *,
     sharedness: int,
-    loss_threshold: float | None = None,
-    label_smoothing: float = 0.0,
+    straight_through: bool = False,
+    **loss: Any,
 ) -> tuple[Tensor, Tensor]:
-    """grad_xi sum_{i in heap} L_adv(x_i + xi, y_i) of every heap, shaped like xi, and the losses (d,) or (d, H, W)."""
+    """grad_xi sum_{i in heap} L_adv(x_i + xi, y_i) of every heap, shaped like xi, and the losses (d,) or (d, H, W).
+
+    loss: what `attack_loss` takes; straight_through: see `perturb`.
+    """
     xi = xi.detach().requires_grad_()
     with autocast(images.device):
-        logits = model(perturb(images, xi, sharedness))
-    losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+        logits = model(perturb(images, xi, sharedness, straight_through=straight_through))
+    losses = attack_loss(logits, labels, **loss)
     return torch.autograd.grad(losses.sum(), xi)[0], losses.detach()
 
 
-def stepped(xi: Tensor, gradients: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
-    """clip(xi + alpha * sign(gradients), -eps, eps); a targeted attack descends instead."""
-    return torch.clamp(xi + (-alpha if targeted else alpha) * gradients.sign(), -eps, eps)
+def stepped(xi: Tensor, direction: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
+    """clip(xi + alpha * direction, -eps, eps); a targeted attack descends instead."""
+    return torch.clamp(xi + (-alpha if targeted else alpha) * direction, -eps, eps)
 
 
 def ascend(
@@ -132,7 +168,7 @@ def ascend(
     """
     options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
     gradients, losses = heap_gradients(model, images, labels, xi, sharedness=sharedness, **options)
-    return stepped(xi, gradients, eps=eps, alpha=alpha, targeted=targeted), losses
+    return stepped(xi, gradients.sign(), eps=eps, alpha=alpha, targeted=targeted), losses
 
 
 def _iteration(
@@ -224,6 +260,11 @@ def universal_pgd(
     snapshots: int = 4,
     score_images: int = 256,
     micro_batch: int | None = None,
+    update: str = "sign",
+    schedule: str = "geometric",
+    loss: str = "cross-entropy",
+    straight_through: bool = False,
+    dominant: bool = False,
 ) -> Tensor:
     """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
 
@@ -239,7 +280,13 @@ def universal_pgd(
     summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000). Each image
     is there once for every eps. None: as many as make AT_ONCE values, all eps together.
 
-    Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold or mismatched shapes.
+    What the paper does not do: `update` "momentum" or "adam" (`satlib.updates`), `schedule` "cosine", `loss` "margin",
+    `straight_through` gradients (see `perturb`). dominant: after a quarter of the steps each perturbation aims at the
+    class into which it has sent most of the crafting images that it fooled so far: universal perturbations end in
+    few classes anyway (classification only).
+
+    Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold, mismatched shapes, an
+    unknown update, schedule or loss, and where `dominant` meets a targeted attack or segmentation.
     """
     _check_pair(images, labels)
     _check_threshold(loss_threshold, targeted)
@@ -251,31 +298,53 @@ def universal_pgd(
         raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
     if micro_batch is not None and micro_batch < 1:
         raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to choose by their size")
+    for name, value, known in (("update", update, UPDATES), ("schedule", schedule, SCHEDULES), ("loss", loss, LOSSES)):
+        if value not in known:
+            raise SatlibError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    if loss == "margin" and label_smoothing:
+        raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
+    if dominant and (targeted or labels.ndim > 1):
+        raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
     if snapshots < 1 or score_images < 1:
         raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
     heaps, device = len(epsilons), images.device
     bound = _per_heap("eps", epsilons, heaps, device, top=255.0)
-    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma)) if steps > 0 else 1.0
+    sizes = annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma, schedule=schedule) if steps > 0 else [1.0]
+    relative = torch.tensor(sizes)
     alphas = _per_step(relative, steps, 1, device)
     xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
     marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
     kept = []
-    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {"straight_through": straight_through, "loss": loss}
+    capped = options | {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
     order = _minibatches(len(images), batch_size, steps, generator).to(device)
     part = min(micro_batch or max(1, AT_ONCE // (heaps * images.shape[1:].numel())), batch_size)
+
+    aims: Tensor | None = None  # a class for each eps, once the attack is dominant
+    follow = UPDATES[update]()
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A mini-batch, or a part of one, once for each eps."""
         x, y = images[chosen].float().repeat(heaps, 1, 1, 1), labels[chosen]
-        return x.contiguous(memory_format=torch.channels_last), y.repeat(heaps, *[1] * (y.ndim - 1))
+        y = y.repeat(heaps, *[1] * (y.ndim - 1)) if aims is None else aims.repeat_interleave(len(chosen))
+        return x.contiguous(memory_format=torch.channels_last), y
+
+    def prepare(options: dict[str, Any]) -> tuple[Gradients, Gradients]:
+        """The gradients of a part of a mini-batch, and of what is left of it."""
+        rest = functools.partial(heap_gradients, net, sharedness=batch_size % part, **options)
+        return graphs.prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options), rest
 
     with attackable(model) as net:
-        whole = graphs.prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options)
-        rest = functools.partial(heap_gradients, net, sharedness=batch_size % part, **options)
+        whole, rest = prepare(capped)
         for step, (chosen, alpha) in enumerate(zip(order, alphas, strict=True), start=1):
             parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
-            gradients = functools.reduce(torch.add, parts)
-            xi = stepped(xi, gradients, eps=bound, alpha=alpha * bound, targeted=targeted)
+            direction = follow(functools.reduce(torch.add, parts))
+            xi = stepped(xi, direction, eps=bound, alpha=alpha * bound, targeted=targeted or aims is not None)
+            if dominant and aims is None and step >= steps / 4:
+                seen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
+                aims = torch.stack([_dominant(net, images[seen], labels[seen], each) for each in xi])
+                follow = UPDATES[update]()
+                whole, rest = prepare(options)
             if step in marks:
                 kept.append(xi)
         if len(kept) == 1:
@@ -284,6 +353,20 @@ def universal_pgd(
         scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
     best = scores.flip(0).argmax(0)  # of equal scores the latest
     return torch.stack(kept[::-1])[best, torch.arange(heaps, device=device)]
+
+
+@torch.no_grad()
+def _dominant(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) -> Tensor:
+    """The class () into which xi (C, H, W) sends most of the images that it fools; of all, where it fools none."""
+    predicted = []
+    for x in images.split(images_at_once(images)):
+        with autocast(images.device):
+            predicted.append(
+                net((x.float() + xi).clamp(0, 255).contiguous(memory_format=torch.channels_last)).argmax(1)
+            )
+    classes = torch.cat(predicted)
+    fooled = classes[classes != labels]
+    return (fooled if len(fooled) else classes).mode().values
 
 
 def images_at_once(images: Tensor) -> int:
