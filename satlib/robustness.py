@@ -79,6 +79,8 @@ def universal_robustness(
     iterations: int = 10,
     search: str = "binary",
     targeted: bool = False,
+    restarts: int = 1,
+    warm_start: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
     **attack: Any,
@@ -92,13 +94,20 @@ def universal_robustness(
     search "binary" is the paper's: `iterations` halvings of [0, 255], an attack for each. "k-ary" is ours: several eps
     are heaps of one pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations.
 
-    Raises SatlibError on delta outside (0, 1), iterations < 1, an unknown search, and what `universal_pgd` raises.
+    Beyond the paper: `restarts` perturbations are crafted for each eps, and the best on the crafting images is asked
+    about; with warm_start an attack starts from the smallest success so far, clipped to its eps, where there is one.
+
+    Raises SatlibError on delta outside (0, 1), iterations < 1, restarts < 1, an unknown search, and what
+    `universal_pgd` raises.
     """
     _check_search(delta, iterations)
+    if restarts < 1:
+        raise SatlibError(f"restarts={restarts!r}: expected at least 1")
     if search not in SEARCHES:
         raise SatlibError(f"search={search!r}: expected one of {', '.join(SEARCHES)}")
     with attackable(model) as net:
-        hunt = Hunt(net, craft, choose, delta, attack | {"targeted": targeted, "generator": generator}, progress)
+        options = attack | {"targeted": targeted, "generator": generator}
+        hunt = Hunt(net, craft, choose, delta, options, progress, restarts=restarts, warm_start=warm_start)
         if hunt.best is None:  # else the clean images do
             SEARCHES[search](hunt, iterations)
         return Robustness(
@@ -123,7 +132,11 @@ class Hunt:
         delta: float,
         attack: dict[str, Any],
         progress: Callable[[str, float], None] | None,
+        *,
+        restarts: int = 1,
+        warm_start: bool = False,
     ) -> None:
+        self.restarts, self.warm_start = restarts, warm_start
         self.net, self.images, self.choose, self.attack = net, craft, choose, attack
         self.delta, self.progress = delta, progress
         self.least = delta - 1e-7  # rates are float32, where 7 of 10 is a little less than 0.7
@@ -147,7 +160,15 @@ class Hunt:
 
     def craft(self, epsilons: Sequence[float], how: str = "crafted", **changes: Any) -> Iterator[tuple[float, Tensor]]:
         """One pass of the attack for all `epsilons` at once; (eps, xi) of those that win, judged one by one."""
-        found = universal_pgd(self.net, *self.images, eps=epsilons, **self.attack | changes).split(1)
+        if self.warm_start and self.best is not None:
+            changes["start"] = torch.cat([self.best.clamp(-eps, eps) for eps in epsilons for _ in range(self.restarts)])
+        asked = [eps for eps in epsilons for _ in range(self.restarts)]
+        xis = universal_pgd(self.net, *self.images, eps=asked, **self.attack | changes)
+        found = xis.split(1)
+        if self.restarts > 1:
+            rates = success_rates(self.net, *self.images, xis, targeted=self.attack["targeted"])
+            best = rates.view(-1, self.restarts).argmax(1).tolist()
+            found = [found[i * self.restarts + which] for i, which in enumerate(best)]
         return ((eps, xi) for eps, xi in zip(epsilons, found, strict=True) if self.judge(eps, xi, how))
 
     def clip(self, xi: Tensor, low: float, resolution: float) -> None:

@@ -61,6 +61,7 @@ def compute_universal_robustness(lab: "Lab", run: "Run", work: Workspace) -> dic
         search=config["search"],
         generator=torch.Generator().manual_seed(config["seed"]),
         progress=progress,
+        **{name: config[name] for name in ("restarts", "warm_start") if name in config},
         **config["attack"],
     )
     for name, xi in (("perturbation", found.perturbation), ("closest", found.closest)):
