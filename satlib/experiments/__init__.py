@@ -8,13 +8,26 @@ from satlib import profiles
 from satlib.experiments.classification import Plan, cifar10, erm_run, imagenet, robustness_run
 from satlib.experiments.method import MethodPlan, method
 from satlib.experiments.scenes import ScenesPlan, cityscapes
+from satlib.experiments.trust import TrustPlan, trust
 from satlib.lab import Run
-from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, METHOD, Cifar10, Cityscapes, ImageNet, Method
+from satlib.paper import (
+    CIFAR10,
+    CITYSCAPES,
+    IMAGENET,
+    METHOD,
+    TRUST,
+    Cifar10,
+    Cityscapes,
+    ImageNet,
+    Method,
+    Trust,
+)
 
 __all__ = [
     "MethodPlan",
     "Plan",
     "ScenesPlan",
+    "TrustPlan",
     "cifar10",
     "cityscapes",
     "erm_run",
@@ -23,10 +36,11 @@ __all__ = [
     "parameters",
     "profile_runs",
     "robustness_run",
+    "trust",
     "with_parameters",
 ]
 
-Settings = TypeVar("Settings", Cifar10, ImageNet, Cityscapes, Method)
+Settings = TypeVar("Settings", Cifar10, ImageNet, Cityscapes, Method, Trust)
 METHOD_NOTEBOOKS = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
 
 
@@ -38,7 +52,7 @@ def parameters(profile: str, stem: str) -> dict[str, object]:
 def profile_runs(profile: str) -> list[Run]:
     """Every run that a profile's notebooks need, in order of importance."""
     present, found = profiles.notebook_paths(), []
-    for stem in ("04_cifar10", "05_imagenet", "06_cityscapes", *METHOD_NOTEBOOKS):
+    for stem in ("04_cifar10", "05_imagenet", "06_cityscapes", "09_can_we_trust_it", *METHOD_NOTEBOOKS):
         if stem not in present:
             continue
         given = parameters(profile, stem)
@@ -48,6 +62,9 @@ def profile_runs(profile: str) -> list[Run]:
             found += imagenet(with_parameters(IMAGENET, given)).runs
         elif stem == "06_cityscapes":
             found += cityscapes(with_parameters(CITYSCAPES, given)).runs
+        elif stem == "09_can_we_trust_it":
+            settings = with_parameters(CIFAR10, parameters(profile, "04_cifar10"))
+            found += trust(settings, cifar10(settings), with_parameters(TRUST, given)).runs
         else:
             found += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
     return found

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from satlib.kinds import evaluation, method, scenes, training
+from satlib.kinds import evaluation, method, scenes, training, trust
 from satlib.ledger import Workspace
 
 if TYPE_CHECKING:
@@ -42,5 +42,7 @@ KINDS = {
     "heap_trace": Kind(1, method.compute_heap_trace, ("trace",)),
     "perturbation_structure": Kind(2, scenes.compute_perturbation_structure, ("perturbations",)),
     "hiding": Kind(2, scenes.compute_hiding, ("example",)),
+    "audit": Kind(1, trust.compute_audit),
+    "transfer": Kind(1, trust.compute_transfer),
     "segmentations": Kind(1, scenes.compute_segmentations, ("segmentations",)),
 }

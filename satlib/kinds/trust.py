@@ -1,0 +1,70 @@
+"""Whether the evaluations can be trusted: audits, and perturbations carried from model to model."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from satlib import audit
+from satlib.attacks import attackable, success_rates
+from satlib.ledger import Workspace
+from satlib.segmentation import perturbation_of
+
+if TYPE_CHECKING:
+    from satlib.lab import Lab, Run
+
+
+def compute_audit(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """The numbers of `satlib.audit.measure` for a model, or for the same model behind a mask."""
+    config, splits, began = run.config, lab.splits(run.dataset), time.monotonic()
+    model = lab.model(run.parents["model"])
+    if mask := config.get("mask"):
+        model = audit.MASKS[mask](model)
+    test = splits.test.first(min(config["images"], len(splits.test)))
+
+    def progress(text: str, done: float) -> None:
+        lab.report(run, text, done, began)
+
+    return audit.measure(
+        model,
+        craft=(splits.val.images, splits.val.labels),
+        test=(test.images, test.labels),
+        eps=config["eps"],
+        epsilons=config["epsilons"],
+        attack=config["attack"],
+        image_steps=config["image_steps"],
+        seed=config["seed"],
+        progress=progress,
+    )
+
+
+def compute_transfer(lab: "Lab", run: "Run", work: Workspace) -> dict:
+    """Error of every model under the universal perturbation of every other, at the size that its own search found.
+
+    rates[i][j]: share of the test images that model j gets wrong under the perturbation of model i; None where the
+    search of i found none. noise[i][j]: the same under random signs of the same size. clean[j]: without any.
+    """
+    config, splits = run.config, lab.splits(run.dataset)
+    test = splits.test.first(min(config["images"], len(splits.test)))
+    count = sum(role.startswith("model") for role in run.parents)
+    models = [run.parents[f"model {i}"] for i in range(count)]
+    searches = [lab.record(run.parents[f"search {i}"], whole=True) for i in range(count)]
+    found = [perturbation_of(search).to(lab.device) for search in searches]
+    reached = [search.metrics["rate"] is not None for search in searches]
+    generator = torch.Generator().manual_seed(config["seed"])
+    signs = (torch.rand(found[0].shape, generator=generator) * 2 - 1).sign().to(lab.device)
+    noise = [signs * xi.abs().max() for xi in found]
+    stacked = torch.cat([*found, *noise, torch.zeros_like(signs)])
+    columns = []
+    for model in models:
+        with attackable(lab.model(model)) as net:
+            columns.append(success_rates(net, test.images, test.labels, stacked).tolist())
+    rows = list(zip(*columns, strict=True))
+    return {
+        "titles": [model.title for model in models],
+        "eps": [xi.abs().max().item() for xi in found],
+        "rates": [list(row) if known else None for row, known in zip(rows[:count], reached, strict=True)],
+        "noise": [list(row) for row in rows[count : 2 * count]],
+        "clean": list(rows[-1]),
+        "images": len(test),
+    }

@@ -1,0 +1,96 @@
+"""What stronger attacks, seeds and the sets of images say about an evaluation, from records."""
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from torch import Tensor
+
+from satlib.claims import Claim
+from satlib.data import Splits
+from satlib.ledger import Record
+from satlib.robustness import LARGEST
+
+Found = Mapping[str, Mapping[str, Record]]  # searches by model and attack
+SPREAD = 0.1  # share by which eps_uni may differ between seeds
+
+
+def size(eps: float | None) -> str:
+    """An eps_uni as text; None is beyond 255."""
+    return "> 255" if eps is None else f"{eps:.1f}"
+
+
+def _beyond(eps: float | None) -> float:
+    """None counts as just above the interval that was searched."""
+    return LARGEST + 1 if eps is None else eps
+
+
+def smallest(searches: Mapping[str, Record]) -> tuple[float | None, str]:
+    """The ensemble: the smallest eps_uni of several attacks on a model, and whose it is; (None, "") where none won."""
+    known = {name: r.metrics["eps_uni"] for name, r in searches.items() if r.metrics["eps_uni"] is not None}
+    return min((eps, name) for name, eps in known.items()) if known else (None, "")
+
+
+def bounds(found: Found) -> pd.DataFrame:
+    """A row for each model: eps_uni by every attack, the ensemble's, whose it is, and how far below the paper's."""
+    rows = []
+    for model, searches in found.items():
+        eps, name = smallest(searches)
+        paper = searches["paper"].metrics["eps_uni"]
+        lower = "–" if eps is None or paper is None else f"{100 * (1 - eps / paper):.0f} %"
+        each = {attack: size(record.metrics["eps_uni"]) for attack, record in searches.items()}
+        rows.append({"model": model, **each, "smallest": size(eps), "by": name, "lower by": lower})
+    return pd.DataFrame(rows)
+
+
+def claims(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> list[Claim]:
+    """How far the paper's attack is from the strongest, whether it orders the models alike, and how it repeats."""
+
+    def order(values: Mapping[str, float | None]) -> list[str]:
+        return sorted(values, key=lambda name: _beyond(values[name]))
+
+    paper = {model: searches["paper"].metrics["eps_uni"] for model, searches in found.items()}
+    best = {model: smallest(searches)[0] for model, searches in found.items()}
+    tight = all(
+        best[model] == paper[model] or _beyond(best[model]) >= (1 - SPREAD) * _beyond(paper[model]) for model in found
+    )
+    shown = {model: [eps for eps in values if eps is not None] for model, values in seeds.items() if None not in values}
+    steady = len(shown) == len(seeds) and all(max(v) - min(v) <= SPREAD * statistics.mean(v) for v in shown.values())
+    return [
+        Claim(
+            f"no attack here lowers the paper's bound by more than {100 * SPREAD:g} %",
+            "holds" if tight else "does not hold",
+            ", ".join(f"{model} {size(paper[model])} -> {size(best[model])}" for model in found),
+        ),
+        Claim(
+            "the strongest attacks order the models as the paper's does",
+            "holds" if order(paper) == order(best) else "does not hold",
+            f"paper's: {' < '.join(order(paper))}; strongest: {' < '.join(order(best))}",
+        ),
+        Claim(
+            f"the paper's attack finds the same from every seed, within {100 * SPREAD:g} %",
+            "holds" if steady else "does not hold",
+            ", ".join(f"{model} {' '.join(map(size, values))}" for model, values in seeds.items()),
+        ),
+    ]
+
+
+def common_images(splits: Splits, *, choose: int, report: int) -> dict[str, int]:
+    """How many images, by their content, each two of the three sets of a search of section 6.1 have in common.
+
+    Crafting takes the validation images, the search decides on the first `choose` test images, and reports on the
+    `report` next ones.
+    """
+
+    def digests(images: Tensor) -> set[str]:
+        return {hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest() for image in images}
+
+    test = splits.test.images
+    sets = {
+        "craft": digests(splits.val.images[:]),
+        "choose": digests(test[:choose]),
+        "report": digests(test[choose : choose + report]),
+    }
+    pairs = (("craft", "choose"), ("craft", "report"), ("choose", "report"))
+    return {f"{one} and {other}": len(sets[one] & sets[other]) for one, other in pairs}
