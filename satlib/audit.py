@@ -4,6 +4,7 @@
 attacked one by one, it is to see whether gradients lead anywhere at all.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from satlib import precision
 from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb, random_start, success_rates, universal_pgd
 from satlib.errors import SatlibError
 from satlib.robustness import Labelled
@@ -19,6 +21,7 @@ from satlib.robustness import Labelled
 LITTLE = 0.05  # by how much a stronger attack may raise the success rate before the attack counts as too weak
 FALLS = 0.03  # by how much a rate may fall where it should rise, before that is more than chance
 CAUGHT = 0.99  # of the images, attacked one by one at a large eps
+SAME = 0.01  # by how much folding batch norm and the number format may change a rate
 ZERO = 0.05  # share of images without any gradient that is still no mask
 STRONGER = {  # changes to the attack that should change little
     "three times the steps": lambda attack: {"steps": 3 * attack["steps"]},
@@ -142,8 +145,14 @@ def measure(
             say(name)
         gradients, _ = heap_gradients(net, few, y, torch.zeros_like(few), sharedness=1)
         numbers["without gradient"] = (gradients.flatten(1).abs().amax(1) == 0).float().mean().item()
+        with precision.exact():
+            numbers["crafted in float32"] = rates(crafted())[0]
         numbers["noise"] = {name: rates(noise)[0] for name, noise in noises(xi, eps, seed).items()}
         say("noise")
+    with precision.exact(), torch.no_grad():
+        plain = copy.deepcopy(model)
+        for mode in ("eval", "train"):
+            numbers[f"{mode} mode, float32"] = success_rates(getattr(plain, mode)(), x, y, xi).item()
     return numbers
 
 
@@ -240,6 +249,17 @@ def checks(numbers: Mapping[str, Any]) -> list[Check]:
             f"no other loss gains more than {100 * LITTLE:g} points: threshold and smoothing mask nothing",
             losses[other] - base <= LITTLE,
             f"{percent(base)}; {other}: {percent(losses[other])}",
+        ),
+        judged(
+            f"the model as it is in evaluation mode, in float32, is fooled alike (within {100 * SAME:g} point)",
+            abs(numbers["eval mode, float32"] - base) <= SAME,
+            f"{percent(base)}; as it is {percent(numbers['eval mode, float32'])} (in training mode it would be "
+            f"{percent(numbers['train mode, float32'])})",
+        ),
+        judged(
+            f"crafting in float32 changes at most {100 * LITTLE:g} points",
+            abs(numbers["crafted in float32"] - base) <= LITTLE,
+            f"{percent(base)}; float32: {percent(numbers['crafted in float32'])}",
         ),
         judged(
             "images have gradients",

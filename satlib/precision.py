@@ -1,10 +1,12 @@
 """Which number format the convolutions run in: measured once for each device, never assumed."""
 
 import contextlib
+import contextvars
 import functools
 import os
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -59,7 +61,20 @@ def used_dtype() -> torch.dtype | None:
     return fastest_dtype(device) if fastest_dtype.cache_info().currsize else None
 
 
+_forced: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """In this context matrix products and convolutions stay in float32, whatever is faster."""
+    token = _forced.set(torch.float32)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context in which matrix products and convolutions on `device` run in its fastest format."""
-    dtype = fastest_dtype(device.type)
+    """Context in which matrix products and convolutions on `device` run in its fastest format, or as `exact` says."""
+    dtype = _forced.get() or fastest_dtype(device.type)
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from torch import Tensor
 
+from satlib.audit import FALLS
 from satlib.claims import Claim
 from satlib.data import Splits
 from satlib.ledger import Record
@@ -72,6 +73,36 @@ def claims(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> list[Cl
             f"the paper's attack finds the same from every seed, within {100 * SPREAD:g} %",
             "holds" if steady else "does not hold",
             ", ".join(f"{model} {' '.join(map(size, values))}" for model, values in seeds.items()),
+        ),
+    ]
+
+
+def carried(metrics: Mapping) -> list[Claim]:
+    """Whether own perturbations beat strangers' of no larger size, from the metrics of a `transfer` record."""
+    titles, eps, rates = metrics["titles"], metrics["eps"], metrics["rates"]
+    known = [i for i in range(len(titles)) if rates[i] is not None]
+    pairs = [(i, j) for j in known for i in known if i != j and eps[i] <= eps[j]]
+    gaps = {(i, j): rates[j][j] - rates[i][j] for i, j in pairs}
+    noise = {j: rates[j][j] - metrics["noise"][j][j] for j in known}
+    worst = min(gaps, key=gaps.__getitem__) if gaps else None
+    text = "no two can be compared"
+    if worst is not None:
+        (i, j) = worst
+        text = f"{titles[j]}: own {100 * rates[j][j]:.0f} %, at most {100 * rates[i][j]:.0f} % (from {titles[i]})"
+    weakest = min(noise, key=noise.__getitem__) if noise else None
+    return [
+        Claim(
+            "white box beats transfer at no larger eps",
+            "not decided" if worst is None else "holds" if gaps[worst] >= -FALLS else "does not hold",
+            text,
+        ),
+        Claim(
+            "own perturbations beat random signs of their size",
+            "not decided" if weakest is None else "holds" if noise[weakest] > FALLS else "does not hold",
+            ""
+            if weakest is None
+            else f"{titles[weakest]}: own {100 * rates[weakest][weakest]:.0f} %, random signs "
+            f"{100 * metrics['noise'][weakest][weakest]:.0f} %",
         ),
     ]
 

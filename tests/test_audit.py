@@ -27,6 +27,9 @@ SOUND = {
     "stronger": {"three times the steps": 0.62, "best of 4 restarts": 0.64},
     "half the crafting images": 0.57,
     "other losses": {"margin loss": 0.63},
+    "eval mode, float32": 0.605,
+    "train mode, float32": 0.4,
+    "crafted in float32": 0.58,
     "without gradient": 0.0,
     "noise": {"uniform": 0.06, "low-frequency": 0.2},
 }
@@ -38,7 +41,7 @@ def failing(numbers):
 
 def test_a_sound_evaluation_passes_every_check():
     found = audit.checks(SOUND)
-    assert len(found) == 9 and failing(SOUND) == []
+    assert len(found) == 11 and failing(SOUND) == []
     assert all(check.verdict == "passes" and "%" in check.evidence for check in found)
     assert found[3].evidence == "60.0 %; best of 4 restarts: 64.0 %"
 
@@ -55,6 +58,8 @@ def test_a_sound_evaluation_passes_every_check():
         ({"stronger": {"three times the steps": 0.66}}, "more steps"),
         ({"half the crafting images": 0.5}, "half the crafting"),
         ({"other losses": {"margin loss": 0.7}}, "no other loss"),
+        ({"eval mode, float32": 0.62}, "evaluation mode"),
+        ({"crafted in float32": 0.54}, "crafting in float32"),
         ({"without gradient": 0.5}, "images have gradients"),
         ({"shared": 0.5}, "at equal eps"),
         ({"image-dependent": 0.7}, "at equal eps"),
