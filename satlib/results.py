@@ -30,8 +30,9 @@ class Row:
 
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
     `ours` follows from.
-    verdict: "same direction" or "not reproduced" for a claim that compares models, "other setting" for a number of
-    one model that is smaller, shorter trained or on other data than the paper's, "not run".
+    verdict: "reproduced within spread" where the settings are the paper's and ours is within two spreads of its number;
+    else "same direction" or "not reproduced" for a claim that compares models, "other setting" for a number of one
+    model that is smaller, shorter trained or on other data than the paper's, "not run".
     """
 
     section: str
@@ -130,16 +131,20 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-BLOCK = re.compile(r"(<!-- published (models|claims) of ([\d.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- published (models|claims|numbers)(?: of ([\d.]+): (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:
-    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`) to `<!-- end -->`
-    rendered."""
+    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`), or from
+    `<!-- published numbers -->`, to `<!-- end -->` rendered."""
 
     def render(found: re.Match) -> str:
         opening, what, section, profile, closing = found.groups()
-        if what == "models":
+        if what == "numbers":
+            frame = scoreboard(rows(published=True))
+        elif what == "models":
             frame = published_models(section, profile)
         else:
             frame = pd.DataFrame([vars(claim) for claim in published_claims(section, profile)])
@@ -157,7 +162,8 @@ def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | N
 class _Rows:
     """The rows of a section for a profile's records, of which those that were run are filled in."""
 
-    def __init__(self, keys: str, profile: str, dataset: str) -> None:
+    def __init__(self, keys: str, profile: str, dataset: str, *, exact: bool = False) -> None:
+        self.exact = exact  # whether the settings are the paper's
         self.reported = {r.key: r for r in REPORTED if r.key.startswith(f"{keys}/")}
         self.rows = {key: _row(r) for key, r in self.reported.items()}
         self.profile, self.dataset = profile, dataset
@@ -171,7 +177,9 @@ class _Rows:
         spread: float | None = None,
         **more: Any,
     ) -> None:
-        """Our number, the models that it follows from, and the verdict."""
+        """Our number, the models that it follows from, and the verdict, which a number near the paper's improves."""
+        if self.exact and ours is not None and spread and abs(ours - self.reported[key].value) <= 2 * spread:
+            verdict = "reproduced within spread"
         filled = {
             "ours": ours,
             "spread": spread,
@@ -302,7 +310,9 @@ def section_rows(section: str, profile: str, records: Records) -> list[Row]:
         return [_row(reported) for reported in REPORTED if reported.section == section]
     plan = section_plan(section, profile)
     models = SECTIONS[section].models(plan, records)
-    found = _Rows(SECTIONS[section].keys, profile, models[0].records[0].labels["dataset"] if models else "")
+    title = models[0].records[0].labels["dataset"] if models else ""
+    exact = SECTIONS[section].settings(profile) == SECTIONS[section].paper
+    found = _Rows(SECTIONS[section].keys, profile, title, exact=exact)
     if models and models[0].family == "ERM":
         SECTIONS[section].fill(found, models, plan, records)
     return list(found.rows.values())
@@ -350,6 +360,29 @@ def table(profile: str | None = None) -> str:
             f" {row.profile}, {row.dataset}"
         )
     return "\n".join(lines)
+
+
+def scoreboard(found: list[Row]) -> pd.DataFrame:
+    """Every number of the paper's text beside ours, as text."""
+
+    def ours(row: Row) -> str:
+        if row.verdict == "not run":
+            return "–"
+        return "none" if row.ours is None else f"{row.ours:.1f}" + (f" ± {row.spread:.1f}" if row.spread else "")
+
+    return pd.DataFrame(
+        {
+            "section": row.section,
+            "quantity": row.quantity,
+            "unit": row.unit,
+            "paper": f"{row.paper:g}",
+            "ours": ours(row),
+            "profile, data set": f"{row.profile}, {row.dataset}" if row.profile else "",
+            "seeds": row.seeds or "",
+            "verdict": row.verdict,
+        }
+        for row in found
+    )
 
 
 def beside(section: str, profile: str) -> pd.DataFrame:

@@ -73,6 +73,12 @@ def test_rows_of_section_6_3_are_judged_as_the_paper_says():
     assert found["cityscapes/erm/iou"] == (49.0, "other setting")
     assert found["cityscapes/s5/eps_uni_targeted"] == (110.0, "same direction")
     assert found["cityscapes/s1/eps_adv"] == (11.0, "same direction")
+    exact = results._Rows("cityscapes", "p", "Made up", exact=True)
+    results._fill_cityscapes(exact, [ERM, ONE, model("s = 5", 44.0, 110.0, eps_adv=5.5)], None, None)
+    verdicts = {key: row.verdict for key, row in exact.rows.items()}
+    assert verdicts["cityscapes/s1/eps_adv"] == "reproduced within spread"  # 11.0 with a spread of 0.5, as in the paper
+    assert verdicts["cityscapes/s5/eps_adv"] == "reproduced within spread"  # 5.5 for 5.9
+    assert verdicts["cityscapes/erm/eps_uni_targeted"] == "other setting"  # no spread is known
     swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=5.0), MANY)
     assert swapped["cityscapes/s1/eps_adv"] == (5.0, "not reproduced")
     assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
