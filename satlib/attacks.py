@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import graphs
+from satlib.checks import check_model, check_pair, check_threshold, check_universal, per_heap, per_step
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
@@ -19,10 +20,6 @@ from satlib.updates import UPDATES
 PIXELS_AT_ONCE = 2**22  # of images that are only classified
 Gradients = Callable[..., tuple[Tensor, Tensor]]
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
-
-
-LOSSES = ("cross-entropy", "margin")
-SCHEDULES = ("geometric", "cosine")
 
 
 def attack_loss(
@@ -86,19 +83,6 @@ def annealed_step_sizes(
     else:
         weights = [gamma**k for k in range(steps)]
     return [beta * eps * weight / math.fsum(weights) for weight in weights]
-
-
-def check_eps(eps: float) -> None:
-    """Raises SatlibError where eps is not a number from 0 to 255."""
-    if not 0 <= eps <= 255:
-        raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
-
-
-def check_annealing(beta: float, gamma: float) -> None:
-    """Raises SatlibError where beta or gamma of `annealed_step_sizes` is not a positive number."""
-    for name, value in (("beta", beta), ("gamma", gamma)):
-        if not (math.isfinite(value) and value > 0):
-            raise SatlibError(f"{name}={value!r}: expected a positive number")
 
 
 @contextlib.contextmanager
@@ -210,13 +194,13 @@ def heap_pgd(
     capped ones have no gradient.
     """
     count = len(images)
-    _check_pair(images, labels)
-    _check_threshold(loss_threshold, targeted)
+    check_pair(images, labels)
+    check_threshold(loss_threshold, targeted)
     if not 1 <= sharedness <= count:
         raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
     heaps = -(-count // sharedness)
-    eps = _per_heap("eps", eps, heaps, images.device, top=255.0)
-    alphas = _per_step(step_size, steps, heaps, images.device)
+    eps = per_heap("eps", eps, heaps, images.device, top=255.0)
+    alphas = per_step(step_size, steps, heaps, images.device)
     xi = _start(start, (heaps, *images.shape[1:]), eps, generator)
     options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "targeted": targeted}
     best, best_loss = xi, torch.full((heaps,), -math.inf, device=images.device)
@@ -228,6 +212,8 @@ def heap_pgd(
         return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, loss, best_loss)
 
     with attackable(model) as net:
+        if not model.training:  # a training that attacks its own model at every step has no time for it
+            check_model(net, images, labels)
         step = graphs.prepared(_iteration, net, images, labels, xi, eps, alphas[0], sharedness=sharedness, **options)
         for alpha in alphas:
             previous = xi
@@ -288,30 +274,31 @@ def universal_pgd(
     Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold, mismatched shapes, an
     unknown update, schedule or loss, and where `dominant` meets a targeted attack or segmentation.
     """
-    _check_pair(images, labels)
-    _check_threshold(loss_threshold, targeted)
     epsilons = [float(e) for e in eps] if isinstance(eps, Sequence) else [float(eps)]
     if not epsilons:
         raise SatlibError(f"eps={eps!r}: expected a number, or at least one")
-    check_annealing(beta, gamma)
-    if not 1 <= batch_size <= len(images):
-        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
-    if micro_batch is not None and micro_batch < 1:
-        raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to choose by their size")
-    for name, value, known in (("update", update, UPDATES), ("schedule", schedule, SCHEDULES), ("loss", loss, LOSSES)):
-        if value not in known:
-            raise SatlibError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    if loss == "margin" and label_smoothing:
-        raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
-    if dominant and (targeted or labels.ndim > 1):
-        raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
-    if snapshots < 1 or score_images < 1:
-        raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
+    check_universal(
+        images,
+        labels,
+        steps=steps,
+        batch_size=batch_size,
+        beta=beta,
+        gamma=gamma,
+        targeted=targeted,
+        loss_threshold=loss_threshold,
+        label_smoothing=label_smoothing,
+        snapshots=snapshots,
+        score_images=score_images,
+        micro_batch=micro_batch,
+        update=update,
+        schedule=schedule,
+        loss=loss,
+        dominant=dominant,
+    )
     heaps, device = len(epsilons), images.device
-    bound = _per_heap("eps", epsilons, heaps, device, top=255.0)
-    sizes = annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma, schedule=schedule) if steps > 0 else [1.0]
-    relative = torch.tensor(sizes)
-    alphas = _per_step(relative, steps, 1, device)
+    bound = per_heap("eps", epsilons, heaps, device, top=255.0)
+    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma, schedule=schedule))
+    alphas = per_step(relative, steps, 1, device)
     xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
     marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
     kept = []
@@ -335,6 +322,7 @@ def universal_pgd(
         return graphs.prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options), rest
 
     with attackable(model) as net:
+        check_model(net, images, labels)
         whole, rest = prepare(capped)
         for step, (chosen, alpha) in enumerate(zip(order, alphas, strict=True), start=1):
             parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
@@ -418,51 +406,6 @@ def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Gener
     passes = -(-steps // (count // batch_size))
     orders = [torch.randperm(count, generator=generator) for _ in range(passes)]
     return torch.cat([order[: count - count % batch_size].view(-1, batch_size) for order in orders])[:steps]
-
-
-def _check_pair(images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or not len(images):
-        raise SatlibError(f"images of shape {tuple(images.shape)}: expected (d, C, H, W) with d at least 1")
-    types = (torch.int64, torch.uint8) if labels.ndim == 3 else (torch.int64,)  # an ImageSet keeps pixels' as bytes
-    if len(labels) != len(images) or labels.ndim not in (1, 3) or labels.dtype not in types:
-        raise SatlibError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape"
-            f" ({len(images)},), or ({len(images)}, H, W) for segmentation"
-        )
-
-
-def _check_threshold(loss_threshold: float | None, targeted: bool) -> None:
-    if loss_threshold is not None and targeted:
-        raise SatlibError(f"loss_threshold={loss_threshold!r} in a targeted attack: it knows no cap; pass None")
-    if loss_threshold is not None and not loss_threshold > 0:
-        raise SatlibError(f"loss_threshold={loss_threshold!r}: expected a positive number, or None for no cap")
-
-
-def _per_heap(name: str, value: Any, heaps: int, device: torch.device, *, top: float) -> Tensor:
-    """A number, or one for each heap, as a (heaps or 1, 1, 1, 1) tensor on the device; checked on the host."""
-    tensor = torch.as_tensor(value, dtype=torch.float32).reshape(-1)
-    if len(tensor) not in (1, heaps):
-        raise SatlibError(f"{name} has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
-    if not bool((right := (tensor >= 0) & (tensor <= top)).all()):
-        raise SatlibError(f"{name}={tensor[~right][0].item():g}: expected numbers from 0 to {top:g} (pixel units)")
-    return tensor.to(device).view(-1, 1, 1, 1)
-
-
-def _per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
-    """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
-    if steps < 1:
-        raise SatlibError(f"steps={steps!r}: expected at least 1")
-    tensor = torch.as_tensor(value, dtype=torch.float32)
-    if not bool((right := tensor.isfinite() & (tensor >= 0)).all()):
-        wrong = tensor[~right].flatten()[0].item()
-        raise SatlibError(f"step_size={wrong:g}: expected finite numbers of at least 0 (pixel units)")
-    if tensor.ndim == 0:
-        tensor = tensor.expand(steps)
-    if tensor.shape not in ((steps,), (steps, heaps)):
-        raise SatlibError(
-            f"step_size of shape {tuple(tensor.shape)}: expected a number, ({steps},) or ({steps}, {heaps})"
-        )
-    return tensor.reshape(steps, -1, 1, 1, 1).to(device).unbind()
 
 
 def random_start(shape: tuple[int, ...], eps: float | Tensor, generator: torch.Generator | None) -> Tensor:

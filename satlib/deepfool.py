@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, check_eps
+from satlib.attacks import attackable
+from satlib.checks import check_eps
 from satlib.errors import SatlibError
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, check_eps, heap_gradients, heap_pgd, perturb
+from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb
+from satlib.checks import check_eps
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.errors import SatlibError

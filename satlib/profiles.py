@@ -155,7 +155,7 @@ def _read_yaml(path: Path) -> object:
 
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SatlibError(f"{path} is not valid YAML: {error}") from error
 
 

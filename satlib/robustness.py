@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, check_annealing, heap_pgd, success_rates, universal_pgd
+from satlib.attacks import attackable, heap_pgd, success_rates, universal_pgd
+from satlib.checks import check_model, check_pair, check_universal
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 
@@ -105,7 +106,11 @@ def universal_robustness(
         raise SatlibError(f"restarts={restarts!r}: expected at least 1")
     if search not in SEARCHES:
         raise SatlibError(f"search={search!r}: expected one of {', '.join(SEARCHES)}")
+    check_universal(*craft, targeted=targeted, **attack)
+    for pair in (choose, report):
+        check_pair(*pair)
     with attackable(model) as net:
+        check_model(net, *craft)
         options = attack | {"targeted": targeted, "generator": generator}
         hunt = Hunt(net, craft, choose, delta, options, progress, restarts=restarts, warm_start=warm_start)
         if hunt.best is None:  # else the clean images do
@@ -285,11 +290,20 @@ def adversarial_robustness(
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
     _check_search(delta, iterations)
-    check_annealing(beta, gamma)
+    check_universal(
+        images,
+        labels,
+        steps=steps,
+        beta=beta,
+        gamma=gamma,
+        targeted=targeted,
+        loss_threshold=loss_threshold,
+    )
     relative = torch.tensor([gamma**k for k in range(steps)])
     relative = beta * relative / relative.sum()
     smallest = []
     with attackable(model) as net:
+        check_model(net, images, labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x = x.float().contiguous(memory_format=torch.channels_last)
             fooled = _wins(net, x, y, targeted, delta)
