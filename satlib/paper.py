@@ -298,10 +298,12 @@ class Trust:
     """Settings of notebook 09, which asks whether the evaluations can be trusted. None of it is in the paper."""
 
     audited: tuple[tuple[int, float, float], ...] = ((1, 8, 0.7), (64, 14, 0.7))  # models of section 6.1 beside ERM
+    sections: tuple[str, ...] = ("6.2", "6.3")  # whose models are audited besides: ERM, and a defended one of each kind
     masks: tuple[str, ...] = ("rounded", "saturated")  # how gradients are hidden from the audit, which must notice
     eps: float = 16.0
     epsilons: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 255.0)
     images: int = 512  # test images
+    scenes: int = 16  # test scenes, in section 6.3
     steps: int = 20  # of attacks on single images and heaps
     attacks: tuple[str, ...] = ("paper", "hard targets", "margin", "momentum", "dominant")  # see experiments.trust
     depths: tuple[int, ...] = (8,)  # other undefended networks, to and from which perturbations are carried

@@ -190,8 +190,7 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
     stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
     kinds = {record.kind for stem in stems for record in lab.carry_out(plan.of(stem))}
-    cifar10 = experiments.cifar10(paper.CIFAR10)
-    trust = experiments.trust(paper.CIFAR10, cifar10, replace(paper.TRUST, audited=((64, 14, 0.7),)))
+    trust = experiments.trust(paper.CIFAR10, paper.TRUST)
     others = (experiments.imagenet(paper.IMAGENET), experiments.cityscapes(paper.CITYSCAPES), trust)
     kinds |= {run.kind for run in (*small.runs, *(run for other in others for run in other.runs))}
     assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"

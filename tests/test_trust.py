@@ -51,7 +51,7 @@ CHOICES = {
 def plan_of(changes=()):
     settings = with_parameters(paper.CIFAR10, SMALL)
     choices = with_parameters(paper.TRUST, CHOICES | dict(changes))
-    return settings, experiments.trust(settings, experiments.cifar10(settings), choices)
+    return settings, experiments.trust(settings, choices)
 
 
 def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):

@@ -37,6 +37,7 @@ __all__ = [
     "profile_runs",
     "robustness_run",
     "trust",
+    "trust_plan",
     "with_parameters",
 ]
 
@@ -63,11 +64,18 @@ def profile_runs(profile: str) -> list[Run]:
         elif stem == "06_cityscapes":
             found += cityscapes(with_parameters(CITYSCAPES, given)).runs
         elif stem == "09_can_we_trust_it":
-            settings = with_parameters(CIFAR10, parameters(profile, "04_cifar10"))
-            found += trust(settings, cifar10(settings), with_parameters(TRUST, given)).runs
+            found += trust_plan(profile, with_parameters(TRUST, given)).runs
         else:
             found += method(with_parameters(CIFAR10, given), with_parameters(METHOD, given)).of(stem)
     return found
+
+
+def trust_plan(profile: str, choices: Trust) -> TrustPlan:
+    """Plan of notebook 09 for a profile's models."""
+    own = with_parameters(CIFAR10, parameters(profile, "04_cifar10"))
+    second = imagenet(with_parameters(IMAGENET, parameters(profile, "05_imagenet")))
+    third = cityscapes(with_parameters(CITYSCAPES, parameters(profile, "06_cityscapes")))
+    return trust(own, choices, imagenet=second, cityscapes=third)
 
 
 def with_parameters(settings: Settings, parameters: Mapping[str, object]) -> Settings:

@@ -1,11 +1,12 @@
 """Can the evaluations be trusted? Audits, attacks stronger than the paper's, seeds, and transfer between models."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from satlib.errors import SatlibError
-from satlib.experiments.classification import Plan, erm_run, robustness_run
+from satlib.experiments.classification import Plan, cifar10, erm_run, robustness_run
+from satlib.experiments.scenes import ScenesPlan
 from satlib.lab import Run
 from satlib.paper import Cifar10, Trust
 
@@ -53,8 +54,11 @@ class TrustPlan:
         return [*found, self.transfer, *(run for each in self.seeds.values() for run in each)]
 
 
-def trust(settings: Cifar10, plan: Plan, choices: Trust) -> TrustPlan:
-    """Plan of notebook 09, for models of section 6.1 under its `settings`."""
+def trust(
+    settings: Cifar10, choices: Trust, *, imagenet: Plan | None = None, cityscapes: ScenesPlan | None = None
+) -> TrustPlan:
+    """Plan of notebook 09, for models of section 6.1 under its `settings`, with audits of other sections' models."""
+    plan = cifar10(settings)
     models = {"ERM": plan.erm}
     for point in choices.audited:
         if point not in plan.models:
@@ -67,7 +71,18 @@ def trust(settings: Cifar10, plan: Plan, choices: Trust) -> TrustPlan:
     attacks = {
         title: {name: attack_run(own, model, name) for name in choices.attacks} for title, model in models.items()
     }
-    masked = {mask: _audit(settings, choices, plan.erm, mask=mask) for mask in choices.masks}
+    untargeted = attacks_on(plan, models.values())
+    masked = {mask: _audit(choices, plan.erm, untargeted[plan.erm], mask=mask) for mask in choices.masks}
+    audits = {title: _audit(choices, model, untargeted[model]) for title, model in models.items()}
+    if imagenet is not None and "6.2" in choices.sections:
+        defended = {point[0]: runs[0] for point, runs in reversed(imagenet.models.items())}  # the first of each s
+        for model in (imagenet.erm, *(defended[s] for s in sorted(defended))):
+            audits[f"6.2: {model.title}"] = _audit(choices, model, imagenet.robustness[model][0])
+    if cityscapes is not None and "6.3" in choices.sections:
+        final = {point[0]: parts[-1] for point, parts in reversed(cityscapes.models.items())}
+        for model in (cityscapes.erm, *(final[s] for s in sorted(final))):
+            attack = cityscapes.untargeted[model]
+            audits[f"6.3: {model.title}"] = _audit(choices, model, attack, images=choices.scenes)
     others = [
         replace(erm_run(replace(settings, depth=depth)), title=f"ERM, {depth} layers") for depth in choices.depths
     ]
@@ -76,14 +91,14 @@ def trust(settings: Cifar10, plan: Plan, choices: Trust) -> TrustPlan:
     parents |= {f"search {i}": robustness_run(own, model) for i, model in enumerate(carried)}
     return TrustPlan(
         models=models,
-        audits={title: _audit(settings, choices, model) for title, model in models.items()},
+        audits=audits,
         masked=masked,
         attacks=attacks,
         seeds={
             title: [robustness_run(own, model, seed=seed) for seed in range(choices.seeds)]
             for title, model in models.items()
         },
-        transfer=_run(settings, choices, "transfer", "transfer", parents, choices.images * len(carried) ** 2),
+        transfer=_run(plan.erm, choices, "transfer", "transfer", parents, choices.images * len(carried) ** 2),
     )
 
 
@@ -100,17 +115,24 @@ def attack_run(settings: Cifar10, model: Run, name: str) -> Run:
     return Run(base.kind, title, base.dataset, config, base.parents, base.cost, base.labels)
 
 
-def _audit(settings: Cifar10, choices: Trust, model: Run, *, mask: str = "") -> Run:
-    attack = robustness_run(settings, model).config["attack"]
+def attacks_on(plan: Plan, models: Iterable[Run]) -> dict[Run, Run]:
+    """The first search of each of the models."""
+    return {model: plan.robustness[model][0] for model in models}
+
+
+def _audit(choices: Trust, model: Run, search: Run, *, mask: str = "", images: int = 0) -> Run:
+    """The audit of the attack that a search uses on a model."""
+    attack, images = search.config["attack"], images or choices.images
     title = f"audit of {model.title}" + (f", {mask}" if mask else "")
-    cost = attack["steps"] * attack["batch_size"] * (17 + len(choices.epsilons)) + 3 * choices.images * choices.steps
+    cost = attack["steps"] * attack["batch_size"] * (17 + len(choices.epsilons)) + 3 * images * choices.steps
     options = {"attack": attack, "eps": choices.eps, "epsilons": list(choices.epsilons)}
-    options |= {"images": choices.images, "image_steps": choices.steps} | ({"mask": mask} if mask else {})
-    return _run(settings, choices, "audit", title, {"model": model}, cost, **options)
+    options |= {"images": images, "image_steps": choices.steps} | ({"mask": mask} if mask else {})
+    options |= {"sets": {"craft": "train"}} if search.config.get("sets") else {}
+    return _run(model, choices, "audit", title, {"model": model}, cost, **options)
 
 
 def _run(
-    settings: Cifar10, choices: Trust, kind: str, title: str, parents: Mapping[str, Run], cost: float, **config: Any
+    model: Run, choices: Trust, kind: str, title: str, parents: Mapping[str, Run], cost: float, **config: Any
 ) -> Run:
-    config = {"dataset": settings.dataset, "seed": choices.seed, "images": choices.images} | config
-    return Run(kind, title, settings.dataset, config, dict(parents), cost, {"section": "trust"})
+    config = {"dataset": model.dataset, "seed": choices.seed, "images": choices.images} | config
+    return Run(kind, title, model.dataset, config, dict(parents), cost, {"section": "trust"})

@@ -10,6 +10,8 @@ from satlib.attacks import attackable, success_rates
 from satlib.ledger import Workspace
 from satlib.segmentation import perturbation_of
 
+CRAFTED = 4096  # images to craft on, where they come from a large set
+
 if TYPE_CHECKING:
     from satlib.lab import Lab, Run
 
@@ -20,15 +22,17 @@ def compute_audit(lab: "Lab", run: "Run", work: Workspace) -> dict:
     model = lab.model(run.parents["model"])
     if mask := config.get("mask"):
         model = audit.MASKS[mask](model)
-    test = splits.test.first(min(config["images"], len(splits.test)))
+    test, craft = splits.test.first(min(config["images"], len(splits.test))), splits.val
+    if "sets" in config:  # the data set has few validation images, or may be too large to be held
+        craft = getattr(splits, config["sets"]["craft"]).first(min(CRAFTED, len(splits.train)))
 
     def progress(text: str, done: float) -> None:
         lab.report(run, text, done, began)
 
     return audit.measure(
         model,
-        craft=(splits.val.images, splits.val.labels),
-        test=(test.images, test.labels),
+        craft=(craft.images[:], craft.labels),
+        test=(test.images[:], test.labels),
         eps=config["eps"],
         epsilons=config["epsilons"],
         attack=config["attack"],
