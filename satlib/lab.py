@@ -51,6 +51,17 @@ class Run:
                 yield run
 
 
+def _trained(run: Run) -> Run:
+    """The last training among what a run builds on, itself included."""
+    return next(r for r in reversed(list(run.ancestry())) if r.kind in TRAININGS)
+
+
+def _network(run: Run) -> str:
+    """What a run's speed depends on: the network, and the size of its images."""
+    trained = _trained(run)
+    return str(trained.config["architecture"]) + trained.dataset
+
+
 class Lab:
     """A ledger, a device, and the data sets that were loaded: everything that a run needs.
 
@@ -77,7 +88,8 @@ class Lab:
         self.progress = progress or Progress()
         self._done: dict[str, Record] = {}
         self._specs: dict[Run, RunSpec] = {}
-        self._spent = self._worked = 0.0  # seconds, and work in the unit of Run.cost, of the runs computed here
+        self._spent = self._worked = 0.0  # seconds that the runs computed here took, and what `_work` says of them
+        self._mixed = False  # whether the plan in hand has several networks
         self._speeds: dict[str, float] = {}  # by architecture
         self._order: dict[str, int] = {}  # the plan in hand: place of each run, and the runs still to do
         self._waiting: dict[str, Run] = {}
@@ -149,7 +161,7 @@ class Lab:
         )
         if computed:
             self._spent += time.monotonic() - began
-            self._worked += run.cost
+            self._worked += self._work(run)
             self.progress.line(f"[run] {self._place(run)}{run.title}: done in {duration(time.monotonic() - began)}")
         self._done[spec.id] = record
         return record
@@ -166,6 +178,7 @@ class Lab:
         runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
         self._order = {key: place for place, key in enumerate(runs, start=1)}
         self._waiting = {self.spec(run).id: run for run in self.pending(runs.values())}
+        self._mixed = len({_network(run) for run in self._waiting.values()}) > 1
         while self._waiting:
             ready = (
                 key
@@ -216,8 +229,7 @@ class Lab:
 
     def passes_per_second(self, run: Run) -> float:
         """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
-        trained = next(r for r in reversed(list(run.ancestry())) if r.kind in TRAININGS)
-        key = str(trained.config["architecture"]) + trained.dataset
+        trained, key = _trained(run), _network(run)
         if key not in self._speeds:
             train, model, steps = self.splits(trained.dataset).train, self.new_model(trained), 4
             options = {"eps": 8.0, "sharedness": 1, "steps": steps, "step_size": 2.0}
@@ -252,12 +264,17 @@ class Lab:
         elapsed, left = time.monotonic() - began, "estimating"
         if done > 0.02:
             left = f"{duration(elapsed * (1 - done) / done)} left in this run"
-            worked = self._worked + run.cost * done
-            others = sum(r.cost for key, r in self._waiting.items() if key != self.spec(run).id)
+            work = self._work(run)
+            worked = self._worked + work * done
+            others = sum(self._work(r) for key, r in self._waiting.items() if key != self.spec(run).id)
             if others and worked:
-                total = (others + run.cost * (1 - done)) * (self._spent + elapsed) / worked
+                total = (others + work * (1 - done)) * (self._spent + elapsed) / worked
                 left += f", about {duration(total)} in all"
         self.progress.update(f"[run] {self._place(run)}{run.title}: {text}, {done:.0%}, {left}")
+
+    def _work(self, run: Run) -> float:
+        """A run's share of the plan's time, in a unit of its own: passes, or where networks differ their seconds."""
+        return run.cost / self.passes_per_second(run) if self._mixed else run.cost
 
     def _place(self, run: Run) -> str:
         place = self._order.get(self.spec(run).id)

@@ -257,6 +257,23 @@ def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
     assert " attack passes a second" in total and not list(tmp_path.glob("runs/*/record.json"))
 
 
+def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypatch, float32):
+    """A minute was spent on half of a fast network's passes; the slow one's, as many, take ten times as long."""
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    settings = with_parameters(paper.CIFAR10, SMALL)
+    fast, slow = (experiments.erm_run(replace(settings, width=width)) for width in (2, 3))
+    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    speeds = {lab_module._network(fast): 100.0, lab_module._network(slow): 10.0}
+    monkeypatch.setattr(lab, "passes_per_second", lambda run: speeds[lab_module._network(run)])
+    seen = []
+    monkeypatch.setattr(lab.progress, "update", seen.append)
+    for run, mixed in ((fast, False), (slow, True)):
+        lab._waiting, lab._mixed = {lab.spec(r).id: r for r in (fast, run)}, mixed
+        lab.report(fast, "half", 0.5, time.monotonic() - 60)
+    assert "60 s left in this run" in seen[0].replace("1 min 0 s", "60 s") and "in all" not in seen[0]
+    assert "about 21 min 0 s in all" in seen[1]
+
+
 def _planned(profile, root):
     lab = Lab(ledger=Ledger(root), device="cpu")
     runs = [r for run in experiments.profile_runs(profile) for r in run.ancestry()]
