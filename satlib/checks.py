@@ -118,25 +118,28 @@ def per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Sequen
     return tensor.reshape(steps, -1, 1, 1, 1).to(device).unbind()
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Try the model on the first images, as attacks will use it.
 
     Raises SatlibError where it fails, or returns what is no logits of the classes that the labels name: another shape,
     NaN or infinite values, probabilities.
     """
+    few = images[:TRIED] if images.is_floating_point() else images[:TRIED].float()
+    few = few.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     try:
         with autocast(images.device):
-            logits = model(images[:TRIED].float().contiguous(memory_format=torch.channels_last))
+            logits = model(few)
     except RuntimeError as error:
         raise SatlibError(
-            f"the model fails on a float32 image of shape {tuple(images.shape[1:])}: {str(error).splitlines()[0]};"
-            " give it float32 weights (model.float()) and images of its size"
+            f"the model fails on {str(few.dtype).removeprefix('torch.')} images of shape {tuple(images.shape[1:])}: "
+            f"{str(error).splitlines()[0]}; give it weights of that type (model.float()) and images of its size"
         ) from error
     expected = f"({min(TRIED, len(images))}, classes{''.join(f', {n}' for n in labels.shape[1:])})"
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1 or logits.shape[2:] != labels.shape[1:]:
         raise SatlibError(f"the model returns {shape} for a few images: expected logits of shape {expected}")
+    logits = logits.detach()
     if not bool(logits.isfinite().all()):
         raise SatlibError("the model returns NaN or infinite logits: was its training finite?")
     shares = logits.float()

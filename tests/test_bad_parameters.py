@@ -175,8 +175,8 @@ class Answers(nn.Module):
             r"returns \(4,\) for a few images: expected logits of shape",
         ),
         (Answers(lambda x: x), r"returns \(4, 3, 8, 8\) for a few images"),
-        (Counted().double(), "the model fails on a float32 image .* give it float32 weights"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), "the model fails on a float32 image"),
+        (Counted().double(), "the model fails on float32 images .* give it weights of that type"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), "the model fails on float32 images"),
     ],
     ids=["nan", "inf", "probabilities", "decisions", "pictures", "float64", "other size"],
 )
