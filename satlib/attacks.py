@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import graphs
-from satlib.checks import check_model, check_pair, check_threshold, check_universal, per_heap, per_step
+from satlib.checks import (
+    check_model,
+    check_pair,
+    check_sharedness,
+    check_threshold,
+    check_universal,
+    per_heap,
+    per_step,
+)
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.precision import autocast
@@ -52,6 +60,7 @@ def attack_loss(
 
 def broadcast(perturbations: Tensor, sharedness: int, count: int) -> Tensor:
     """Repeat each heap's perturbation `sharedness` times (Figure 2): (heaps, C, H, W) -> (count, C, H, W)."""
+    check_sharedness(sharedness, count)
     heaps, *shape = perturbations.shape
     if heaps != (expected := -(-count // sharedness)):
         raise SatlibError(
@@ -196,8 +205,7 @@ def heap_pgd(
     count = len(images)
     check_pair(images, labels)
     check_threshold(loss_threshold, targeted)
-    if not 1 <= sharedness <= count:
-        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
+    check_sharedness(sharedness, count)
     heaps = -(-count // sharedness)
     eps = per_heap("eps", eps, heaps, images.device, top=255.0)
     alphas = per_step(step_size, steps, heaps, images.device)
@@ -378,6 +386,7 @@ def success_rates(
     targets. Decisions are images, or in segmentation pixels whose label is not 255. The model is used as given:
     pass it through `attackable`, or in eval mode.
     """
+    check_pair(images, labels)
     wins = torch.zeros(len(perturbations), device=images.device)
     total = torch.zeros((), device=images.device)
     count = min(batch_size, images_at_once(images))

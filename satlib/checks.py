@@ -42,6 +42,22 @@ def check_pair(images: Tensor, labels: Tensor) -> None:
         )
 
 
+def check_range(images: Tensor) -> None:
+    """Raises SatlibError where pixels are not finite or lie outside of 0 to 255: normalised inputs, most often."""
+    if images.is_floating_point():
+        low, high = (value.item() for value in images.aminmax())
+        if not 0 <= low <= high <= 255:
+            raise SatlibError(
+                f"images from {low:g} to {high:g}: expected pixel units, 0 to 255; normalise inside the model"
+            )
+
+
+def check_sharedness(sharedness: int, count: int) -> None:
+    """Raises SatlibError where heaps of so many images cannot be made of `count` of them."""
+    if not 1 <= sharedness <= count:
+        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
+
+
 def check_threshold(loss_threshold: float | None, targeted: bool) -> None:
     """Raises SatlibError where the loss threshold is no positive number, or is given to a targeted attack."""
     if loss_threshold is not None and targeted:
@@ -122,9 +138,10 @@ def per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Sequen
 def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Try the model on the first images, as attacks will use it.
 
-    Raises SatlibError where it fails, or returns what is no logits of the classes that the labels name: another shape,
-    NaN or infinite values, probabilities.
+    Raises SatlibError where images are out of range, and where the model fails, or returns what is no logits of the
+    classes that the labels name: another shape, NaN or infinite values, probabilities.
     """
+    check_range(images)
     few = images[:TRIED] if images.is_floating_point() else images[:TRIED].float()
     few = few.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import attack_loss, attackable, broadcast, heap_pgd, universal_pgd
+from satlib.checks import check_model, check_pair
 from satlib.precision import autocast
 
 
@@ -63,9 +64,11 @@ def risk_under(
     batch_size: int = 512,
 ) -> Risk:
     """Risk under given perturbations (heaps, C, H, W), each added to `sharedness` consecutive images."""
+    check_pair(images, labels)
     loss = error = 0.0
     added = broadcast(perturbations, sharedness, len(images))
     with attackable(model) as net:
+        check_model(net, images, labels)
         for x, y, xi in zip(images.split(batch_size), labels.split(batch_size), added.split(batch_size), strict=True):
             with autocast(images.device):
                 logits = net((x + xi).clamp(0, 255).contiguous(memory_format=torch.channels_last))

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from satlib import audit, profiles
-from satlib.attacks import heap_pgd, universal_pgd
+from satlib.attacks import heap_pgd, perturb, success_rates, universal_pgd
 from satlib.deepfool import universal_deepfool
 from satlib.defenses import DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining, mean_of_signs
 from satlib.errors import SatlibError
+from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.training import Training, train
 
@@ -59,6 +60,26 @@ def own_search(model, x, y, **changes):
     return adversarial_robustness(model, x, y, **{"steps": 2, "iterations": 2} | changes)
 
 
+def shared_risk(model, x, y, **changes):
+    return heap_risk(model, x, y, **{"eps": 8.0, "sharedness": 2, "steps": 2, "step_size": 2.0} | changes)
+
+
+def one_risk(model, x, y, **changes):
+    return universal_risk(model, x, y, craft=(x, y), **{"eps": 8.0, "steps": 2, "batch_size": 4} | changes)
+
+
+def given_risk(model, x, y, *, sharedness=2):
+    return risk_under(model, x, y, torch.zeros(4, *SHAPE), sharedness)
+
+
+def added(model, x, y, *, sharedness=2):
+    return perturb(x, torch.zeros(4, *SHAPE), sharedness)
+
+
+def rates(model, x, y):
+    return success_rates(model, x, y, torch.zeros(1, *SHAPE))
+
+
 def deepfool(model, x, y, **changes):
     return universal_deepfool(model, x, **{"eps": 8.0, "passes": 1, "classes": 4, "steps": 2} | changes)
 
@@ -97,10 +118,10 @@ EPS = st.sampled_from(NOT_FINITE) | st.floats(max_value=-1e-6) | st.floats(min_v
 NOT_POSITIVE = st.integers(max_value=0)
 SHARE = st.sampled_from([*NOT_FINITE, 0.0, 1.0]) | st.floats(max_value=0) | st.floats(min_value=1)
 BAD = {
-    "eps": (EPS, [heap, universal, deepfool, training, pooled, played, voted]),
-    "steps": (NOT_POSITIVE, [heap, universal, search, own_search, training, deepfool, voted]),
-    "sharedness": (NOT_POSITIVE | st.integers(min_value=9), [heap, training]),
-    "batch_size": (NOT_POSITIVE, [universal, search, training, deepfool, voted]),
+    "eps": (EPS, [heap, universal, shared_risk, one_risk, deepfool, training, pooled, played, voted]),
+    "steps": (NOT_POSITIVE, [heap, universal, search, own_search, shared_risk, one_risk, training, deepfool, voted]),
+    "sharedness": (NOT_POSITIVE | st.integers(min_value=9), [heap, shared_risk, given_risk, added, training]),
+    "batch_size": (NOT_POSITIVE, [universal, search, one_risk, training, deepfool, voted]),
     "delta": (SHARE, [search, own_search]),
     "iterations": (NOT_POSITIVE, [search, own_search]),
     "restarts": (NOT_POSITIVE, [search]),
@@ -131,7 +152,9 @@ def test_a_bad_number_is_named_before_the_model_is_asked(name, function, data):
     assert model.calls == 0
 
 
-@pytest.mark.parametrize("function", [heap, universal, search, own_search])
+@pytest.mark.parametrize(
+    "function", [heap, universal, search, own_search, shared_risk, one_risk, given_risk, expected_risk]
+)
 @pytest.mark.parametrize(
     ("x", "y"),
     [
@@ -149,6 +172,22 @@ def test_images_and_labels_that_do_not_fit_are_an_error(function, x, y):
     with pytest.raises(SatlibError) as error:
         function(Counted(), x, y)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("x", "y"), [(images()[:0], labels()[:0]), (images(), labels()[:3]), (images()[0], labels())])
+def test_success_rates_need_a_label_for_each_image(x, y):
+    with pytest.raises(SatlibError, match="expected"):
+        rates(Counted(), x, y)
+
+
+@pytest.mark.parametrize("function", [heap, universal, search, own_search, shared_risk, one_risk, expected_risk])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -2.1, 300.0])
+def test_images_that_are_not_in_pixel_units_are_an_error(function, value):
+    x, model = images(), Counted()
+    x[-1, 0, 0, 0] = value
+    with pytest.raises(SatlibError, match="expected pixel units, 0 to 255; normalise inside the model"):
+        function(model, x, labels())
+    assert model.calls == 0
 
 
 class Answers(nn.Module):
