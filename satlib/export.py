@@ -21,6 +21,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
 
 from satlib.errors import SatlibError
+from satlib.files import write_text
 
 # nbconvert's page without what it fetches from the network. Not all browsers know `columnalign`: hence CSS.
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
@@ -32,12 +33,21 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 <style>
   body.jp-Notebook { --jp-code-font-size: 12px; }
   body.jp-Notebook main { max-width: 1060px; margin: 0 auto; }
+  body.jp-Notebook nav { padding: 0 0 1em 80px; }
   math { font-size: 110%; }
   .jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); line-height: 1.35;
     font-size: var(--jp-code-font-size, 13px); }
   mtd[columnalign="left"] { text-align: left; }
   mtd[columnalign="right"] { text-align: right; }
 </style>
+{%- endblock -%}
+{%- block body_header -%}
+{{ super() }}
+{%- if resources.metadata.contents %}<nav><a href="{{ resources.metadata.contents }}">Contents</a></nav>{% endif -%}
+{%- endblock -%}
+{%- block data_png scoped -%}
+{%- set alt = output | get_metadata('alt', 'image/png') -%}
+{{ super() | replace('<img src=', '<img alt="' ~ (alt | escape_html) ~ '" src=', 1) if alt else super() }}
 {%- endblock -%}
 {%- block data_latex scoped -%}
 <div class="jp-RenderedLatex jp-OutputArea-output">{{ output.data['text/latex'] | markdown2html }}</div>
@@ -51,11 +61,12 @@ _CLOSING = (")", "]", "}", "|", "\N{DOUBLE VERTICAL LINE}", "\N{PRIME}", "!")
 _LIMITS = ("max", "min", "sup", "inf", "lim", "argmax", "argmin")
 
 
-def write_html(notebook: Path, target: Path, *, folder: Path) -> None:
+def write_html(notebook: Path, target: Path, *, folder: Path, contents: str = "") -> None:
     """Write `notebook` as one HTML file that needs nothing else; `target` appears when it is complete.
 
     Relative images and links in the notebook are relative to `folder`; links to notebooks become links to
-    their pages. Raises `SatlibError` naming the cell whose formula cannot be drawn.
+    their pages; contents: where a link at the top leads, such as the first page of a report. Raises `SatlibError`
+    naming the cell whose formula cannot be drawn.
     """
     exporter = _OfflineExporter(
         config=Config({"NbConvertBase": {"display_data_priority": _MEDIA}}),
@@ -67,12 +78,11 @@ def write_html(notebook: Path, target: Path, *, folder: Path) -> None:
         "name": notebook.stem,
         "path": str(folder),
         "to_folder": os.path.relpath(folder, target.parent),
+        "contents": contents,
     }
     content = nbformat.read(notebook, as_version=4)
     page, _ = exporter.from_notebook_node(content, resources={"metadata": metadata})
-    temporary = target.with_suffix(".html.part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, page)
 
 
 class _OfflineExporter(HTMLExporter):
@@ -125,6 +135,7 @@ def mathml(latex: str, *, display: bool = False) -> str:
         if _unbalanced(source):
             raise ValueError("its braces do not match")
         tree = converter.convert_to_element(source, display="block" if display else "inline")
+        tree.attrib.pop("xmlns", None)  # HTML knows it; in headings nbconvert would turn it into a prefix
         for element in tree.iter():
             _tidy(element, display)
         for element in tree.iter():

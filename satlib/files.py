@@ -36,6 +36,18 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, or replace it, so that readers find the old or the new one whole."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in `folder` on the disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)

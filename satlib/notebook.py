@@ -34,7 +34,7 @@ def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable
     The copy has 256 colours, so that notebooks stay small. alt: what the picture shows, in words, for readers who
     cannot see it.
     """
-    path = figures.save(figure, name, profile=profile, records=records)
+    path = figures.save(figure, name, profile=profile, records=records, alt=alt)
     plt.close(figure)
     copy = io.BytesIO()
     with PIL.Image.open(path) as picture:

@@ -66,11 +66,16 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 # --- which profiles and notebooks exist (standard library only: told before anything is installed)
 
 
+def profile_paths() -> dict[str, Path]:
+    """The files of all profiles by name."""
+    return {path.stem: path for path in sorted((project_root() / "notebooks" / "profiles").glob("*.yaml"))}
+
+
 def profile_path(name: str) -> Path:
     """The file of the profile `name`. Raises `SatlibError` for an unknown profile, with the nearest name."""
-    folder = project_root() / "notebooks" / "profiles"
-    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    known = profile_paths()
     if name not in known:
+        folder = project_root() / "notebooks" / "profiles"
         raise SatlibError(f"unknown profile {name!r} in {folder}{nearest(name, known)}")
     return known[name]
 

@@ -325,7 +325,7 @@ def _row(reported: Reported) -> Row:
 def rows(profile: str | None = None, *, ledger: Ledger | None = None, published: bool = False) -> list[Row]:
     """Every number of the paper with ours under `profile`; without one, for each the weightiest profile that has it."""
     records = Records(ledger, published=published)
-    names = [profile] if profile else [name for name in BY_WEIGHT if profiles.profile_path(name).is_file()]
+    names = [profile] if profile else [name for name in BY_WEIGHT if name in profiles.profile_paths()]
     result: list[Row] = []
     for name in names:
         fresh = [row for section in SECTIONS for row in section_rows(section, name, records)]

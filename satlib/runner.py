@@ -109,9 +109,10 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
             if outcome.status == "done":
                 timings.record(stem, outcome.seconds)
             outcomes.append(outcome)
-            pages[stem] = meanwhile.submit(_write_page, folder / path.name, path.parent)
+            pages[stem] = meanwhile.submit(_write_pages, folder / path.name, path.parent, profile)
     outcomes = [_with_page(outcome, pages) for outcome in outcomes]
     _print_summary(outcomes, folder)
+    print(f"Report: {_write_index(settings)}", flush=True)
     print(results.result().table(profile), flush=True)
     statuses = {outcome.status for outcome in outcomes}
     return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
@@ -245,12 +246,20 @@ def _execute(
     return Outcome(source.stem, status, time.monotonic() - start, message)
 
 
-def _write_page(notebook: Path, folder: Path) -> str:
-    """Writes the HTML page beside the executed notebook; what went wrong, or nothing."""
-    from satlib import export
+def _write_index(profile: profiles.Profile) -> Path:
+    from satlib import report
+
+    return report.write_index(profile)
+
+
+def _write_pages(notebook: Path, folder: Path, profile: str) -> str:
+    """Writes the HTML page beside the executed notebook, and that of the report; what went wrong, or nothing."""
+    from satlib import export, report
 
     try:
         export.write_html(notebook, notebook.with_suffix(".html"), folder=folder)
+        in_report = report.folder_of(profile) / f"{notebook.stem}.html"
+        export.write_html(notebook, in_report, folder=folder, contents="index.html")
     except (SatlibError, OSError) as error:
         return f"no HTML page: {error}"
     return ""

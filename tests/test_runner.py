@@ -95,6 +95,14 @@ def test_failing_notebook_is_left_readable_and_the_others_run(executed):
         assert "<mi>ε</mi>" in (folder / f"{stem}.html").read_text()
 
 
+def test_the_report_has_a_page_for_each_notebook(executed):
+    folder, _, printed = executed
+    report = folder.parents[2] / "figures" / "quick" / "report"
+    assert f"Report: {report / 'index.html'}\n" in printed
+    stems = {"00_good", "01_failing", "02_dying", "03_good"}
+    assert {page.stem for page in report.glob("*.html")} == {"index", *stems}
+
+
 def test_progress_is_told(executed):
     _, _, printed = executed
     assert "[1/4] 00_good: starts\n" in printed

@@ -69,11 +69,14 @@ def perturbation_picture(perturbation: np.ndarray, eps: float | None = None) -> 
     return as_picture(127.5 + perturbation * (127.5 / eps if eps else 0.0))
 
 
-def save(figure: Figure, name: str, *, profile: str, records: Iterable[Record], root: Path | None = None) -> Path:
+def save(
+    figure: Figure, name: str, *, profile: str, records: Iterable[Record], alt: str = "", root: Path | None = None
+) -> Path:
     """Write figures/<profile>/<name>.png and .pdf, both naming the records that they were drawn from.
 
     The PNG carries the text chunk `satlib`, the PDF the same JSON as its keywords: profile, figure, data sets, and
-    the digest of every record by its id; `verify` checks them. Returns the PNG's path.
+    the digest of every record by its id; `verify` checks them. alt, what the picture shows in words, stands in the
+    PNG's `Description` and the PDF's subject. Returns the PNG's path.
     """
     records = list(records)
     provenance = json.dumps(
@@ -89,9 +92,14 @@ def save(figure: Figure, name: str, *, profile: str, records: Iterable[Record], 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-        figure.savefig(png.with_suffix(".png.new"), format="png", metadata={"satlib": provenance, "Software": None})
+        figure.savefig(
+            png.with_suffix(".png.new"),
+            format="png",
+            metadata={"satlib": provenance, "Description": alt, "Software": None},
+        )
         with PdfPages(
-            pdf.with_suffix(".pdf.new"), metadata={"Keywords": provenance, "CreationDate": None, "Producer": None}
+            pdf.with_suffix(".pdf.new"),
+            metadata={"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None},
         ) as pages:
             pages.savefig(figure)
         png.with_suffix(".png.new").replace(png)
@@ -99,6 +107,12 @@ def save(figure: Figure, name: str, *, profile: str, records: Iterable[Record], 
     except OSError as error:
         raise SatlibError(f"cannot write {folder}: {error.strerror}; make it writable, or free some space") from None
     return png
+
+
+def alt_text(picture: Path) -> str:
+    """What a PNG that `save` wrote says it shows; empty where it says nothing."""
+    with Image.open(picture) as image:
+        return getattr(image, "text", {}).get("Description", "")
 
 
 def verify(folder: Path, ledger: Ledger | None = None) -> tuple[int, list[str]]:
