@@ -36,7 +36,7 @@ HELP
 
 Results
   notebooks/executed/P/   the executed notebooks, and each as an HTML page that needs no network
-  figures/P/              the figures, as PNG and PDF
+  figures/P/              the figures, as PNG and PDF; report/index.html leads to all pages, without a network
   data/runs/              what was computed, so that it never is again
 
 Environment variables

@@ -131,7 +131,7 @@ def test_structure_and_hiding_show_every_scene_and_size():
     assert bars == pytest.approx([0.2, 0.2]) and "eps = 40" in figure.get_suptitle()
     plt.close(figure)
     scores = [{"eps": 10.0, "hidden": 0.5, "kept": 0.9}, {"eps": 20.0, "hidden": None, "kept": 0.8}]
-    figure = drawings.hiding({"ERM": scores}, hide="person", dataset="Made up")
+    figure = drawings.hiding([(ERM, scores)], hide="person", dataset="Made up")
     assert figure.axes[1].get_lines()[0].get_ydata().tolist() == [90.0, 80.0]
     plt.close(figure)
 

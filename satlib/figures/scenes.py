@@ -197,19 +197,19 @@ def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Fig
     return figure
 
 
-def hiding(scores: Mapping[str, Sequence[Mapping[str, Any]]], *, hide: str, dataset: str) -> Figure:
+def hiding(scores: Sequence[tuple[SceneModel, Sequence[Mapping[str, Any]]]], *, hide: str, dataset: str) -> Figure:
     """The dynamic target: how much of the hidden class is gone, and how much of the rest stays, against eps.
 
-    scores: those of a `hiding` record by a model's title.
+    scores: models, each with those of its `hiding` record.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2), sharex=True)
-    for place, (title, found) in enumerate(scores.items()):
+    for model, found in scores:
         eps = [score["eps"] for score in found]
         for axis, name in zip(axes, ("hidden", "kept"), strict=True):
             shares = [np.nan if score[name] is None else 100 * score[name] for score in found]
-            axis.plot(eps, shares, marker="o*Ds^v"[place % 6], label=title)
+            axis.plot(eps, shares, label=model.title, **LOOKS.get(model.family, OTHER))
     axes[0].set(ylabel=f"pixels of {hide!r} that are gone (%)", ylim=(0, 102), xlabel="eps (pixel units of 255)")
-    axes[1].set(ylabel="all other pixels that stay as they were (%)", ylim=(0, 102), xlabel="eps (pixel units of 255)")
+    axes[1].set(ylabel="other pixels that stay as they were (%)", ylim=(0, 102), xlabel="eps (pixel units of 255)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"One perturbation that hides every {hide} · {dataset}", fontsize=12)
     return figure
