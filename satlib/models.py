@@ -83,6 +83,27 @@ class Normalised(nn.Module):
         return clone.to(memory_format=torch.channels_last)
 
 
+class UnitInputs(nn.Module):
+    """Any network whose inputs are in [0, 1], as everything here takes it: with pixels in 0..255.
+
+    network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); of a mapping, as
+    torchvision's segmentation models return it, `out` is taken. mean, std: one value a channel, in [0, 1], by which
+    its inputs are to be normalised; leave them out where the network does that itself.
+    """
+
+    def __init__(self, network: nn.Module, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+        super().__init__()
+        if not len(mean) == len(std) >= 1 or min(std) <= 0:
+            raise SatlibError(f"mean={tuple(mean)}, std={tuple(std)}: expected one of each a channel, and std positive")
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.network((x / 255 - self.mean) / self.std)
+        return out["out"] if isinstance(out, Mapping) else out
+
+
 class ResNet(Normalised):
     """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` feature maps (section 6.1: depth 20, width 64).
 

@@ -20,7 +20,7 @@ LARGEST = 1_500_000  # bytes of a source with its outputs
 
 
 def scrubbed(outputs: list) -> list:
-    """The outputs without progress lines, warnings on stderr, and execution metadata."""
+    """The outputs without progress lines, warnings on stderr, views of widgets, and execution metadata."""
     kept = []
     for output in outputs:
         if output.output_type == "stream":
@@ -28,6 +28,8 @@ def scrubbed(outputs: list) -> list:
             output.text = "".join(line for line in lines if not line.startswith("[run"))
             if output.name == "stderr" or not output.text:
                 continue
+        if "data" in output:
+            output.data.pop("application/vnd.jupyter.widget-view+json", None)  # nothing is left of the widget's model
         kept.append(output)
     return kept
 

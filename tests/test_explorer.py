@@ -1,0 +1,198 @@
+"""The explorer's panels without a browser: what they ask, what they show, and that only the newest question counts."""
+
+import re
+import threading
+import time
+
+import ipywidgets as widgets
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from satlib import data, explorer
+from satlib.claims import Model
+from satlib.errors import SatlibError
+from satlib.live import Subject, Superseded
+from satlib.models import build
+
+
+def slider(value=1):
+    return widgets.IntSlider(value=value, min=0, max=100, description="value")
+
+
+def shown(panel):
+    return re.sub(r"<[^>]*>", "", panel.status.value)
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_panel_shows_each_answer_and_then_the_last():
+    first_shown = threading.Event()
+    seen = []
+
+    def answer(settings, superseded):
+        yield Figure(), f"roughly {settings['value']}"
+        first_shown.wait(20)
+        yield Figure(), f"exactly {settings['value']}"
+
+    panel = explorer.Panel({"value": slider(7)}, answer, lambda settings: [])
+    wait_for(lambda: "roughly 7" in shown(panel))
+    seen.append(panel.picture.value)
+    assert "Refining" in shown(panel) and "⏳" in shown(panel) and 'alt="roughly 7"' in seen[0]
+    first_shown.set()
+    wait_for(lambda: shown(panel) == "exactly 7")
+    assert 'alt="exactly 7"' in panel.picture.value
+
+
+def test_moving_a_slider_quickly_answers_the_last_place_alone():
+    started, asked = threading.Event(), []
+
+    def answer(settings, superseded):
+        asked.append(settings["value"])
+        started.set()
+        while settings["value"] != 60:
+            if superseded():
+                raise Superseded
+            time.sleep(0.01)
+        yield Figure(), f"value {settings['value']}"
+
+    panel = explorer.Panel({"value": slider(0)}, answer, lambda settings: [])
+    assert started.wait(20)
+    for value in range(1, 61):
+        panel.controls["value"].value = value
+    wait_for(lambda: shown(panel) == "value 60")
+    assert asked[0] == 0 and asked[-1] == 60 and len(asked) < 30  # nothing queues up
+
+
+def test_an_answer_that_comes_too_late_is_not_shown():
+    def answer(settings, superseded):
+        yield Figure(), "too late"
+
+    panel = explorer.Panel({"value": slider()}, answer, lambda settings: [], start=False)
+    panel.answer_once(lambda: True)
+    assert "too late" not in panel.picture.value
+
+
+def test_errors_are_shown_in_the_panel_and_mended_by_the_next_move():
+    def answer(settings, superseded):
+        if settings["value"] == 1:
+            raise SatlibError("value=1: expected <another>")
+        if settings["value"] == 2:
+            raise ZeroDivisionError("oops")
+        yield Figure(), "fine"
+
+    panel = explorer.Panel({"value": slider(1)}, answer, lambda settings: [])
+    wait_for(lambda: "That does not work: value=1: expected &lt;another&gt;" in shown(panel))
+    panel.controls["value"].value = 2
+    wait_for(lambda: "This is a bug: ZeroDivisionError: oops" in shown(panel))
+    panel.controls["value"].value = 3
+    wait_for(lambda: shown(panel) == "fine")
+
+
+def test_a_panel_reads_as_text_where_there_are_no_widgets():
+    panel = explorer.Panel({"value": slider()}, lambda *_: iter([(Figure(), "")]), lambda settings: [], start=False)
+    bundle = panel._repr_mimebundle_()
+    assert "run this notebook in Jupyter" in bundle["text/plain"] and "value" in bundle["text/plain"]
+    assert isinstance(panel.figure(), Figure)
+
+
+class Few:
+    """A shelf of two untrained models, one of which labels pixels."""
+
+    titles = ("classifier", "segmenter")
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.taken = {}
+        for title, name, architecture in (
+            ("classifier", "shapes32", {"name": "resnet", "depth": 8, "width": 4}),
+            ("segmenter", "streets128x64", {"name": "fcn8s", "width": 2}),
+        ):
+            splits = data.load(name)
+            train = splits.train
+            model = build(architecture, classes=len(train.classes), mean=train.mean, std=train.std)
+            scene = train.labels[0] if name.startswith("streets") else None
+            self.taken[title] = Subject(title, model.eval(), splits, scene)
+
+    def scenes(self, title):
+        return self.taken[title].scenes
+
+    def take(self, title):
+        return self.taken[title]
+
+    def records(self, settings):
+        return []
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    return Few()
+
+
+def text_of(figure):
+    return " ".join(t.get_text() for axis in figure.axes for t in (axis.title, axis.xaxis.label, axis.yaxis.label))
+
+
+def test_attack_panel_offers_the_targets_of_its_model(shelf):
+    panel = explorer.attack_panel(shelf, eps=8.0, steps=10, start=False)
+    target = panel.controls["target"]
+    assert [name for name, _ in target.options] == ["any wrong answer", *shelf.take("classifier").splits.test.classes]
+    target.value = 2
+    figure = panel.figure()
+    assert "shown 15.9 times as strong" in text_of(figure) and "target hit" in text_of(figure)
+    panel.controls["model"].value = "segmenter"
+    assert [name for name, _ in target.options] == ["any wrong answer", "the target scene"] and target.value is None
+    target.value = -1
+    assert "pixels of unseen scenes" in text_of(panel.figure())
+    panel.controls["kind"].value = explorer.EACH
+    assert "the first image's own" in text_of(panel.figure())
+    panel.controls["eps"].value = 0.0
+    panel.answer_once(lambda: False)
+    assert "hit the target" in shown(panel)
+
+
+def test_sharedness_panel_offers_classifiers_alone(shelf):
+    panel = explorer.sharedness_panel(shelf, sharedness=64, eps=8.0, start=False)
+    panel.controls["steps"].value = 5
+    assert panel.controls["model"].options == ("classifier",)
+    assert "1 heap of 64 images share" in text_of(panel.figure())
+    panel.controls["sharedness"].value = 1
+    assert "16 of them" in text_of(panel.figure())
+    panel.answer_once(lambda: False)
+    assert "Shared by 1:" in shown(panel) and "5 of 5 steps" in shown(panel)
+
+
+def model(family, eps=None, sigma=None):
+    title = family if eps is None else f"{family}, {eps:g}, {sigma}"
+    return Model(title, family, None, eps, sigma, 80.0, 20.0, None, {})
+
+
+def test_the_nearest_model_is_one_that_was_run():
+    erm, low, high = model("ERM"), model("s = 64", 8.0, 0.3), model("s = 64", 22.0, 0.7)
+    models = [erm, low, high]
+    assert explorer.nearest_model(models, "s = 64", 10.0, 0.4) is low
+    assert explorer.nearest_model(models, "s = 64", 26.0, 0.6) is high
+    assert explorer.nearest_model(models, "ERM", 26.0, 0.6) is erm
+    with pytest.raises(SatlibError, match="no model of s = 8 was run; there are ERM, s = 64"):
+        explorer.nearest_model(models, "s = 8", 10.0, 0.5)
+
+
+def test_a_shelf_without_weights_says_what_makes_some(tmp_path, monkeypatch):
+    from satlib.lab import Lab
+    from satlib.ledger import Ledger
+
+    monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
+    with pytest.raises(
+        SatlibError, match=r"no trained model has its weights here: .*run_all.sh --profile quick --only"
+    ):
+        explorer.Shelf(Lab(profile="quick", ledger=Ledger(tmp_path)), "quick")
+
+
+def test_embedded_data_is_always_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
+    assert explorer.is_here("shapes32") and not explorer.is_here("cifar10") and not explorer.is_here("camvid:240x180")
