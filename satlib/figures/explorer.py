@@ -18,7 +18,9 @@ GREY = "0.35"
 
 def _figure(height: float) -> Figure:
     """A figure whose axes are placed by hand: to lay them out takes longer than to draw them."""
-    return Figure(figsize=(11.5, height), dpi=90, layout="none")
+    figure = Figure(figsize=(11.5, height), dpi=90)
+    figure.set_layout_engine("none")  # not by argument: saving as PDF would then lay it out after all
+    return figure
 
 
 def _blank(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
