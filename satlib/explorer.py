@@ -209,6 +209,7 @@ def _seed() -> widgets.IntSlider:
 
 
 ALL, EACH = "one perturbation for all images", "one for each image"
+SCENE, ANY = -1, -2  # targets beside classes; a selection's None would be none of its options
 
 
 def attack_panel(
@@ -216,20 +217,16 @@ def attack_panel(
 ) -> Panel:
     """Attack a model: what a perturbation looks like, what it does, and how success grows with eps."""
     chosen = _choice("model", shelf.titles, model or shelf.titles[0])
-    target = _choice("target", [("any wrong answer", None)], None)
+    target = _choice("target", [("any wrong answer", ANY)], ANY)
 
     def aims(change: object = None) -> None:
         """The targets of the chosen model; the old choice stays where there is one of its name."""
-        splits = shelf.take(chosen.value).splits
-        named = (
-            [("the target scene", -1)]
-            if shelf.scenes(chosen.value)
-            else [(c, i) for i, c in enumerate(splits.test.classes)]
-        )
+        classes = shelf.take(chosen.value).splits.test.classes
+        named = [("the target scene", SCENE)] if shelf.scenes(chosen.value) else [(c, i) for i, c in enumerate(classes)]
         kept = target.label
         with target.hold_trait_notifications():
-            target.options = [("any wrong answer", None), *named]
-            target.value = dict(target.options).get(kept)
+            target.options = [("any wrong answer", ANY), *named]
+            target.value = dict(target.options).get(kept, ANY)
 
     aims()
     chosen.observe(aims, names="value")  # before the panel, which then asks with targets that the model has
@@ -244,7 +241,8 @@ def attack_panel(
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
         subject, own = shelf.take(settings["model"]), settings["kind"] == EACH
-        question = Attack(settings["eps"], settings["steps"], settings["target"], own, settings["seed"])
+        aim = None if settings["target"] == ANY else settings["target"]
+        question = Attack(settings["eps"], settings["steps"], aim, own, settings["seed"])
         for found in attack(subject, question, superseded):
             yield drawings.attack_figure(found), _attack_words(found)
 

@@ -142,12 +142,16 @@ def test_attack_panel_offers_the_targets_of_its_model(shelf):
     panel = explorer.attack_panel(shelf, eps=8.0, steps=10, start=False)
     target = panel.controls["target"]
     assert [name for name, _ in target.options] == ["any wrong answer", *shelf.take("classifier").splits.test.classes]
+    assert target.label == "any wrong answer"
     target.value = 2
     figure = panel.figure()
     assert "shown 15.9 times as strong" in text_of(figure) and "target hit" in text_of(figure)
     panel.controls["model"].value = "segmenter"
-    assert [name for name, _ in target.options] == ["any wrong answer", "the target scene"] and target.value is None
-    target.value = -1
+    assert [name for name, _ in target.options] == [
+        "any wrong answer",
+        "the target scene",
+    ] and target.label == "any wrong answer"
+    target.value = explorer.SCENE
     assert "pixels of unseen scenes" in text_of(panel.figure())
     panel.controls["kind"].value = explorer.EACH
     assert "the first image's own" in text_of(panel.figure())
