@@ -107,6 +107,24 @@ def carried(metrics: Mapping) -> list[Claim]:
     ]
 
 
+def saved(metrics: Mapping) -> tuple[pd.DataFrame, Claim]:
+    """What universal perturbations are worth once the images with them went through a file: errors in %, from the
+    metrics of a `transfer` record, and whether 8 bits a channel keep them."""
+    rows = [{"model": title} for title in metrics["titles"]]
+    for row, eps, clean, each in zip(rows, metrics["eps"], metrics["clean"], metrics["saved"], strict=True):
+        row |= {"eps": eps, "no perturbation": 100 * clean} | {name: 100 * rate for name, rate in each.items()}
+    before, after, worst = max(
+        (
+            (each["exact"], each["8 bits"], title)
+            for title, each in zip(metrics["titles"], metrics["saved"], strict=True)
+        ),
+        key=lambda each: each[0] - each[1],
+    )
+    verdict = "holds" if before - after <= FALLS else "does not hold"
+    text = f"{worst}: {100 * before:.1f} % wrong before, {100 * after:.1f} % after"
+    return pd.DataFrame(rows), Claim("perturbations survive being saved as 8-bit images", verdict, text)
+
+
 def common_images(splits: Splits, *, choose: int, report: int) -> dict[str, int]:
     """How many images, by their content, each two of the three sets of a search of section 6.1 have in common.
 

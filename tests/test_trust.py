@@ -13,6 +13,7 @@ from satlib.errors import SatlibError
 from satlib.experiments import with_parameters
 from satlib.experiments.trust import ATTACKS, attack_run
 from satlib.figures import trust as drawings
+from satlib.kinds.trust import after_saving
 from satlib.lab import Lab
 from satlib.ledger import Ledger
 
@@ -70,6 +71,8 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     carried = lab.record(plan.transfer).metrics
     assert carried["titles"] == ["ERM", "s=8, eps=10, sigma=0.7", "ERM, 14 layers"]
     assert len(carried["rates"]) == len(carried["noise"]) == len(carried["clean"]) == 3
+    assert [set(each) for each in carried["saved"]] == [{"exact", "8 bits", "JPEG"}] * 3
+    assert [each["exact"] for each in carried["saved"]] == pytest.approx([carried["rates"][i][i] for i in range(3)])
     assert lab.record(plan.seeds["ERM"][0]).id == found["ERM"]["paper"].id
     assert len({lab.record(run).id for run in plan.seeds["ERM"]}) == 2
 
@@ -134,7 +137,23 @@ CARRIED = {
     "rates": [[0.75, 0.4], [0.5, 0.76]],
     "noise": [[0.1, 0.1], [0.1, 0.2]],
     "clean": [0.1, 0.1],
+    "saved": [{"exact": 0.75, "8 bits": 0.74, "JPEG": 0.6}, {"exact": 0.76, "8 bits": 0.76, "JPEG": 0.7}],
 }
+
+
+def test_what_perturbations_are_worth_after_saving():
+    frame, claim = trust.saved(CARRIED)
+    assert frame.columns.tolist() == ["model", "eps", "no perturbation", "exact", "8 bits", "JPEG"]
+    assert claim.verdict == "holds" and claim.evidence == "a: 75.0 % wrong before, 74.0 % after"
+    lost = CARRIED | {"saved": [{"exact": 0.75, "8 bits": 0.4, "JPEG": 0.3}, CARRIED["saved"][1]]}
+    assert trust.saved(lost)[1].verdict == "does not hold"
+
+
+def test_files_round_pixels_and_jpegs_lose_more():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255
+    forms = after_saving(images)
+    assert torch.equal(forms["exact"], images) and torch.equal(forms["8 bits"], images.round())
+    assert (forms["8 bits"] - images).abs().max() <= 0.5 < (forms["JPEG"] - images).abs().max()
 
 
 def test_claims_about_transfer():

@@ -43,6 +43,6 @@ KINDS = {
     "perturbation_structure": Kind(2, scenes.compute_perturbation_structure, ("perturbations",)),
     "hiding": Kind(2, scenes.compute_hiding, ("example",)),
     "audit": Kind(1, trust.compute_audit),
-    "transfer": Kind(1, trust.compute_transfer),
+    "transfer": Kind(2, trust.compute_transfer),
     "segmentations": Kind(1, scenes.compute_segmentations, ("segmentations",)),
 }

@@ -1,12 +1,15 @@
 """Whether the evaluations can be trusted: audits, and perturbations carried from model to model."""
 
+import io
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
 from satlib import audit
-from satlib.attacks import attackable, success_rates
+from satlib.attacks import attackable, perturb, success_rates
 from satlib.ledger import Workspace
 from satlib.segmentation import perturbation_of
 
@@ -46,7 +49,8 @@ def compute_transfer(lab: "Lab", run: "Run", work: Workspace) -> dict:
     """Error of every model under the universal perturbation of every other, at the size that its own search found.
 
     rates[i][j]: share of the test images that model j gets wrong under the perturbation of model i; None where the
-    search of i found none. noise[i][j]: the same under random signs of the same size. clean[j]: without any.
+    search of i found none. noise[i][j]: the same under random signs of the same size. clean[j]: without any. saved[j]:
+    under its own, by what the perturbed images went through: see `after_saving`.
     """
     config, splits = run.config, lab.splits(run.dataset)
     test = splits.test.first(min(config["images"], len(splits.test)))
@@ -59,10 +63,14 @@ def compute_transfer(lab: "Lab", run: "Run", work: Workspace) -> dict:
     signs = (torch.rand(found[0].shape, generator=generator) * 2 - 1).sign().to(lab.device)
     noise = [signs * xi.abs().max() for xi in found]
     stacked = torch.cat([*found, *noise, torch.zeros_like(signs)])
-    columns = []
-    for model in models:
+    columns, saved = [], []
+    for model, xi in zip(models, found, strict=True):
         with attackable(lab.model(model)) as net:
             columns.append(success_rates(net, test.images, test.labels, stacked).tolist())
+            forms = after_saving(perturb(test.images.float(), xi, len(test)))
+            none = torch.zeros_like(signs)
+            rates = {name: success_rates(net, x, test.labels, none).item() for name, x in forms.items()}
+            saved.append(rates)
     rows = list(zip(*columns, strict=True))
     return {
         "titles": [model.title for model in models],
@@ -70,5 +78,17 @@ def compute_transfer(lab: "Lab", run: "Run", work: Workspace) -> dict:
         "rates": [list(row) if known else None for row, known in zip(rows[:count], reached, strict=True)],
         "noise": [list(row) for row in rows[count : 2 * count]],
         "clean": list(rows[-1]),
+        "saved": saved,
         "images": len(test),
     }
+
+
+def after_saving(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Images (n, 3, H, W) in 0..255, real numbers, as they come back from a file: "exact" as they are, "8 bits" rounded
+    as in a PNG, "JPEG" compressed at quality 90."""
+    whole, compressed = images.round().to(torch.uint8), []
+    for picture in whole.permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=90)
+        compressed.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    return {"exact": images, "8 bits": whole.float(), "JPEG": torch.stack(compressed).to(images.device).float()}
