@@ -1,6 +1,10 @@
-"""The README's tables are what the published records say."""
+"""The README's tables are what the published records say, its example runs, and what it points to is there."""
 
+import re
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from satlib import results
 
@@ -11,6 +15,34 @@ def test_tables_of_the_readme_are_rendered_from_published_records():
     text = README.read_text(encoding="utf-8")
     assert len(results.BLOCK.findall(text)) >= 2
     assert results.with_tables(text) == text, "run tools/save_outputs.py"
+
+
+def test_the_example_runs_as_it_stands(capsys):
+    text = README.read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    torch.manual_seed(0)
+    images, labels = torch.rand(96, 3, 8, 8) * 255, torch.arange(96) % 4
+    names = {"network": nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), "images": images, "labels": labels}
+    exec(example, names)
+    assert names["xi"].shape == (1, 3, 8, 8) and names["own"].shape == images.shape
+    assert capsys.readouterr().out.strip() == str(names["found"]) and names["found"].perturbation.shape == (1, 3, 8, 8)
+    segmenter = nn.Conv2d(3, 4, 1)
+    names |= {"network": segmenter, "labels": torch.randint(0, 4, (96, 8, 8))}
+    exec(example, names)  # an FCN, too
+    assert names["xi"].shape == (1, 3, 8, 8)
+
+
+def test_everything_that_the_readme_points_to_is_there():
+    text = README.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (README.parent / path).is_file(), path
+    rows = re.findall(r"^\| `(\d\d_\w+)` \|.*\|([^|]*)\|$", text, flags=re.MULTILINE)
+    notebooks = {path.stem: path.read_text() for path in (README.parent / "notebooks").glob("[0-9]*.ipynb")}
+    assert {stem for stem, _ in rows} == notebooks.keys()
+    for stem, drawn in rows:
+        for name in re.findall(r"`(\w+)`", drawn):
+            assert name in notebooks[stem], f"{stem} draws no {name}"
 
 
 def test_a_number_that_no_record_holds_is_replaced():
