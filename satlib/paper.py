@@ -234,8 +234,14 @@ REPORTED = (
     Reported("cifar10/erm/accuracy", "6.1", "ERM: clean accuracy", "%", 93.25),
     Reported("cifar10/erm/eps_uni", "6.1", "ERM: eps_uni(0.75)", "pixel units", 14.9),
     Reported("cifar10/no-loss/eps_uni", "6.1", "s=64, no accuracy lost: eps_uni(0.75)", "pixel units", 22.7),
-    Reported("cifar10/90/eps_uni", "6.1", "s=64, accuracy of 90 % accepted: eps_uni(0.75)", "pixel units", 44.1),
-    Reported("cifar10/90/loss", "6.1", "s=64, accuracy of 90 % accepted: accuracy lost, less than", "points", 3.5),
+    Reported(
+        "cifar10/90/eps_uni",
+        "6.1",
+        "s=64, accuracy of 90 % (3.25 points lost) accepted: eps_uni(0.75)",
+        "pixel units",
+        44.1,
+    ),
+    Reported("cifar10/90/loss", "6.1", "s=64, the same model: accuracy lost, less than", "points", 3.5),
     Reported(
         "cifar10/gain",
         "6.1",

@@ -1,6 +1,5 @@
 """The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from satlib import experiments, profiles
-from satlib.claims import Claim, Model, Records, cifar10_claims, imagenet_claims, trained_models
+from satlib.claims import Claim, Model, Records, cifar10_claims, domination, imagenet_claims, trained_models
 from satlib.ledger import Ledger
 from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, Reported
-from satlib.scene_claims import SceneModel, cityscapes_claims, matched, scene_models
+from satlib.scene_claims import SceneModel, cityscapes_claims, larger, matched, scene_models
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/shared": "s = 64",
@@ -21,6 +20,7 @@ COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/uad": "DeepFool UAD",
     "cifar10/cost/fictitious-play": "fictitious play",
 }
+DIRECTION = {"holds": "same direction", "does not hold": "not reproduced", "not decided": "not decided"}  # of claims
 BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts for more
 
 
@@ -31,8 +31,9 @@ class Row:
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
     `ours` follows from.
     verdict: "reproduced within spread" where the settings are the paper's and ours is within two spreads of its number;
-    else "same direction" or "not reproduced" for a claim that compares models, "other setting" for a number of one
-    model that is smaller, shorter trained or on other data than the paper's, "not run".
+    else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models, by the
+    same rule as for its claims; "other setting" for a number of one model that is smaller, shorter trained or on other
+    data than the paper's; "not run".
     """
 
     section: str
@@ -213,7 +214,7 @@ def _fill_cifar10(rows: _Rows, models: list[Model], plan: experiments.Plan, reco
         rows.fill_robustness("cifar10/no-loss/eps_uni", _best(models, sharedness=64, accuracy=erm.accuracy), erm)
         rows.fill_robustness("cifar10/90/eps_uni", accepted, erm)
         if accepted is not None:
-            rows.fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "same direction")
+            rows.fill("cifar10/90/loss", erm.accuracy - accepted.accuracy, [erm, accepted], "other setting")
     pairs = [
         (m, other)
         for m in models
@@ -224,7 +225,8 @@ def _fill_cifar10(rows: _Rows, models: list[Model], plan: experiments.Plan, reco
     if pairs:
         gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
         used = list({m.title: m for pair in pairs for m in pair}.values())
-        rows.fill("cifar10/gain", gain, used, "same direction" if gain > 0 else "not reproduced")
+        verdict, _ = domination(models, "s = 64", "s = 1")
+        rows.fill("cifar10/gain", gain, used, DIRECTION.get(verdict, verdict))
     if plan.cost and (cost := records.of(plan.cost)):
         for key, way in COSTS.items():
             rows.fill(key, cost.metrics["seconds"][way], [], "other setting", runs=(cost.id,))
@@ -244,30 +246,26 @@ def _fill_imagenet(rows: _Rows, models: list[Model], plan: experiments.Plan, rec
 
 
 def _fill_cityscapes(rows: _Rows, models: list[SceneModel], plan: experiments.ScenesPlan, records: Records) -> None:
-    chosen = {m.family: m for m in matched(models)}
-    erm = chosen["ERM"]
+    erm, *defended = matched(models)
+    chosen = {m.family: m for m in (erm, *defended)}
     delta = erm.searches[0].config["delta"]
     where = {} if delta == CITYSCAPES.delta else {"dataset": f"{rows.dataset}, but delta = {delta:g}"}
     rows.fill("cityscapes/erm/iou", erm.iou, [erm], "other setting", seeds=1)
-    measures = {
-        "eps_uni_targeted": lambda m: m.eps_uni,
-        "eps_uni": lambda m: m.untargeted,
-        "eps_adv": lambda m: m.eps_adv,
-    }
-    # The family that the paper's number is for, and the one that it says is less robust there.
-    for who, family in (("erm", "ERM"), ("s1", "s = 1"), ("s5", "s = 5")):
-        for what, measure in measures.items():
-            key = f"cityscapes/{who}/{what}"
-            if key not in rows.reported or family not in chosen:
-                continue
-            model, base = chosen[family], erm
-            if (family, what) == ("s = 1", "eps_adv"):
-                base = chosen.get("s = 5", erm)
-            ours, other = (math.inf if measure(m) is None else measure(m) for m in (model, base))
-            verdict = "other setting" if who == "erm" else "same direction" if ours > other else "not reproduced"
-            spread = model.error if what == "eps_adv" else None
-            used = [model] if model is base else [model, base]
-            rows.fill(key, measure(model), used, verdict, spread, seeds=1, **where)
+    names, measures = {"erm": "ERM", "s1": "s = 1", "s5": "s = 5"}, ("eps_uni_targeted", "eps_uni", "eps_adv")
+    for key in rows.reported:
+        _, who, what = key.split("/")
+        if what not in measures or names[who] not in chosen:
+            continue
+        model, measure = chosen[names[who]], {"eps_uni_targeted": "eps_uni", "eps_uni": "untargeted"}.get(what, what)
+        # Which one is more robust, in the paper: s = 1 than ERM, s = 5 than s = 1; to image-dependent attacks s = 1.
+        pair = ("s1", "s5") if what == "eps_adv" else {"s1": ("s1", "erm"), "s5": ("s5", "s1")}.get(who, (who,))
+        compared = [chosen[names[each]] for each in pair if names[each] in chosen]
+        verdict = "other setting"
+        if len(compared) == 2:
+            better, worse = compared
+            verdict = DIRECTION[larger(better, worse, measure)]
+        spread = model.error if what == "eps_adv" else None
+        rows.fill(key, getattr(model, measure), compared, verdict, spread, seeds=1, **where)
 
 
 SECTIONS = {
@@ -339,10 +337,8 @@ def as_json(found: list[Row]) -> list[dict]:
 
 
 def as_frame(found: list[Row]) -> pd.DataFrame:
-    """The rows that were run, for readers: numbers as numbers, None where there is none."""
-    columns = ["section", "quantity", "unit", "paper", "ours", "spread", "verdict", "profile", "dataset"]
-    ran = [asdict(row) for row in found if row.verdict != "not run"]
-    return pd.DataFrame(ran, columns=columns).rename(columns={"dataset": "data set"})
+    """The rows that were run, as text for readers."""
+    return scoreboard([row for row in found if row.verdict != "not run"])
 
 
 def table(profile: str | None = None) -> str:

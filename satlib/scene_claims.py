@@ -146,8 +146,8 @@ def cityscapes_claims(models: Sequence[SceneModel]) -> list[Claim]:
         ("it does so without a target, too (paper: 47.8, 25)", many, one, "untargeted"),
         ("standard training withstands larger image-dependent ones (paper: 11, 5.9)", one, many, "eps_adv"),
     ):
-        found.append(Claim(claim, _larger(better, worse, measure), _sizes((better, worse), measure)))
-    verdicts = [_larger(m, erm, "eps_uni") for m in (one, many)]
+        found.append(Claim(claim, larger(better, worse, measure), _sizes((better, worse), measure)))
+    verdicts = [larger(m, erm, "eps_uni") for m in (one, many)]
     verdict = next(v for v in ("does not hold", "not decided", "holds") if v in verdicts)
     claim = "both withstand larger targeted universal perturbations than ERM (paper: 19.92)"
     return [*found, Claim(claim, verdict, _sizes((one, many, erm), "eps_uni"))]
@@ -160,7 +160,7 @@ def _sizes(models: Sequence[SceneModel], measure: str) -> str:
     return ", ".join(f"{m.title} {shown(getattr(m, measure))}" for m in models) + " pixel units"
 
 
-def _larger(better: SceneModel, worse: SceneModel, measure: str) -> str:
+def larger(better: SceneModel, worse: SceneModel, measure: str) -> str:
     """Whether one model needs clearly larger perturbations than another: a verdict. None is beyond 255.
 
     Clearly: by a share CLEAR of the larger, or for eps_adv by two standard errors of the difference.

@@ -63,6 +63,20 @@ def test_domination_under_deepfool_looks_at_that_accuracy():
     assert domination(models, "s = 64", "s = 1")[0] == "does not hold"
 
 
+def test_alike_is_that_neither_dominates():
+    start = "s = 1 and s = 8 perform similarly"
+    models = [
+        model("s = 1", 86, 30.0),
+        model("s = 1", 84, 36.0),
+        model("s = 8", 86.5, 30.2),
+        model("s = 8", 84.5, 35.9),
+    ]
+    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "holds"
+    models[2:] = [model("s = 8", 86.5, 40.0), model("s = 8", 84.5, 45.0)]
+    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "does not hold"
+    assert verdict_of(cifar10_claims([ERM, *models[:2]], None), start).verdict == "not run"
+
+
 def test_all_of_adversarial_training_has_to_beat_a_baseline():
     models = [ERM, model("fictitious play", 85.0, 20.0)]
     models += [model(f"s = {s}", 86.0, 30.0 + s) for s in (1, 8, 64)]
@@ -96,6 +110,13 @@ def test_the_cost_of_sharing(ratio, verdict):
     claim = verdict_of(cifar10_claims([ERM], cost), "s = 1 and s = 64 cost the same")
     assert claim.verdict == verdict and f"{ratio:.2f}" in claim.evidence
     assert verdict_of(cifar10_claims([ERM], None), "s = 1 and s = 64 cost").verdict == "not run"
+
+
+@pytest.mark.parametrize(("cheapest", "verdict"), [(300.0, "holds"), (105.0, "does not hold"), (50.0, "does not hold")])
+def test_the_cost_of_other_defences(cheapest, verdict):
+    seconds = {"s = 1": 100.0, "s = 64": 100.0, "DeepFool UAD": 400.0, "fictitious play": cheapest}
+    claim = verdict_of(cifar10_claims([ERM], types.SimpleNamespace(metrics={"seconds": seconds})), "the other defences")
+    assert claim.verdict == verdict and f"fictitious play takes {cheapest / 100:.2f} times" in claim.evidence
 
 
 def with_entropy(model, bits):

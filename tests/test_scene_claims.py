@@ -79,9 +79,15 @@ def test_rows_of_section_6_3_are_judged_as_the_paper_says():
     assert verdicts["cityscapes/s1/eps_adv"] == "reproduced within spread"  # 11.0 with a spread of 0.5, as in the paper
     assert verdicts["cityscapes/s5/eps_adv"] == "reproduced within spread"  # 5.5 for 5.9
     assert verdicts["cityscapes/erm/eps_uni_targeted"] == "other setting"  # no spread is known
-    swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=5.0), MANY)
-    assert swapped["cityscapes/s1/eps_adv"] == (5.0, "not reproduced")
+    swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=3.0), MANY)
+    assert swapped["cityscapes/s1/eps_adv"] == (3.0, "not reproduced")
+    assert swapped["cityscapes/s5/eps_adv"] == (6.0, "not reproduced")  # the same comparison
     assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
+    assert swapped["cityscapes/s5/eps_uni_targeted"] == (110.0, "not reproduced")  # more than ERM, less than s = 1
+    alike = rows(ERM, model("s = 1", 45.0, 108.0, eps_adv=6.5), MANY)
+    assert (
+        alike["cityscapes/s5/eps_uni_targeted"] == (110.0, "not decided") == (110.0, alike["cityscapes/s5/eps_adv"][1])
+    )
     found = results._Rows("cityscapes", "p", "Made up")
     results._fill_cityscapes(found, [model("ERM", 49.0, 20.0, delta=0.5), ONE, MANY], None, None)
     assert found.rows["cityscapes/erm/iou"].dataset == "Made up"
