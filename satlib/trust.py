@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from torch import Tensor
 
-from satlib.audit import FALLS
+from satlib.audit import FALLS, Check
 from satlib.claims import Claim
 from satlib.data import Splits
 from satlib.ledger import Record
@@ -33,16 +33,33 @@ def smallest(searches: Mapping[str, Record]) -> tuple[float | None, str]:
     return min((eps, name) for name, eps in known.items()) if known else (None, "")
 
 
-def bounds(found: Found) -> pd.DataFrame:
-    """A row for each model: eps_uni by every attack, the ensemble's, whose it is, and how far below the paper's."""
+def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> pd.DataFrame:
+    """A row for each model: eps_uni by every attack, the ensemble's, whose it is, and how far that is below the paper's
+    attack, and below the smallest that the paper's attack finds from several seeds: an ensemble of one attack."""
+
+    def below(eps: float | None, other: float | None) -> str:
+        return "–" if eps is None or other is None else f"{100 * (1 - eps / other):.0f} %"
+
     rows = []
     for model, searches in found.items():
         eps, name = smallest(searches)
-        paper = searches["paper"].metrics["eps_uni"]
-        lower = "–" if eps is None or paper is None else f"{100 * (1 - eps / paper):.0f} %"
+        again = min((value for value in seeds[model] if value is not None), default=None)
         each = {attack: size(record.metrics["eps_uni"]) for attack, record in searches.items()}
-        rows.append({"model": model, **each, "smallest": size(eps), "by": name, "lower by": lower})
+        lower = {
+            "lower by": below(eps, searches["paper"].metrics["eps_uni"]),
+            f"than the best of {len(seeds[model])} seeds": below(eps, again),
+        }
+        rows.append({"model": model, **each, "smallest": size(eps), "by": name, **lower})
     return pd.DataFrame(rows)
+
+
+def failed(audits: Mapping[str, Sequence[Check]]) -> str:
+    """In words: what each audited model fails, one line for each."""
+    lines = []
+    for model, found in audits.items():
+        fails = [check.check for check in found if check.verdict == "fails"]
+        lines.append(f"{model}: {'fails ' + '; '.join(fails) if fails else 'passes all checks'}")
+    return "\n".join(lines)
 
 
 def claims(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> list[Claim]:

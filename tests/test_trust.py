@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from satlib import experiments, paper, trust
+from satlib import audit, experiments, paper, trust
 from satlib import lab as lab_module
 from satlib.data import ImageSet, Splits
 from satlib.errors import SatlibError
@@ -114,10 +114,16 @@ FOUND = {
 
 
 def test_the_ensemble_is_the_smallest_of_all():
-    frame = trust.bounds(FOUND)
+    frame = trust.bounds(FOUND, {"ERM": [20.0, 18.0, None], "s = 8": [None, None, None]})
     assert frame["smallest"].tolist() == ["17.0", "29.0"] and frame["by"].tolist() == ["margin", "momentum"]
     assert frame["lower by"].tolist() == ["15 %", "–"] and frame["paper"].tolist() == ["20.0", "> 255"]
+    assert frame["than the best of 3 seeds"].tolist() == ["6 %", "–"]
     assert trust.smallest(searches(paper=None)) == (None, "")
+
+
+def test_what_fails_is_said_for_each_model():
+    found = [audit.Check("one", "passes", ""), audit.Check("two", "fails", ""), audit.Check("three", "fails", "")]
+    assert trust.failed({"a": found, "b": found[:1]}) == "a: fails two; three\nb: passes all checks"
 
 
 def test_claims_about_bounds():
