@@ -118,9 +118,9 @@ def segmenters(settings: Any, models: list[SceneModel]) -> pd.DataFrame:
             "model": m.title,
             "mean IoU (%)": f"{m.iou:.1f}",
             f"targeted eps_uni({settings.delta:g})": _size(m.eps_uni),
-            "targeted eps_adv": _size(m.eps_adv, m.error),
-            "untargeted eps_uni": _size(m.untargeted),
-            "untargeted eps_adv": _size(m.untargeted_adv, m.untargeted_error),
+            f"targeted eps_adv({settings.delta:g})": _size(m.eps_adv, m.error),
+            f"untargeted eps_uni({settings.delta:g})": _size(m.untargeted),
+            f"untargeted eps_adv({settings.delta:g})": _size(m.untargeted_adv, m.untargeted_error),
         }
         for m in models
     )
