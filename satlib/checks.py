@@ -44,7 +44,7 @@ def check_pair(images: Tensor, labels: Tensor) -> None:
 
 def check_range(images: Tensor) -> None:
     """Raises SatlibError where pixels are not finite or lie outside of 0 to 255: normalised inputs, most often."""
-    if images.is_floating_point():
+    if images.dtype.is_floating_point:  # which streamed images, too, can tell
         low, high = (value.item() for value in images.aminmax())
         if not 0 <= low <= high <= 255:
             raise SatlibError(
@@ -142,7 +142,7 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     classes that the labels name: another shape, NaN or infinite values, probabilities.
     """
     check_range(images)
-    few = images[:TRIED] if images.is_floating_point() else images[:TRIED].float()
+    few = images[:TRIED] if images.dtype.is_floating_point else images[:TRIED].float()
     few = few.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     try:
         with autocast(images.device):
