@@ -77,7 +77,7 @@ class Subject:
         return (8 if self.scenes else 32) if own else (16 if self.scenes else UNSEEN)
 
     def steps_at_once(self, images: int) -> int:
-        """Steps on so many images that a first answer has time for; twelve passes of a larger network count more."""
+        """Steps on so many images that a first answer has time for; segmentation does more pixels in that time."""
         pixels = self.splits.test.images.shape[2:].numel()
         return max(4, int(QUICK_PASSES * 1024 / pixels / images * (2.0 if self.scenes else 1.0)))
 
