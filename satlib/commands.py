@@ -26,25 +26,58 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
         "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group = parser.add_argument_group("on a cluster (extra `cluster`)")
+    group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
+    group.add_argument("--address", metavar="auto|ray://HOST:PORT", help="the cluster (default: the one at hand)")
+    group.add_argument("--gpus-per-run", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs")
+    group.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="default: 1")
+    group.add_argument(
+        "--ranks", type=int, metavar="N", default=1, help="trainings on larger images: by torchrun on N GPUs of a node"
+    )
+    group.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for nodes without this folder: where they keep records meanwhile"
+    )
     parser.set_defaults(function=lambda arguments: _sweep(arguments, deadline(arguments.budget)))
 
 
 def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
-    from satlib import experiments
+    from satlib import cluster, experiments
     from satlib.lab import BudgetSpent, Lab
 
+    options = cluster.Options(
+        address=arguments.address,
+        gpus=arguments.gpus_per_run,
+        cpus=arguments.cpus_per_run,
+        ranks=arguments.ranks,
+        scratch=arguments.scratch,
+        device=arguments.device,
+    )
+    if arguments.on == "here" and options != cluster.Options(device=arguments.device):
+        raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
     runs = experiments.profile_runs(arguments.profile)
-    lab = Lab(profile=arguments.profile, device=arguments.device, force=arguments.force, deadline=deadline)
+    here = arguments.device if arguments.on == "here" else "cpu"  # the driver of a cluster only looks after it
+    lab = Lab(profile=arguments.profile, device=here, force=arguments.force, deadline=deadline)
     if arguments.dry_run:
         _dry_run(lab, runs)
         return 0
+    failed: list[Run] = []
+    stopped = False
     try:
-        lab.carry_out(runs)
+        if arguments.on == "ray":
+            state = cluster.sweep(lab, runs, options)
+            failed, stopped = list(state.failed.values()), state.stopped
+        else:
+            lab.carry_out(runs, failed=failed.append)
     except BudgetSpent:
-        print(f"budget spent: {len(lab.pending(runs))} runs are left; the same call goes on from here")
-        return 3
-    print(f"all runs of the profile {arguments.profile!r} have a record")
-    return 0
+        stopped = True
+    left = len(lab.todo(runs)) if stopped else 0
+    if left:
+        print(f"budget spent: {left} runs are left; the same call goes on from here")
+    elif failed:
+        print(f"{len(failed)} runs have no record; see {lab.ledger.root / 'failed'}; the same call tries them again")
+    else:
+        print(f"all runs of the profile {arguments.profile!r} have a record")
+    return 1 if failed else 3 if left else 0
 
 
 def _dry_run(lab: "Lab", runs: list["Run"]) -> None:
@@ -52,20 +85,29 @@ def _dry_run(lab: "Lab", runs: list["Run"]) -> None:
     from satlib.progress import duration
     from satlib.provenance import device_name
 
-    unique = {lab.spec(r).id: r for run in runs for r in run.ancestry()}
-    waiting = {lab.spec(run).id for run in lab.pending(unique.values())}
-    seconds, disk = 0.0, 0
-    for key, run in unique.items():
+    unique = {id(r): r for run in runs for r in run.ancestry()}.values()
+    for dataset in dict.fromkeys(run.dataset for run in unique):
+        if why := lab.stand_in(dataset):
+            print(f"{dataset}: not here, so that none of its records can be looked up: {why}")
+    waiting = lab.todo(runs)
+    sections: dict[str, list[float]] = {}  # runs, seconds, bytes
+    for key, run in {lab.spec(run).id: run for run in unique}.items():
         state = "done"
         if key in waiting:
-            needed = run.cost / lab.passes_per_second(run)
-            seconds, disk, state = seconds + needed, disk + lab.weight_bytes(run), f"about {duration(needed)}"
+            seconds = run.cost / lab.passes_per_second(run)
+            total = sections.setdefault(str(run.labels.get("section", "method")), [0.0, 0.0, 0.0])
+            for place, amount in enumerate((1, seconds, lab.weight_bytes(run))):
+                total[place] += amount
+            state = f"about {duration(seconds)}"
         print(f"{key[:12]}  {state:20}  {run.kind:22}  {run.title}")
-    speeds = {round(lab.passes_per_second(run)) for key, run in unique.items() if key in waiting}
-    probe = f"; probe: {', '.join(f'{speed:,}' for speed in speeds)} attack passes a second" if speeds else ""
+    for section, (count, seconds, disk) in sections.items():
+        print(f"section {section}: {count:,.0f} runs, {seconds / 3600:,.1f} h, {disk / 1e6:,.0f} MB of weights")
+    speeds = {round(lab.passes_per_second(run)) for run in waiting.values()}
+    probe = f"; probe: {', '.join(f'{speed:,}' for speed in sorted(speeds))} attack passes a second" if speeds else ""
+    runs_, seconds, disk = (sum(total) for total in zip(*sections.values(), strict=True)) if sections else (0, 0, 0)
     print(
-        f"{len(waiting)} of {len(unique)} runs are waiting: about {seconds / 3600:.1f} h on {device_name()}{probe};"
-        f" {disk / 1e6:.0f} MB of weights on disk"
+        f"{runs_:.0f} of {len({lab.spec(run).id for run in unique})} runs are waiting: about {seconds / 3600:.1f} h on "
+        f"{device_name()}{probe}; {disk / 1e6:.0f} MB of weights on disk"
     )
 
 

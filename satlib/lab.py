@@ -4,7 +4,8 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -56,7 +57,7 @@ def _trained(run: Run) -> Run:
     return next(r for r in reversed(list(run.ancestry())) if r.kind in TRAININGS)
 
 
-def _network(run: Run) -> str:
+def network(run: Run) -> str:
     """What a run's speed depends on: the network, and the size of its images."""
     trained = _trained(run)
     return str(trained.config["architecture"]) + trained.dataset
@@ -87,6 +88,7 @@ class Lab:
         self.deadline = deadline or float(os.environ.get("SATLIB_DEADLINE", "inf"))
         self.progress = progress or Progress()
         self._done: dict[str, Record] = {}
+        self._splits: dict[str, data.Splits] = {}
         self._specs: dict[Run, RunSpec] = {}
         self._spent = self._worked = 0.0  # seconds that the runs computed here took, and what `_work` says of them
         self._mixed = False  # whether the plan in hand has several networks
@@ -94,12 +96,25 @@ class Lab:
         self._order: dict[str, int] = {}  # the plan in hand: place of each run, and the runs still to do
         self._waiting: dict[str, Run] = {}
 
-    @functools.cache  # noqa: B019 - a lab lives as long as its process
     def splits(self, dataset: str) -> data.Splits:
         """The data set's splits on the lab's device."""
-        return data.load(dataset).to(self.device)
+        if dataset not in self._splits:
+            self._splits[dataset] = data.load(dataset).to(self.device)
+        return self._splits[dataset]
 
-    @functools.cache  # noqa: B019
+    def stand_in(self, dataset: str) -> str:
+        """Where the data set cannot be loaded, have noise of its geometry in its place, for estimates; and why."""
+        try:
+            self.splits(dataset)
+        except SatlibError as error:
+            noise = data.stand_in(dataset)
+            if noise is None:
+                raise
+            self._splits[dataset] = noise.to(self.device)
+            return str(error)
+        return ""
+
+    @functools.cache  # noqa: B019 - a lab lives as long as its process
     def fingerprint(self, dataset: str) -> str:
         """One fingerprint for all three splits."""
         splits = self.splits(dataset)
@@ -170,31 +185,71 @@ class Lab:
         """Compute a run as one of several ranks, of which another records it."""
         KINDS[run.kind].compute(self, run, work)
 
-    def carry_out(self, plan: Iterable[Run]) -> list[Record]:
+    def carry_out(self, plan: Iterable[Run], *, failed: Callable[[Run], None] | None = None) -> list[Record]:
         """Records of all runs of the plan with what they build on, in its order; progress over the whole plan.
 
-        A run that another process is computing is left to it while there is other work.
+        A run that another process is computing is left to it while there is other work. With `failed`, a run that
+        raises is noted and handed to it, and all others are carried out but for those that build on it.
         """
         runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
         self._order = {key: place for place, key in enumerate(runs, start=1)}
-        self._waiting = {self.spec(run).id: run for run in self.pending(runs.values())}
-        self._mixed = len({_network(run) for run in self._waiting.values()}) > 1
+        self._waiting = self.todo(runs.values())
+        self._mixed = len({network(run) for run in self._waiting.values()}) > 1
+        inner = self.parents_of(self._waiting.values())
         while self._waiting:
-            ready = (
-                key
-                for key, run in self._waiting.items()
-                if not any(self.spec(parent).id in self._waiting for parent in run.parents.values())
-                and not self.ledger.busy(key)
-            )
+            ready = (key for key in self._waiting if self._ready(key) and not self.ledger.busy(key))
             key = next(ready, next(iter(self._waiting)))
-            self.record(self._waiting[key])
-            del self._waiting[key]
+            try:
+                self.record(self._waiting[key], whole=key in inner)
+            except BudgetSpent:
+                raise
+            except Exception as error:
+                if failed is None:
+                    raise
+                lost = self.building_on(key, self._waiting)
+                self.note_failure(runs[key], "".join(traceback.format_exception(error)), len(lost) - 1)
+                for other in lost:
+                    failed(self._waiting.pop(other))
+                    del runs[other]
+            else:
+                del self._waiting[key]
         return [self.record(run) for run in runs.values()]
 
-    def pending(self, plan: Iterable[Run]) -> list[Run]:
-        """The runs of the plan, with what they build on, that have no record yet."""
-        runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
-        return [run for run in runs.values() if self.find(run) is None]
+    def todo(self, plan: Iterable[Run]) -> dict[str, Run]:
+        """What has to be computed for all runs of the plan and what they build on, by id, parents first.
+
+        That is what has no record; and where something without a record builds on one that was published without its
+        weights, that one, too.
+        """
+        found: dict[str, Run] = {}
+        seen: set[tuple[str, bool]] = set()
+
+        def visit(run: Run, whole: bool) -> None:
+            key = self.spec(run).id
+            if (key, whole) in seen or key in found:
+                return
+            seen.add((key, whole))
+            if self.find(run, whole=whole) is None:
+                for parent in run.parents.values():
+                    visit(parent, True)
+                found[key] = run
+
+        for run in plan:
+            for each in run.ancestry():
+                visit(each, False)
+        return found
+
+    def _ready(self, key: str) -> bool:
+        """Whether nothing that a waiting run builds on is waiting, too."""
+        return not any(self.spec(parent).id in self._waiting for parent in self._waiting[key].parents.values())
+
+    def parents_of(self, runs: Iterable[Run]) -> set[str]:
+        """Ids of what the runs build on directly."""
+        return {self.spec(parent).id for run in runs for parent in run.parents.values()}
+
+    def building_on(self, key: str, runs: Mapping[str, Run]) -> list[str]:
+        """Ids of those of the runs that build on one of them, itself included."""
+        return [other for other, run in runs.items() if any(self.spec(r).id == key for r in run.ancestry())]
 
     def model(self, run: Run) -> nn.Module:
         """The trained classifier of a `train` run, in eval mode on the lab's device."""
@@ -229,7 +284,7 @@ class Lab:
 
     def passes_per_second(self, run: Run) -> float:
         """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
-        trained, key = _trained(run), _network(run)
+        trained, key = _trained(run), network(run)
         if key not in self._speeds:
             train, model, steps = self.splits(trained.dataset).train, self.new_model(trained), 4
             options = {"eps": 8.0, "sharedness": 1, "steps": steps, "step_size": 2.0}
@@ -253,6 +308,14 @@ class Lab:
         until, epochs = run.config.get("until"), run.config["training"]["epochs"]
         copies = 1 if until in (None, epochs) else 3  # with both of Adam's means, for the next part to go on with
         return copies * sum(t.nbytes for t in self.new_model(run).state_dict().values())
+
+    def note_failure(self, run: Run, text: str, lost: int = 0) -> None:
+        """Keep a run's traceback in a file, and name both. lost: how many runs cannot be carried out without it."""
+        key = self.spec(run).id
+        path = self.ledger.note_failure(key, f"{run.title} ({run.kind} {key})\n\n{text}")
+        why = (text.strip().splitlines() or ["no reason is known"])[-1]
+        more = f", and with it {lost} that build on it" if lost else ""
+        self.progress.line(f"[run] failed: {run.title}{more}: {why}; see {path}")
 
     def check_budget(self, needed: float = 0.0) -> None:
         """Raises BudgetSpent where fewer than `needed` seconds are left."""

@@ -165,8 +165,12 @@ class Ledger:
             )
             with files.writing(self.runs):
                 files.write_file(folder / "record.json", text)
+                # Where locks do not hold, as on some network file systems, somebody else may have been faster.
+                if not force and (other := self.find(spec.id, needs, locked=True)):
+                    return other
                 files.install(folder, self.runs / spec.id)
             workspace.drop_checkpoint()
+            self.forget_failure(spec.id)
         return records.parse_record(text, self.runs / spec.id)
 
     def lock(self, run_id: str) -> FileLock:
@@ -196,6 +200,16 @@ class Ledger:
             yield
         finally:
             lock.release()
+
+    def note_failure(self, run_id: str, text: str) -> Path:
+        """Keep why a run failed, in `<root>/failed`, until it is computed; the file."""
+        path = self.root / "failed" / f"{run_id[:12]}.txt"
+        files.write_text(path, text)
+        return path
+
+    def forget_failure(self, run_id: str) -> None:
+        """The run has been computed."""
+        (self.root / "failed" / f"{run_id[:12]}.txt").unlink(missing_ok=True)
 
     def busy(self, run_id: str) -> bool:
         """Whether a process computes this run right now; a sweep may do another one first."""
@@ -280,7 +294,7 @@ class Ledger:
         return archive.merge(self, map(Path, files), limits or archive.Limits())
 
     def status(self) -> dict:
-        """Counts and bytes of runs and published records, damaged folders, and unfinished or running runs."""
+        """Counts and bytes of runs and published records; failed, damaged, and unfinished or running runs."""
 
         def size(folder: Path) -> int:
             return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -294,6 +308,7 @@ class Ledger:
         return {
             "root": str(self.root),
             **stores,
+            "failed": sorted(path.stem for path in (self.root / "failed").glob("*.txt")),
             "damaged": sorted(path.name for path in (self.root / "damaged").glob("*")),
             "unfinished": [{"id": run_id, "running": self.busy(run_id)} for run_id in sorted(begun)],
         }

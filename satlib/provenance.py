@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -16,8 +17,14 @@ from satlib.precision import used_dtype
 
 
 @functools.cache
-def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the project's checkout and whether satlib differs from it; (None, None) without one."""
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of the project's checkout and whether satlib differs from it; (None, None) without one.
+
+    SATLIB_COMMIT (`HASH` or `HASH+changes`) says so where satlib came without its checkout.
+    """
+    if said := os.environ.get("SATLIB_COMMIT"):
+        name, _, changes = said.partition("+")
+        return name, bool(changes)
     root = project_root().resolve()
 
     def git(*arguments: str) -> str:
@@ -45,10 +52,10 @@ def device_name() -> str:
 
 def provenance() -> dict:
     """Device, versions and number format, commit (with whether satlib differs from it) and time, as in a record."""
-    commit, dirty = _commit()
+    known, dirty = commit()
     versions = {"satlib": satlib.__version__, "python": platform.python_version()}
     versions |= {"torch": str(torch.__version__), "numpy": np.__version__}
     if used := used_dtype():
         versions["convolutions"] = str(used).removeprefix("torch.")
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"device": device_name(), "versions": versions, "commit": commit, "dirty": dirty, "created": created}
+    return {"device": device_name(), "versions": versions, "commit": known, "dirty": dirty, "created": created}

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -88,8 +89,9 @@ class Workspace:
         digest = hashlib.sha256(content).hexdigest().encode()
         with files.writing(self._checkpoint.parent):
             self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            new = self._checkpoint.with_suffix(".new")
-            new.unlink(missing_ok=True)  # of a killed process
+            for left in self._checkpoint.parent.glob("*.new"):  # of a killed process
+                left.unlink(missing_ok=True)
+            new = self._checkpoint.with_suffix(f".{secrets.token_hex(4)}.new")
             try:
                 files.write_file(new, content[:start], digest, memoryview(content)[start + 64 :])
                 os.replace(new, self._checkpoint)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from satlib import claims, experiments, paper, profiles
+from satlib import claims, commands, data, experiments, paper, profiles
 from satlib import lab as lab_module
 from satlib.__main__ import main
 from satlib.data import Splits
@@ -81,7 +81,7 @@ def test_plan_is_carried_out_once_and_found_again(small, tmp_path):
     assert all(r.labels["profile"] == "p" and r.labels["dataset"] == "Tiny" for r in records)
     created = {r.id: r.created for r in records}
     again = Lab(ledger=Ledger(tmp_path), device="cpu")
-    assert again.pending(small.runs) == []
+    assert again.todo(small.runs) == {}
     assert {r.id: r.created for r in again.carry_out(small.runs)} == created
     forced = Lab(ledger=Ledger(tmp_path), device="cpu", force=True).carry_out(small.runs)
     assert all(r.created > created[r.id] for r in forced)
@@ -99,7 +99,7 @@ def test_weights_are_asked_for_only_where_something_builds_on_them(small, tmp_pa
     computed.ledger.publish(ids, ["perturbation"])
     shutil.rmtree(tmp_path / "runs")
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
-    assert lab.pending(small.runs) == [] and len(lab.carry_out(small.runs)) == len(ids)
+    assert lab.todo(small.runs) == {} and len(lab.carry_out(small.runs)) == len(ids)
     assert not any((tmp_path / "runs").glob("*/record.json"))
     other = experiments.robustness_run(with_parameters(paper.CIFAR10, SMALL), small.erm, seed=7)
     lab.record(other)
@@ -252,9 +252,35 @@ def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
     plan = {title: f"{key:.12}" for key, title in _planned("quick", tmp_path)}
     assert main(["sweep", "--profile", "quick", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
+    sections = [line for line in lines if line.startswith("section ")]
+    lines = lines[: -len(sections)]
+    counts = [int(line.partition(": ")[2].partition(" runs, ")[0]) for line in sections]
+    assert sum(counts) == len(lines) and sections[0].startswith("section 6.1: ") and " MB of weights" in sections[0]
     assert [line[:12] for line in lines] == list(plan.values()) and all("  about " in line for line in lines)
     assert total.startswith(f"{len(lines)} of {len(lines)} runs are waiting: about ") and "MB of weights" in total
     assert " attack passes a second" in total and not list(tmp_path.glob("runs/*/record.json"))
+
+
+def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
+    """On noise of the data set's geometry; what is known of it cannot be looked up, and it says so."""
+    monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
+    lab, settings = Lab(ledger=Ledger(tmp_path), device="cpu"), with_parameters(paper.CIFAR10, SMALL)
+    erm = experiments.erm_run(replace(settings, dataset="cifar10"))
+    commands._dry_run(lab, [erm])
+    first, run, section, total = capsys.readouterr().out.splitlines()
+    assert first.startswith("cifar10: not here") and str(tmp_path) in first
+    assert run.startswith(lab.spec(erm).id[:12]) and "  about " in run and section.startswith("section 6.1: 1 runs, ")
+    assert total.startswith("1 of 1 runs are waiting")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet200:20", "imagenet200-224", "camvid:240x180", "cityscapes"])
+def test_a_stand_in_has_the_geometry_of_its_data_set(name):
+    train = data.stand_in(name).train
+    scenes = name.startswith("c") and name != "cifar10"
+    wanted = {"cifar10": (32, 32, 10), "imagenet200:20": (64, 64, 20), "imagenet200-224": (224, 224, 200)}
+    wanted |= {"camvid:240x180": (180, 240, 11), "cityscapes": (512, 1024, 19)}
+    assert (*train.images.shape[2:], len(train.classes)) == wanted[name]
+    assert train.labels.ndim == (3 if scenes else 1) and data.stand_in("mnist") is None
 
 
 def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypatch, float32):
@@ -263,8 +289,8 @@ def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypa
     settings = with_parameters(paper.CIFAR10, SMALL)
     fast, slow = (experiments.erm_run(replace(settings, width=width)) for width in (2, 3))
     lab = Lab(ledger=Ledger(tmp_path), device="cpu")
-    speeds = {lab_module._network(fast): 100.0, lab_module._network(slow): 10.0}
-    monkeypatch.setattr(lab, "passes_per_second", lambda run: speeds[lab_module._network(run)])
+    speeds = {lab_module.network(fast): 100.0, lab_module.network(slow): 10.0}
+    monkeypatch.setattr(lab, "passes_per_second", lambda run: speeds[lab_module.network(run)])
     seen = []
     monkeypatch.setattr(lab.progress, "update", seen.append)
     for run, mixed in ((fast, False), (slow, True)):

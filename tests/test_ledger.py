@@ -236,8 +236,8 @@ def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monke
 
     def provenance(root):
         monkeypatch.setenv("SATLIB_HOME", str(root))
-        where._commit.cache_clear()
-        return where._commit()
+        where.commit.cache_clear()
+        return where.commit()
 
     try:
         assert provenance(tmp_path) == (None, None)
@@ -251,7 +251,7 @@ def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monke
         assert provenance(tmp_path) == (git("rev-parse", "HEAD"), True)
         assert provenance(tmp_path / "satlib") == (None, None)  # a folder of somebody's repository
     finally:
-        where._commit.cache_clear()
+        where.commit.cache_clear()
 
 
 def test_the_result_of_compute_and_the_names_of_artefacts_are_checked(tmp_path):
@@ -666,6 +666,29 @@ def test_a_reader_beside_a_writer_that_replaces_sees_no_damage(tmp_path):
     stop.set()
     writer.join()
     assert writer.exitcode == 0 and len(seen) >= 25
+
+
+def test_where_locks_do_not_hold_the_slower_result_is_dropped(tmp_path, monkeypatch):
+    """As on some network file systems: a run is computed twice, and the record that came first stays, whole."""
+    monkeypatch.setattr(Ledger, "lock", lambda self, run_id: contextlib.nullcontext())
+    monkeypatch.setattr(Ledger, "holding", lambda *_, **__: contextlib.nullcontext())
+    slow, fast = Ledger(tmp_path), Ledger(tmp_path)
+
+    def compute(work, name):
+        work.save_checkpoint({"weights": torch.ones(2)}, {"epoch": 1})
+        work.save_tensors("weights", {"weights": torch.full((2,), float(len(name)))})
+        return {"by": name}
+
+    def late(work):
+        metrics = compute(work, "slow")
+        first = fast.get_or_compute(spec(), lambda other: compute(other, "first"))
+        assert first.metrics == {"by": "first"}
+        return metrics
+
+    record = slow.get_or_compute(spec(), late, needs=["weights"])
+    assert record.metrics == {"by": "first"} and record.tensors("weights")["weights"].tolist() == [5.0, 5.0]
+    assert fast.find(spec().id).metrics == {"by": "first"}
+    assert not list((tmp_path / "runs").glob(".tmp/*")) and not list((tmp_path / "runs").glob(".work/*"))
 
 
 def test_waiting_is_announced_and_ends_with_the_others_record(tmp_path, monkeypatch):

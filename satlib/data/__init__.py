@@ -6,11 +6,12 @@ from pathlib import Path
 
 from satlib.data import cifar10, imagenet, scenes, shapes, streets
 from satlib.data.imageset import ImageSet, Splits
+from satlib.data.standins import stand_in
 from satlib.data.streamed import StreamedSet
 from satlib.errors import SatlibError
 from satlib.paths import data_root
 
-__all__ = ["NAMES", "ImageSet", "Splits", "StreamedSet", "download", "load", "place", "verify"]
+__all__ = ["NAMES", "ImageSet", "Splits", "StreamedSet", "download", "load", "place", "stand_in", "verify"]
 
 _LOADERS: dict[str, Callable[..., Splits]] = {
     "cifar10": cifar10.load,

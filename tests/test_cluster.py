@@ -1,0 +1,321 @@
+"""Sweeps on a Ray cluster of two nodes on loopback: the records are those of one process, whatever dies meanwhile."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from test_data import write_tree
+from tiny_project import parameters, write_project
+
+from satlib import experiments
+from satlib.cluster import Options, Sweep, Unfit
+from satlib.errors import SatlibError
+from satlib.lab import Lab
+from satlib.ledger import Ledger, Record
+from satlib.progress import Progress
+from satlib.workspace import CHECKPOINT
+
+pytest.importorskip("ray", reason="Ray has no wheel for this Python or machine")
+from ray.cluster_utils import Cluster
+
+EPOCHS = 30
+SETTINGS = f"""
+dataset: str = "cifar10"
+depth: int = 8
+width: int = 2
+erm_epochs: int = 2
+erm_batch_size: int = 20
+erm_schedule: str = "one-cycle"
+finetune_epochs: int = {EPOCHS}
+finetune_epoch_images: int = 64
+points: list = [[8, 8.0, 0.5], [1, 4.0, 0.5]]
+baselines: list = []
+steps: int = 2
+search_steps: int = 5
+search_iterations: int = 3
+search_batch: int = 8
+craft_images: int = 10
+choose_images: int = 10
+report_images: int = 10
+deepfool_images: int = 10
+deepfool_passes: int = 1
+cost_images: int = 20
+"""
+# Nothing on this machine is asked to wait for the tests, nor told about them.
+ENVIRONMENT = {
+    "SATLIB_PRECISION": "float32",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The data root: a few images in the layout of CIFAR-10."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tree(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(root) -> Iterator[Cluster]:
+    """A head without cores, and two nodes of one core; only one of them knows where the data is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.delenv("SATLIB_DATA", raising=False)
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            started.add_node(num_cpus=1)
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory) -> dict[str, Record]:
+    """By id, what one process records."""
+    home = project(tmp_path_factory.mktemp("alone") / "home")
+    with sweep(home, root, "--device", "cpu") as process:
+        assert process.wait(200) == 0, said(home)
+    return found(home)
+
+
+def project(home: Path, stem: str = "04_cifar10", settings: str = SETTINGS) -> Path:
+    write_project(home, {stem: [parameters(settings)]})
+    values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in settings.strip().splitlines()}
+    profile = home / "notebooks" / "profiles" / "quick.yaml"
+    text = profile.read_text().replace("shapes32", values["dataset"])
+    profile.write_text(text + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
+    return home
+
+
+def sweep(home: Path, root: Path, *more: str) -> subprocess.Popen:
+    environment = os.environ | ENVIRONMENT | {"SATLIB_HOME": str(home), "SATLIB_DATA": str(root)}
+    with (home / "out").open("w") as out:
+        command = [sys.executable, "-m", "satlib", "sweep", *more]
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+
+def on(cluster: Cluster) -> list[str]:
+    return ["--on", "ray", "--address", cluster.address, "--device", "cpu"]
+
+
+def said(home: Path) -> str:
+    return (home / "out").read_text()
+
+
+def found(home: Path) -> dict[str, Record]:
+    return {record.id: record for record in Ledger(home / "data").records()}
+
+
+def until(condition, seconds: float = 120.0):
+    """What the condition gives once it gives anything."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+    return value
+
+
+def assert_same(one: dict[str, Record], other: dict[str, Record]) -> None:
+    assert one.keys() == other.keys()
+    for key, record in one.items():
+        if record.kind != "epoch_cost":  # which measures time
+            assert_close(record.metrics, other[key].metrics, record.labels["title"])
+
+
+def assert_close(one, other, where: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_close(value, other[key], f"{where}: {key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for a, b in zip(one, other, strict=True):
+            assert_close(a, b, where)
+    elif isinstance(one, float) and other is not None:
+        assert math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5), where
+    else:
+        assert one == other, where
+
+
+def spawned(worker: psutil.Process) -> Iterator[psutil.Process]:
+    """Processes of Python's multiprocessing that a worker has started."""
+    with contextlib.suppress(psutil.Error):
+        for child in worker.children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                yield child
+
+
+def epochs(home: Path, key: str) -> int:
+    """How many epochs of a run its checkpoint holds; 0 while there is none."""
+    try:
+        content = (home / "data" / "runs" / ".work" / key / CHECKPOINT).read_bytes()
+    except FileNotFoundError:
+        return 0
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return len(json.loads(header["__metadata__"]["state"])["info"]["history"])
+
+
+def test_a_worker_is_killed_and_the_records_are_those_of_one_process(cluster, root, alone, tmp_path):
+    """The run of the killed worker goes on from its checkpoint, for the folder is shared."""
+    home = project(tmp_path / "home")
+    (key,) = (record.id for record in alone.values() if record.labels["title"] == "s=8, eps=8, sigma=0.5")
+    seen = []
+    with sweep(home, root, *on(cluster)) as process:
+        until(lambda: epochs(home, key) >= 3 or process.poll() is not None)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::s=8")]
+        assert workers, said(home)
+        before = epochs(home, key)
+        for worker in workers:
+            worker.kill()
+        while process.poll() is None:
+            seen.append(epochs(home, key))
+            time.sleep(0.01)
+    assert process.returncode == 0, said(home)
+    after = [count for count in seen if count]
+    assert before < EPOCHS and after and min(after) >= before, "it started anew"
+    assert_same(alone, found(home))
+    assert "all runs of the profile 'quick' have a record" in said(home) and " running, " in said(home)
+    assert not list((home / "data").glob(".*"))
+
+    created = {key: record.created for key, record in found(home).items()}
+    with sweep(home, root, *on(cluster)) as process:
+        assert process.wait(100) == 0
+    assert {key: record.created for key, record in found(home).items()} == created
+
+
+def test_the_driver_is_killed_and_the_next_sweep_goes_on_in_folders_of_the_workers_own(cluster, root, alone, tmp_path):
+    """Workers that do not use the driver's folder send their records, and are sent what these build on."""
+    home, scratch = project(tmp_path / "home"), tmp_path / "scratch"
+    options = [*on(cluster), "--scratch", str(scratch)]
+    with sweep(home, root, *options) as process:
+        until(lambda: found(home) or process.poll() is not None)
+        process.kill()
+    created = {key: record.created for key, record in found(home).items()}
+    assert 0 < len(created) < len(alone), said(home)
+    with sweep(home, root, *options) as process:
+        assert process.wait(200) == 0, said(home)
+    assert_same(alone, found(home))
+    assert all(found(home)[key].created == when for key, when in created.items())
+    assert found(scratch).keys() == alone.keys() and (scratch / "data" / "runs").is_dir()
+
+
+def test_a_node_without_data_is_named_and_the_others_go_on(cluster, root, alone, tmp_path):
+    home = project(tmp_path / "home")
+    other = tmp_path / "other"
+    write_tree(other, seed=1)
+    nodes = [cluster.add_node(num_cpus=1, env_vars={"SATLIB_DATA": str(tmp_path / where)}) for where in ("no", "other")]
+    try:
+        with sweep(home, root, *on(cluster)) as process:
+            assert process.wait(200) == 0, said(home)
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+    assert_same(alone, found(home))
+    lines = [line for line in said(home).splitlines() if "not used for cifar10: node " in line]
+    assert len(lines) == 2, said(home)
+    assert sum("no CIFAR-10 in" in line for line in lines) == 1
+    assert sum("is not the driver's" in line and str(other) in line for line in lines) == 1
+
+
+def test_a_training_on_several_ranks_is_one_run(cluster, root, tmp_path):
+    """Its images are larger than 32x32, so that torchrun shares them out."""
+    settings = """
+dataset: str = "shapes64"
+group_width: int = 2
+expansion: int = 1
+layers: list = [1, 1, 1, 1]
+erm_epochs: int = 1
+finetune_epochs: int = 1
+finetune_epoch_images: int = 32
+points: list = [[8, 8.0, 0.5]]
+search_steps: int = 2
+search_iterations: int = 2
+search_batch: int = 8
+craft_images: int = 16
+choose_images: int = 16
+report_images: int = 16
+"""
+    home, ranks = project(tmp_path / "home", "05_imagenet", settings), 0
+    node = cluster.add_node(num_cpus=2)
+    try:
+        with sweep(home, root, *on(cluster), "--ranks", "2") as process:
+            while process.poll() is None:
+                workers = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == "ray::ERM"]
+                ranks = max([ranks, *(len(list(spawned(worker))) for worker in workers)])
+                time.sleep(0.05)
+            assert process.returncode == 0, said(home)
+    finally:
+        cluster.remove_node(node)
+    titles = {record.labels["title"] for record in found(home).values() if record.kind == "train"}
+    assert titles == {"ERM", "s=8, eps=8, sigma=0.5"} and ranks == 2
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_carried_out(root, alone, tmp_path, monkeypatch):
+    """In one process: what builds on it is left out, the traceback is in a file, and the next sweep tries it again."""
+    home = project(tmp_path / "home")
+    monkeypatch.setenv("SATLIB_HOME", str(home))
+    monkeypatch.setenv("SATLIB_DATA", str(root))
+    runs, failed = experiments.profile_runs("quick"), []
+    (bad,) = (run for run in runs if run.title == "s=8, eps=8, sigma=0.5")
+    bad.config["training"]["optimizer"] = "none such"
+    lab = Lab(ledger=Ledger(home / "data"), device="cpu")
+    lab.carry_out(runs, failed=failed.append)
+    assert [run.title for run in failed] == [bad.title, f"eps_uni of {bad.title}", f"DeepFool on {bad.title}"]
+    assert len(found(home)) == len(alone) - 3
+    (file,) = (home / "data" / "failed").iterdir()
+    assert file.stem == lab.spec(bad).id[:12] and "Traceback" in file.read_text() and "none such" in file.read_text()
+    assert lab.ledger.status()["failed"] == [file.stem]
+    assert list(lab.todo(runs).values()) == failed
+
+
+def test_a_sweep_keeps_account_of_its_runs(root, tmp_path, monkeypatch, capsys):
+    home = project(tmp_path / "home")
+    monkeypatch.setenv("SATLIB_HOME", str(home))
+    monkeypatch.setenv("SATLIB_DATA", str(root))
+    lab = Lab(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
+    state = Sweep(lab, lab.todo(experiments.profile_runs("quick")))
+    total, erm = len(state.waiting), state.next()
+    assert state.start(erm).title == "ERM" and state.next() is None, "everything builds on the ERM model"
+    state.put_back(erm)
+    assert state.next() == erm
+    state.start(erm)
+    state.finish(erm, 60.0)
+    assert [state.start(state.next()).title for _ in range(4)][2] == "s=8, eps=8, sigma=0.5"
+    line = state.line({erm: "over", next(iter(state.running)): "half"})
+    assert f"1 done, 1 running, {total - 2} waiting, about " in line and line.endswith(": half")
+    bad = list(state.running)[2]
+    state.fail(bad, "Traceback\nSomeError: no")
+    assert len(state.failed) == 3 and "and with it 2 that build on it: SomeError: no" in capsys.readouterr().out
+    assert ", 3 failed" in state.line({})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"cpus": 0}, "--cpus-per-run: 0"),
+        ({"gpus": -1.0}, "--gpus-per-run: -1.0"),
+        ({"gpus": float("nan")}, "--gpus-per-run: nan"),
+        ({"gpus": 1.5}, "--gpus-per-run: 1.5"),
+        ({"ranks": 0}, "--ranks: 0"),
+        ({"ranks": 2, "gpus": 0.25}, "--ranks 2 --gpus-per-run 0.25"),
+    ],
+)
+def test_bad_options_are_named(options, named):
+    with pytest.raises(SatlibError, match=named):
+        Options(**options)
+
+
+def test_what_a_node_lacks_survives_the_way_to_the_driver():
+    kind, arguments = Unfit("id", "cifar10", "it has no data").__reduce__()
+    assert str(kind(*arguments)) == "node it has no data" and kind(*arguments).dataset == "cifar10"
