@@ -25,6 +25,7 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of a dry run: write what each section costs to FILE")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group = parser.add_argument_group("on a cluster (extra `cluster`)")
     group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
@@ -54,11 +55,15 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     )
     if arguments.on == "here" and options != cluster.Options(device=arguments.device):
         raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
+    if arguments.json and not arguments.dry_run:
+        raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
     runs = experiments.profile_runs(arguments.profile)
-    here = arguments.device if arguments.on == "here" else "cpu"  # the driver of a cluster only looks after it
+    here = (
+        arguments.device if arguments.on == "here" or arguments.dry_run else "cpu"
+    )  # the driver of a cluster only looks after it
     lab = Lab(profile=arguments.profile, device=here, force=arguments.force, deadline=deadline)
     if arguments.dry_run:
-        _dry_run(lab, runs)
+        _dry_run(lab, runs, arguments.json)
         return 0
     failed: list[Run] = []
     stopped = False
@@ -80,35 +85,23 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     return 1 if failed else 3 if left else 0
 
 
-def _dry_run(lab: "Lab", runs: list["Run"]) -> None:
+def _dry_run(lab: "Lab", runs: list["Run"], path: Path | None) -> None:
     """Every run of the plan in its order, with an estimate of its time from a measured probe of its model."""
-    from satlib.progress import duration
+    from satlib import costs
     from satlib.provenance import device_name
 
-    unique = {id(r): r for run in runs for r in run.ancestry()}.values()
-    for dataset in dict.fromkeys(run.dataset for run in unique):
-        if why := lab.stand_in(dataset):
-            print(f"{dataset}: not here, so that none of its records can be looked up: {why}")
-    waiting = lab.todo(runs)
-    sections: dict[str, list[float]] = {}  # runs, seconds, bytes
-    for key, run in {lab.spec(run).id: run for run in unique}.items():
-        state = "done"
-        if key in waiting:
-            seconds = run.cost / lab.passes_per_second(run)
-            total = sections.setdefault(str(run.labels.get("section", "method")), [0.0, 0.0, 0.0])
-            for place, amount in enumerate((1, seconds, lab.weight_bytes(run))):
-                total[place] += amount
-            state = f"about {duration(seconds)}"
-        print(f"{key[:12]}  {state:20}  {run.kind:22}  {run.title}")
-    for section, (count, seconds, disk) in sections.items():
-        print(f"section {section}: {count:,.0f} runs, {seconds / 3600:,.1f} h, {disk / 1e6:,.0f} MB of weights")
-    speeds = {round(lab.passes_per_second(run)) for run in waiting.values()}
-    probe = f"; probe: {', '.join(f'{speed:,}' for speed in sorted(speeds))} attack passes a second" if speeds else ""
-    runs_, seconds, disk = (sum(total) for total in zip(*sections.values(), strict=True)) if sections else (0, 0, 0)
-    print(
-        f"{runs_:.0f} of {len({lab.spec(run).id for run in unique})} runs are waiting: about {seconds / 3600:.1f} h on "
-        f"{device_name()}{probe}; {disk / 1e6:.0f} MB of weights on disk"
-    )
+    lines, found = costs.estimate(lab, runs)
+    print("\n".join(lines))
+    for cost in found:
+        speeds = ", ".join(f"{speed:,g}" for speed in sorted(cost.speeds))
+        print(
+            f"section {cost.section}: {cost.runs} runs, {cost.hours:,.1f} h, {cost.weights_mb:,.0f} MB of weights; "
+            f"probe: {speeds} attack passes a second"
+        )
+    count, hours, weights = (sum(getattr(cost, name) for cost in found) for name in ("runs", "hours", "weights_mb"))
+    print(f"{count} runs are waiting: about {hours:,.1f} h on {device_name()}; {weights:,.0f} MB of weights on disk")
+    if path:
+        costs.write(path, found)
 
 
 def add_train(commands: Any, budget: Any, deadline: Any) -> None:

@@ -1,7 +1,7 @@
 """The paper as data: the settings of every section and every number that its text reports.
 
 Mummadi, Brox, Metzen: "Defending Against Universal Perturbations With Shared Adversarial Training", ICCV 2019.
-What the paper leaves open is marked "our choice". Its supplement was not available: no number is from there.
+What the paper leaves open is named in `silent`. Its supplement was not available: no number is from there.
 """
 
 import math
@@ -19,6 +19,10 @@ class Classification(ABC):
     """The settings that sections 6.1 and 6.2 share. What a profile does not replace stays the paper's."""
 
     section: ClassVar[str]
+    # Names of the settings that the paper does not state; their defaults are our choice.
+    silent: ClassVar[str] = (
+        "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds"
+    )
 
     dataset: str
     batch_size: int = 128
@@ -46,8 +50,8 @@ class Classification(ABC):
     epsilons: tuple[float, ...] = EPSILONS
     sigmas: tuple[float, ...]
     points: tuple[tuple[int, float, float], ...] = ()  # (s, eps, sigma) instead of the whole grid; () means the grid
-    repeated: tuple[tuple[int, float, float], ...] = ()  # our choice: the points that are trained from several seeds
-    train_seeds: int = 2  # our choice: how many
+    repeated: tuple[tuple[int, float, float], ...] = ()  # the points that are trained from several seeds
+    train_seeds: int = 2  # how many
     steps: int  # K of training
     relative_step_size: float  # alpha_k / eps
     loss_threshold: float = KAPPA
@@ -61,9 +65,9 @@ class Classification(ABC):
     gamma: float = 0.975
     beta: float = 4.0
     craft_images: int
-    choose_images: int = 512  # our choice: decides the search, apart from the images that report
+    choose_images: int = 512  # decides the search, apart from the images that report
     report_images: int
-    search_seeds: int = 1  # our choice: searches of each model, which start from other random numbers
+    search_seeds: int = 1  # searches of each model, which start from other random numbers
 
     @property
     @abstractmethod
@@ -76,18 +80,23 @@ class Cifar10(Classification):
     """Every setting of section 6.1."""
 
     section: ClassVar[str] = "6.1"
+    silent: ClassVar[str] = (
+        f"{Classification.silent} erm_epochs erm_learning_rate erm_schedule erm_milestones "
+        "finetune_weight_decay baselines "
+        "deepfool_images deepfool_passes deepfool_batch baseline_sigma uad_pool uad_epochs uad_images "
+        "response_steps cost_images"
+    )
 
     dataset: str = "cifar10"
     depth: int = 20
     width: int = 64
-    # The schedule and the weight decay of the pre-training are our choice.
     erm_epochs: int = 164
     erm_milestones: tuple[int, ...] = (82, 123)
     erm_weight_decay: float = 5e-4
     finetune_epochs: int = 65
     finetune_learning_rate: float = 0.0025
     finetune_milestones: tuple[int, ...] = (50,)
-    finetune_weight_decay: float = 0.0  # not stated; our choice
+    finetune_weight_decay: float = 0.0
     sharedness: tuple[int, ...] = (1, 8, 64)
     sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     steps: int = 4
@@ -96,12 +105,12 @@ class Cifar10(Classification):
     search_batch: int = 16
     craft_images: int = 5000
     report_images: int = 512
-    # Figure 3 (right): DeepFool-based universal perturbations of a fixed size. All but the size is our choice.
+    # Figure 3 (right): DeepFool-based universal perturbations of a fixed size.
     deepfool_eps: float = 20.0
     deepfool_images: int = 1000
     deepfool_passes: int = 10
     deepfool_batch: int = 32
-    # Baselines, (name, eps) with a name of `satlib.defenses.DEFENSES`; trained as long as the others. Our choice.
+    # Baselines, (name, eps) with a name of `satlib.defenses.DEFENSES`; trained as long as the others.
     baselines: tuple[tuple[str, float], ...] = tuple(
         (name, eps)
         for eps in (14.0, 8.0, 20.0, 26.0)
@@ -112,7 +121,7 @@ class Cifar10(Classification):
     uad_epochs: int = 5
     uad_images: int = 1000
     response_steps: int = 100
-    # The cost of an epoch is measured on this many training images, and scaled to all of them. Our choice.
+    # The cost of an epoch is measured on this many training images, and scaled to all of them.
     cost_images: int = 2560
 
     @property
@@ -128,8 +137,7 @@ class ImageNet(Classification):
     """Every setting of section 6.2.
 
     It crafts on training images in mini-batches of 10,000, and reports on the whole validation set of ImageNet, our
-    test set. What decides the search in between, on training images held out, is our choice, and so are the weight
-    decay and the mini-batches of the pre-training.
+    test set. What decides the search in between are training images held out.
     """
 
     section: ClassVar[str] = "6.2"
@@ -167,9 +175,15 @@ IMAGENET = ImageNet()
 
 @dataclass(frozen=True, kw_only=True)
 class Cityscapes:
-    """Every setting of section 6.3. The pre-training, and how many images choose, are our choice."""
+    """Every setting of section 6.3."""
 
     section: ClassVar[str] = "6.3"
+    # Names of the settings that the paper does not state; their defaults are our choice.
+    silent: ClassVar[str] = (
+        "width seed label_smoothing erm_epochs erm_learning_rate erm_schedule erm_milestones "
+        "craft_images choose_images adversarial_images adversarial_iterations adversarial_steps "
+        "structure_eps hidden hiding_epsilons"
+    )
 
     dataset: str = "cityscapes"
     target: str = "monchengladbach_000000_026602"  # the training scene whose segmentation targeted attacks aim at
@@ -206,7 +220,7 @@ class Cityscapes:
     adversarial_images: int = 16
     adversarial_iterations: int = 10
     adversarial_steps: int = 200
-    structure_eps: float = 40.0  # of the perturbations whose structure is measured (Figure 6); our choice
+    structure_eps: float = 40.0  # of the perturbations whose structure is measured (Figure 6)
     hidden: str = "person"  # the class that a dynamic target hides (Metzen et al. 2017)
     hiding_epsilons: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0)
 
@@ -217,6 +231,17 @@ class Cityscapes:
 
 
 CITYSCAPES = Cityscapes()
+
+
+def differences(settings: Classification | Cityscapes) -> list[dict[str, Any]]:
+    """Rows of a table: where the settings differ from the paper's, or where the paper is silent from our default."""
+    wanted = {"6.1": CIFAR10, "6.2": IMAGENET, "6.3": CITYSCAPES}[settings.section]
+    return [
+        {"setting": name, "this run": value, "instead of": "all" if other == () else other}
+        | {"which is": "ours" if name in settings.silent.split() else "the paper's"}
+        for name, value in vars(settings).items()
+        if value != (other := getattr(wanted, name))
+    ]
 
 
 @dataclass(frozen=True)

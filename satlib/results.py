@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from satlib import experiments, profiles
+from satlib import costs, experiments, profiles
 from satlib.claims import Claim, Model, Records, cifar10_claims, domination, imagenet_claims, trained_models
 from satlib.ledger import Ledger
 from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, Reported
@@ -133,18 +133,20 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 BLOCK = re.compile(
-    r"(<!-- published (models|claims|numbers)(?: of ([\d.]+): (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- published (models|claims|numbers|costs)(?: of ([\d.]+))?(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
 def with_tables(text: str) -> str:
-    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`), or from
-    `<!-- published numbers -->`, to `<!-- end -->` rendered."""
+    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`), from
+    `<!-- published numbers -->` or from `<!-- published costs: PROFILE -->`, to `<!-- end -->` rendered."""
 
     def render(found: re.Match) -> str:
         opening, what, section, profile, closing = found.groups()
         if what == "numbers":
             frame = scoreboard(rows(published=True))
+        elif what == "costs":
+            frame = costs.table(profile)
         elif what == "models":
             frame = published_models(section, profile)
         else:

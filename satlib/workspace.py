@@ -70,7 +70,7 @@ class Workspace:
             if not isinstance(array, np.ndarray) or array.dtype.hasobject:
                 raise SatlibError(f"{name}[{key!r}] is {type(array).__name__}, expected an array of numbers")
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez_compressed(buffer, **arrays)
         self._save(f"{name}.npz", buffer.getvalue())
 
     def _save(self, file: str, content: bytes) -> None:

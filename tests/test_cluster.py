@@ -4,11 +4,13 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,8 +25,17 @@ from satlib.ledger import Ledger, Record
 from satlib.progress import Progress
 from satlib.workspace import CHECKPOINT
 
-pytest.importorskip("ray", reason="Ray has no wheel for this Python or machine")
-from ray.cluster_utils import Cluster
+# Workers are as urgent as the rest, nobody is told about the tests, and nobody else can join their cluster.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "SATLIB_PRECISION": "float32",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
+os.environ.update({name: value for name, value in ENVIRONMENT.items() if name.startswith("RAY_")})  # read on import
+cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray has no wheel for this Python or machine")
 
 EPOCHS = 30
 SETTINGS = f"""
@@ -49,13 +60,6 @@ deepfool_images: int = 10
 deepfool_passes: int = 1
 cost_images: int = 20
 """
-# Nothing on this machine is asked to wait for the tests, nor told about them.
-ENVIRONMENT = {
-    "SATLIB_PRECISION": "float32",
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +71,15 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(root) -> Iterator[Cluster]:
+def cluster(root) -> Iterator[Any]:
     """A head without cores, and two nodes of one core; only one of them knows where the data is."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("SATLIB_DATA", raising=False)
-        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        started = cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         for _ in range(2):
             started.add_node(num_cpus=1)
         yield started
@@ -105,7 +111,7 @@ def sweep(home: Path, root: Path, *more: str) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
-def on(cluster: Cluster) -> list[str]:
+def on(cluster: Any) -> list[str]:
     return ["--on", "ray", "--address", cluster.address, "--device", "cpu"]
 
 

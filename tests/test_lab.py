@@ -244,6 +244,16 @@ def test_paper_profile_is_the_paper():
     assert scenes == paper.CITYSCAPES and len(experiments.cityscapes(scenes).epochs) == 20
 
 
+@pytest.mark.parametrize("wanted", [paper.CIFAR10, paper.IMAGENET, paper.CITYSCAPES])
+def test_differences_say_whose_the_other_value_is(wanted):
+    assert paper.differences(wanted) == [] and set(wanted.silent.split()) <= vars(wanted).keys()
+    rows = paper.differences(replace(wanted, delta=0.5, seed=3, points=((1, 2.0, 0.5),)))
+    assert {row["setting"]: row["which is"] for row in rows} == {"delta": "the paper's", "seed": "ours"} | {
+        "points": "the paper's"
+    }
+    assert {row["setting"]: row["this run"] for row in rows}["delta"] == 0.5
+
+
 def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
     tiny, scenes, tmp_path, monkeypatch, capsys, float32
 ):
@@ -257,8 +267,8 @@ def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
     counts = [int(line.partition(": ")[2].partition(" runs, ")[0]) for line in sections]
     assert sum(counts) == len(lines) and sections[0].startswith("section 6.1: ") and " MB of weights" in sections[0]
     assert [line[:12] for line in lines] == list(plan.values()) and all("  about " in line for line in lines)
-    assert total.startswith(f"{len(lines)} of {len(lines)} runs are waiting: about ") and "MB of weights" in total
-    assert " attack passes a second" in total and not list(tmp_path.glob("runs/*/record.json"))
+    assert total.startswith(f"{len(lines)} runs are waiting: about ") and "MB of weights" in total
+    assert " attack passes a second" in sections[0] and not list(tmp_path.glob("runs/*/record.json"))
 
 
 def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
@@ -266,11 +276,14 @@ def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
     lab, settings = Lab(ledger=Ledger(tmp_path), device="cpu"), with_parameters(paper.CIFAR10, SMALL)
     erm = experiments.erm_run(replace(settings, dataset="cifar10"))
-    commands._dry_run(lab, [erm])
+    commands._dry_run(lab, [erm], tmp_path / "costs.json")
     first, run, section, total = capsys.readouterr().out.splitlines()
     assert first.startswith("cifar10: not here") and str(tmp_path) in first
     assert run.startswith(lab.spec(erm).id[:12]) and "  about " in run and section.startswith("section 6.1: 1 runs, ")
-    assert total.startswith("1 of 1 runs are waiting")
+    assert total.startswith("1 runs are waiting: about ")
+    (cost,) = json.loads((tmp_path / "costs.json").read_text())
+    assert cost["runs"] == 1 and cost["hours"] == pytest.approx(erm.cost / cost["speeds"][0] / 3600, rel=0.01)
+    assert cost["weights_mb"] == pytest.approx(lab.weight_bytes(erm) / 1e6)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet200:20", "imagenet200-224", "camvid:240x180", "cityscapes"])

@@ -3,18 +3,22 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from satlib import results
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TEXTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_tables_of_the_readme_are_rendered_from_published_records():
-    text = README.read_text(encoding="utf-8")
-    assert len(results.BLOCK.findall(text)) >= 2
-    assert results.with_tables(text) == text, "run tools/save_outputs.py"
+@pytest.mark.parametrize(("text", "tables"), [(README, 7), (ROOT / "docs" / "scale_out.md", 1)])
+def test_tables_are_rendered_from_published_records(text, tables):
+    content = text.read_text(encoding="utf-8")
+    assert len(results.BLOCK.findall(content)) == tables
+    assert results.with_tables(content) == content, "run tools/save_outputs.py"
 
 
 def test_the_example_runs_as_it_stands(capsys):
@@ -34,9 +38,10 @@ def test_the_example_runs_as_it_stands(capsys):
 
 
 def test_everything_that_the_readme_points_to_is_there():
+    for text in TEXTS:
+        for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text.read_text(encoding="utf-8")):
+            assert (text.parent / path).is_file(), f"{text.name}: {path}"
     text = README.read_text(encoding="utf-8")
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-        assert (README.parent / path).is_file(), path
     rows = re.findall(r"^\| `(\d\d_\w+)` \|.*\|([^|]*)\|$", text, flags=re.MULTILINE)
     notebooks = {path.stem: path.read_text() for path in (README.parent / "notebooks").glob("[0-9]*.ipynb")}
     assert {stem for stem, _ in rows} == notebooks.keys()

@@ -1,4 +1,4 @@
-"""Copy the outputs of executed notebooks into their sources, and published results into the README's tables.
+"""Copy the outputs of executed notebooks into their sources, and published results into the tables of the texts.
 
     python tools/save_outputs.py [04_cifar10 ...]     # default: all that notebooks/executed/quick holds
 
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     stems = sys.argv[1:] or sorted(path.stem for path in (NOTEBOOKS / "executed" / "quick").glob("*.ipynb"))
     for stem in stems:
         save(stem)
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for text in (ROOT / "README.md", ROOT / "docs" / "scale_out.md"):
+        text.write_text(with_tables(text.read_text(encoding="utf-8")), encoding="utf-8")

@@ -48,7 +48,7 @@ def use_style() -> None:
         {
             "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
             "figure.dpi": 110,
-            "savefig.dpi": 160,
+            "savefig.dpi": 120,
             "figure.constrained_layout.use": True,
             "axes.titlesize": "medium",
             "axes.titleweight": "bold",
