@@ -338,6 +338,7 @@ class Trust:
     steps: int = 20  # of attacks on single images and heaps
     attacks: tuple[str, ...] = ("paper", "hard targets", "margin", "momentum", "dominant")  # see experiments.trust
     depths: tuple[int, ...] = (8,)  # other undefended networks, to and from which perturbations are carried
+    depth_epochs: int = 0  # for how long those are trained, without a restart; 0: as the undefended network
     seeds: int = 5
     seed: int = 0
 

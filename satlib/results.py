@@ -2,16 +2,17 @@
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
-from satlib import costs, experiments, profiles
+from satlib import audit, costs, experiments, profiles, trust
 from satlib.claims import Claim, Model, Records, cifar10_claims, domination, imagenet_claims, trained_models
-from satlib.ledger import Ledger
-from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, Reported
+from satlib.lab import Run
+from satlib.ledger import Ledger, Record
+from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, TRUST, Reported
 from satlib.scene_claims import SceneModel, cityscapes_claims, larger, matched, scene_models
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
@@ -88,6 +89,35 @@ def published_models(section: str, profile: str) -> pd.DataFrame:
     return SECTIONS[section].table(SECTIONS[section].settings(profile), models)
 
 
+@dataclass(frozen=True)
+class PublishedTrust:
+    """What a profile's published records say of its evaluation: see notebook 09. Claims in words, the rest tables."""
+
+    verdicts: pd.DataFrame
+    bounds: pd.DataFrame
+    claims: list[Claim]
+
+
+def published_trust(profile: str) -> PublishedTrust:
+    """The audits, the bounds by stronger attacks and the claims about them, from a profile's published records."""
+    choices = experiments.with_parameters(TRUST, experiments.parameters(profile, "09_can_we_trust_it"))
+    plan, known = experiments.trust_plan(profile, choices), Records(published=True)
+
+    def metrics(runs: Mapping[str, Run]) -> dict[str, Record]:
+        return {name: record for name, run in runs.items() if (record := known.of(run))}
+
+    audits = metrics(plan.audits | {f"ERM, {mask}": run for mask, run in plan.masked.items()})
+    found = {model: each for model, runs in plan.attacks.items() if "paper" in (each := metrics(runs))}
+    seeds = {m: [r.metrics["eps_uni"] for run in plan.seeds[m] if (r := known.of(run))] for m in found}
+    carried = known.of(plan.transfer)
+    return PublishedTrust(
+        trust.verdicts({name: audit.checks(record.metrics) for name, record in audits.items()}),
+        trust.bounds(found, seeds),
+        (trust.claims(found, seeds) if found else [])
+        + ([*trust.carried(carried.metrics), trust.saved(carried.metrics)[1]] if carried else []),
+    )
+
+
 def _size(value: float | None, spread: float | None = None) -> str:
     """A size in pixel units with its spread; None is beyond what a search looks at."""
     return "> 255" if value is None else f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
@@ -133,13 +163,15 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 BLOCK = re.compile(
-    r"(<!-- published (models|claims|numbers|costs)(?: of ([\d.]+))?(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- published (models|claims|numbers|costs|audits|bounds)(?: of ([\w.]+))?(?:: (\w+))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
 def with_tables(text: str) -> str:
-    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`), from
-    `<!-- published numbers -->` or from `<!-- published costs: PROFILE -->`, to `<!-- end -->` rendered."""
+    """A text with each block from `<!-- published models of SECTION: PROFILE -->` (or `claims`, of a section or of
+    `trust`), `<!-- published numbers -->`, or `<!-- published costs: PROFILE -->` (or `audits`, `bounds`), to
+    `<!-- end -->` rendered."""
 
     def render(found: re.Match) -> str:
         opening, what, section, profile, closing = found.groups()
@@ -147,6 +179,10 @@ def with_tables(text: str) -> str:
             frame = scoreboard(rows(published=True))
         elif what == "costs":
             frame = costs.table(profile)
+        elif what in ("audits", "bounds"):
+            frame = getattr(published_trust(profile), {"audits": "verdicts"}.get(what, what))
+        elif section == "trust":
+            frame = pd.DataFrame([vars(claim) for claim in published_trust(profile).claims])
         elif what == "models":
             frame = published_models(section, profile)
         else:

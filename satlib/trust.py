@@ -34,23 +34,29 @@ def smallest(searches: Mapping[str, Record]) -> tuple[float | None, str]:
 
 
 def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> pd.DataFrame:
-    """A row for each model: eps_uni by every attack, the ensemble's, whose it is, and how far that is below the paper's
-    attack, and below the smallest that the paper's attack finds from several seeds: an ensemble of one attack."""
+    """A column for each model: eps_uni by every attack, the ensemble's, whose it is, and how far that is below the
+    paper's attack, and below the smallest that the paper's finds from several seeds: an ensemble of one attack."""
 
     def below(eps: float | None, other: float | None) -> str:
         return "–" if eps is None or other is None else f"{100 * (1 - eps / other):.0f} %"
 
-    rows = []
+    columns = {}
     for model, searches in found.items():
         eps, name = smallest(searches)
         again = min((value for value in seeds[model] if value is not None), default=None)
-        each = {attack: size(record.metrics["eps_uni"]) for attack, record in searches.items()}
-        lower = {
+        columns[model] = {attack: size(record.metrics["eps_uni"]) for attack, record in searches.items()} | {
+            "smallest": size(eps),
+            "by": name,
             "lower by": below(eps, searches["paper"].metrics["eps_uni"]),
             f"than the best of {len(seeds[model])} seeds": below(eps, again),
         }
-        rows.append({"model": model, **each, "smallest": size(eps), "by": name, **lower})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(columns).rename_axis("attack").reset_index()
+
+
+def verdicts(audits: Mapping[str, Sequence[Check]]) -> pd.DataFrame:
+    """The checklist: a row for each check, a column with its verdict on each model."""
+    names = [check.check for check in next(iter(audits.values()), ())]
+    return pd.DataFrame({"check": names} | {model: [each.verdict for each in found] for model, found in audits.items()})
 
 
 def failed(audits: Mapping[str, Sequence[Check]]) -> str:

@@ -115,15 +115,19 @@ FOUND = {
 
 def test_the_ensemble_is_the_smallest_of_all():
     frame = trust.bounds(FOUND, {"ERM": [20.0, 18.0, None], "s = 8": [None, None, None]})
-    assert frame["smallest"].tolist() == ["17.0", "29.0"] and frame["by"].tolist() == ["margin", "momentum"]
-    assert frame["lower by"].tolist() == ["15 %", "–"] and frame["paper"].tolist() == ["20.0", "> 255"]
-    assert frame["than the best of 3 seeds"].tolist() == ["6 %", "–"]
+    assert frame.columns.tolist() == ["attack", "ERM", "s = 8"]
+    rows = {name: values for name, *values in frame.itertuples(index=False)}
+    assert rows["smallest"] == ["17.0", "29.0"] and rows["by"] == ["margin", "momentum"]
+    assert rows["lower by"] == ["15 %", "–"] and rows["paper"] == ["20.0", "> 255"]
+    assert rows["than the best of 3 seeds"] == ["6 %", "–"]
     assert trust.smallest(searches(paper=None)) == (None, "")
 
 
 def test_what_fails_is_said_for_each_model():
     found = [audit.Check("one", "passes", ""), audit.Check("two", "fails", ""), audit.Check("three", "fails", "")]
     assert trust.failed({"a": found, "b": found[:1]}) == "a: fails two; three\nb: passes all checks"
+    frame = trust.verdicts({"a": found, "b": found})
+    assert frame["check"].tolist() == ["one", "two", "three"] and frame["b"].tolist() == ["passes", "fails", "fails"]
 
 
 def test_claims_about_bounds():

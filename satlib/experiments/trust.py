@@ -83,8 +83,10 @@ def trust(
         for model in (cityscapes.erm, *(final[s] for s in sorted(final))):
             attack = cityscapes.untargeted[model]
             audits[f"6.3: {model.title}"] = _audit(choices, model, attack, images=choices.scenes)
+    shorter = {"erm_epochs": choices.depth_epochs, "erm_restart_epochs": 0} if choices.depth_epochs else {}
     others = [
-        replace(erm_run(replace(settings, depth=depth)), title=f"ERM, {depth} layers") for depth in choices.depths
+        replace(erm_run(replace(settings, depth=depth, **shorter)), title=f"ERM, {depth} layers")
+        for depth in choices.depths
     ]
     carried = [*models.values(), *others]
     parents = {f"model {i}": model for i, model in enumerate(carried)}
