@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from satlib.figures import BLUE, RED, VERMILION, as_picture, perturbation_picture
 from satlib.robustness import LARGEST
@@ -83,6 +84,7 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
             axis.annotate("> 255: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
         axis.set(xlabel="epoch of fine-tuning", xlim=(0, 1.2 * last))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _paper_marks(axes, reported, 1.16 * last)
     axes[0].set(ylabel="mean IoU on clean test scenes (%)", title="clean images")
     axes[1].set(ylabel=f"$\\varepsilon_{{adv}}(\\delta={delta:g})$ (pixel units of 255)", title="image-dependent")

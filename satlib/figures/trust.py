@@ -1,5 +1,6 @@
 """Figures of notebook 09: audits, bounds by stronger attacks, transfer."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,10 +8,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from satlib.figures import BY_SHAREDNESS, ERM, PURPLE
 from satlib.robustness import LARGEST
 from satlib.trust import Found
 
-MARKERS = "o*Ds^vPX"
+
+def _look(title: str) -> dict[str, str]:
+    """Colour and marker of a model, by its title: `ERM`, or `s=64, eps=...`."""
+    found = re.match(r"s ?= ?(\d+)", title)
+    return BY_SHAREDNESS.get(int(found[1]), {"color": PURPLE, "marker": "P"}) if found else ERM
 
 
 def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
@@ -19,9 +25,9 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     measured: what `satlib.audit.measure` returned, by a model's title.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 4.8), width_ratios=(2, 3))
-    for place, (title, numbers) in enumerate(measured.items()):
+    for title, numbers in measured.items():
         points = [(point["eps"], 100 * point["rate"]) for point in numbers["curve"]]
-        left.plot(*zip(*points, strict=True), marker=MARKERS[place % len(MARKERS)], label=title)
+        left.plot(*zip(*points, strict=True), label=title, **_look(title))
     first = next(iter(measured.values()))
     left.axhline(100 * (1 - 1 / first["classes"]), color="0.4", linestyle=":", linewidth=1.2, label="chance")
     left.set(xscale="log", xlabel="eps (pixel units of 255)", ylabel="error on test images (%)", ylim=(0, 102))
@@ -43,7 +49,8 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     width = 0.8 / len(measured)
     for place, (title, numbers) in enumerate(measured.items()):
         at = np.arange(len(bars)) + (place - (len(measured) - 1) / 2) * width
-        right.bar(at, [100 * of(numbers) for of in bars.values()], width=width, label=title)
+        heights = [100 * of(numbers) for of in bars.values()]
+        right.bar(at, heights, width=width, color=_look(title)["color"], label=title)
     right.set_xticks(range(len(bars)), list(bars), fontsize=8)
     right.set(ylabel=f"error on test images at eps = {first['eps']:g} (%)", ylim=(0, 102))
     right.grid(axis="x", visible=False)
@@ -63,12 +70,11 @@ def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]], *, delta: 
 
     attacks = list(next(iter(found.values())))
     figure, axis = plt.subplots(figsize=(max(8.0, 1.1 * len(attacks) + 2), 4.8))
-    for place, (model, searches) in enumerate(found.items()):
-        values = [shown(searches[attack].metrics["eps_uni"]) for attack in attacks]
-        marker = MARKERS[place % len(MARKERS)]
-        (line,) = axis.plot(range(len(attacks)), values, marker=marker, linestyle="none", markersize=8, label=model)
+    for model, searches in found.items():
+        values, look = [shown(searches[attack].metrics["eps_uni"]) for attack in attacks], _look(model)
+        axis.plot(range(len(attacks)), values, linestyle="none", markersize=8, label=model, **look)
         if known := [shown(eps) for eps in seeds.get(model, ())]:
-            axis.axhspan(min(known), max(known), color=line.get_color(), alpha=0.18, linewidth=0)
+            axis.axhspan(min(known), max(known), color=look["color"], alpha=0.18, linewidth=0)
     axis.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks], fontsize=8)
     axis.set(ylabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", ylim=(0, None))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
