@@ -225,10 +225,12 @@ def _cost_claims(cost: Record | None) -> list[Claim]:
 
 
 def _alike(models: Sequence[Model], one: str, other: str) -> Claim:
-    """Whether neither of two families dominates the other."""
+    """Whether neither of two families dominates the other; not decided unless both ways can be compared."""
     ways = [domination(models, *pair) for pair in ((one, other), (other, one))]
     verdicts = [verdict for verdict, _ in ways]
-    verdict = "not run" if "not run" in verdicts else "does not hold" if "holds" in verdicts else "holds"
+    known = all(" can be compared: " in text and not text.endswith("one seed each") for _, text in ways)
+    verdict = "not run" if "not run" in verdicts else "does not hold" if "holds" in verdicts else ""
+    verdict = verdict or ("holds" if known else "not decided")
     text = "; ".join(evidence for _, evidence in ways if evidence)
     return Claim(f"{one} and {other} perform similarly: neither dominates the other (S-PGD)", verdict, text)
 

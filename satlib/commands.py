@@ -17,7 +17,8 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
         "sweep",
         help="carry out a profile's runs without notebooks",
         description="Carries out the runs of a profile that have no record yet, most important first. Needs no "
-        "Jupyter. Exit status: 0 when all are done, 3 when the budget was spent before; the next call goes on.",
+        "Jupyter. Exit status: 0 when all are done, 1 when some failed, 3 when the budget was spent before; the next "
+        "call goes on.",
     )
     parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
@@ -29,7 +30,7 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group = parser.add_argument_group("on a cluster (extra `cluster`)")
     group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
-    group.add_argument("--address", metavar="auto|ray://HOST:PORT", help="the cluster (default: the one at hand)")
+    group.add_argument("--address", metavar="auto|HOST:PORT", help="the cluster (default: the one at hand)")
     group.add_argument("--gpus-per-run", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs")
     group.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="default: 1")
     group.add_argument(

@@ -235,10 +235,14 @@ CITYSCAPES = Cityscapes()
 
 def differences(settings: Classification | Cityscapes) -> list[dict[str, Any]]:
     """Rows of a table: where the settings differ from the paper's, or where the paper is silent from our default."""
+
+    def shown(value: object) -> str:
+        return "all" if value == () else f"{value:g}" if isinstance(value, float) else str(value)
+
     wanted = {"6.1": CIFAR10, "6.2": IMAGENET, "6.3": CITYSCAPES}[settings.section]
     return [
-        {"setting": name, "this run": value, "instead of": "all" if other == () else other}
-        | {"which is": "ours" if name in settings.silent.split() else "the paper's"}
+        {"setting": name, "this run": shown(value), "instead of": shown(other)}
+        | {"whose choice": "ours" if name in settings.silent.split() else "the paper's"}
         for name, value in vars(settings).items()
         if value != (other := getattr(wanted, name))
     ]

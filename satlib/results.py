@@ -49,6 +49,13 @@ class Row:
     runs: tuple[str, ...] = ()
     verdict: str = "not run"
 
+    @property
+    def text(self) -> str:
+        """Our number with its spread; where there is none, why."""
+        if self.ours is None:
+            return "> 255" if self.runs else "no such model"
+        return f"{self.ours:.1f}" + (f" ± {self.spread:.1f}" if self.spread else "")
+
 
 @dataclass(frozen=True)
 class Section:
@@ -238,7 +245,7 @@ class _Rows:
     def fill_robustness(self, key: str, model: Model | None, erm: Model) -> None:
         """The robustness of a model beside that of ERM."""
         if model is None or model.eps_uni is None or erm.eps_uni is None:
-            self.fill(key, None, [erm], "not reproduced")
+            self.fill(key, None, [erm, model] if model else [], "not reproduced")
             return
         verdict = "same direction" if model.eps_uni > erm.eps_uni else "not reproduced"
         self.fill(key, model.eps_uni, [erm, model], verdict, model.spreads.get("eps_uni"))
@@ -386,11 +393,10 @@ def table(profile: str | None = None) -> str:
         under = f" under the profile {profile!r}" if profile else ""
         return f"no results yet{under}: ./run_all.sh --profile {profile or 'quick'} computes them"
     width = max(len(row.quantity) for row in found)
-    lines = [f"section  {'quantity':{width}} {'paper':>8} {'ours':>11}  {'unit':12} {'verdict':15} profile, data set"]
+    lines = [f"section  {'quantity':{width}} {'paper':>8} {'ours':>13}  {'unit':12} {'verdict':15} profile, data set"]
     for row in found:
-        ours = "-" if row.ours is None else f"{row.ours:.1f}" + (f" ±{row.spread:.1f}" if row.spread else "")
         lines.append(
-            f"{row.section:8} {row.quantity:{width}} {row.paper:8.1f} {ours:>11}  {row.unit:12} {row.verdict:15}"
+            f"{row.section:8} {row.quantity:{width}} {row.paper:8.1f} {row.text:>13}  {row.unit:12} {row.verdict:15}"
             f" {row.profile}, {row.dataset}"
         )
     return "\n".join(lines)
@@ -399,18 +405,13 @@ def table(profile: str | None = None) -> str:
 def scoreboard(found: list[Row]) -> pd.DataFrame:
     """Every number of the paper's text beside ours, as text."""
 
-    def ours(row: Row) -> str:
-        if row.verdict == "not run":
-            return "–"
-        return "none" if row.ours is None else f"{row.ours:.1f}" + (f" ± {row.spread:.1f}" if row.spread else "")
-
     return pd.DataFrame(
         {
             "section": row.section,
             "quantity": row.quantity,
             "unit": row.unit,
             "paper": f"{row.paper:g}",
-            "ours": ours(row),
+            "ours": "–" if row.verdict == "not run" else row.text,
             "profile, data set": f"{row.profile}, {row.dataset}" if row.profile else "",
             "seeds": row.seeds or "",
             "verdict": row.verdict,
@@ -427,8 +428,7 @@ def beside(section: str, profile: str) -> pd.DataFrame:
     def shown(row: Row) -> str:
         if row.verdict == "not run":
             return "not run"
-        value = "none" if row.ours is None else f"{row.ours:.1f}" + (f" ± {row.spread:.1f}" if row.spread else "")
-        return f"{value} ({row.profile}: {row.dataset})"
+        return f"{row.text} ({row.profile}: {row.dataset})"
 
     return pd.DataFrame(
         {

@@ -75,6 +75,8 @@ def test_alike_is_that_neither_dominates():
     models[2:] = [model("s = 8", 86.5, 40.0), model("s = 8", 84.5, 45.0)]
     assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "does not hold"
     assert verdict_of(cifar10_claims([ERM, *models[:2]], None), start).verdict == "not run"
+    once = [model("s = 1", 86, 30.0, spread=None), model("s = 8", 86.5, 30.2, spread=None)]
+    assert verdict_of(cifar10_claims([ERM, *once], None), start).verdict == "not decided"
 
 
 def test_all_of_adversarial_training_has_to_beat_a_baseline():

@@ -248,10 +248,10 @@ def test_paper_profile_is_the_paper():
 def test_differences_say_whose_the_other_value_is(wanted):
     assert paper.differences(wanted) == [] and set(wanted.silent.split()) <= vars(wanted).keys()
     rows = paper.differences(replace(wanted, delta=0.5, seed=3, points=((1, 2.0, 0.5),)))
-    assert {row["setting"]: row["which is"] for row in rows} == {"delta": "the paper's", "seed": "ours"} | {
+    assert {row["setting"]: row["whose choice"] for row in rows} == {"delta": "the paper's", "seed": "ours"} | {
         "points": "the paper's"
     }
-    assert {row["setting"]: row["this run"] for row in rows}["delta"] == 0.5
+    assert {row["setting"]: row["this run"] for row in rows}["delta"] == "0.5"
 
 
 def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
