@@ -360,6 +360,8 @@ def sweep(lab: Lab, runs: Iterable[Run], options: Options) -> Sweep:
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
     """Connected to Ray, whose workers run this very satlib, wherever another one may be installed."""
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; read when Ray is imported
     import ray
 
     variables = {name: os.environ[name] for name in ("SATLIB_PRECISION",) if name in os.environ}
@@ -371,7 +373,9 @@ def _cluster(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="warning", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SatlibError(f"--address {address}: no Ray cluster there ({error}); start one with `ray start`") from error
+        raise SatlibError(
+            f"--address {address}: no Ray cluster there ({error}); start one with `ray start`, and share its token"
+        ) from error
     try:
         yield
     finally:

@@ -47,8 +47,8 @@ def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]]) -> pd.Data
         columns[model] = {attack: size(record.metrics["eps_uni"]) for attack, record in searches.items()} | {
             "smallest": size(eps),
             "by": name,
-            "lower by": below(eps, searches["paper"].metrics["eps_uni"]),
-            f"than the best of {len(seeds[model])} seeds": below(eps, again),
+            "lower than the paper's by": below(eps, searches["paper"].metrics["eps_uni"]),
+            f"lower than its best of {len(seeds[model])} seeds by": below(eps, again),
         }
     return pd.DataFrame(columns).rename_axis("attack").reset_index()
 

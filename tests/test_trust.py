@@ -118,8 +118,8 @@ def test_the_ensemble_is_the_smallest_of_all():
     assert frame.columns.tolist() == ["attack", "ERM", "s = 8"]
     rows = {name: values for name, *values in frame.itertuples(index=False)}
     assert rows["smallest"] == ["17.0", "29.0"] and rows["by"] == ["margin", "momentum"]
-    assert rows["lower by"] == ["15 %", "–"] and rows["paper"] == ["20.0", "> 255"]
-    assert rows["than the best of 3 seeds"] == ["6 %", "–"]
+    assert rows["lower than the paper's by"] == ["15 %", "–"] and rows["paper"] == ["20.0", "> 255"]
+    assert rows["lower than its best of 3 seeds by"] == ["6 %", "–"]
     assert trust.smallest(searches(paper=None)) == (None, "")
 
 
