@@ -456,7 +456,7 @@ class _Driver:
             ranks=ranks,
             deadline=self.lab.deadline,
             forced_at=self.lab.forced_at,
-            home=self.options.scratch or project_root(),
+            home=(self.options.scratch or project_root()).absolute(),
             token=self.token,
             data_root=data_root(),
         )
