@@ -30,7 +30,7 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group = parser.add_argument_group("on a cluster (extra `cluster`)")
     group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
-    group.add_argument("--address", metavar="auto|HOST:PORT", help="the cluster (default: the one at hand)")
+    group.add_argument("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)")
     group.add_argument("--gpus-per-run", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs")
     group.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="default: 1")
     group.add_argument(
