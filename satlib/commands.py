@@ -56,6 +56,10 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     )
     if arguments.on == "here" and options != cluster.Options(device=arguments.device):
         raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
+    if arguments.force and arguments.scratch:
+        raise SatlibError(
+            "--force --scratch: a record that comes back never replaces one that is here; drop one of them"
+        )
     if arguments.json and not arguments.dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
     runs = experiments.profile_runs(arguments.profile)

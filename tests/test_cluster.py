@@ -18,6 +18,7 @@ from test_data import write_tree
 from tiny_project import parameters, write_project
 
 from satlib import experiments
+from satlib.__main__ import main
 from satlib.cluster import Options, Sweep, Unfit
 from satlib.errors import SatlibError
 from satlib.lab import Lab
@@ -214,6 +215,30 @@ def test_the_driver_is_killed_and_the_next_sweep_goes_on_in_folders_of_the_worke
     assert_same(alone, found(home))
     assert all(found(home)[key].created == when for key, when in created.items())
     assert found(scratch).keys() == alone.keys() and (scratch / "data" / "runs").is_dir()
+
+
+def test_a_node_dies_and_its_runs_are_carried_out_elsewhere(cluster, root, alone, tmp_path):
+    home = project(tmp_path / "home")
+    (key,) = (record.id for record in alone.values() if record.labels["title"] == "s=8, eps=8, sigma=0.5")
+    node = cluster.add_node(num_cpus=3)  # most runs are placed there
+    with sweep(home, root, *on(cluster)) as process:
+        until(lambda: epochs(home, key) >= 1 or process.poll() is not None)
+        assert process.poll() is None, said(home)
+        cluster.remove_node(node, allow_graceful=False)
+        assert process.wait(200) == 0, said(home)
+    assert_same(alone, found(home))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--force", "--scratch", "x", "--on", "ray"], "never replaces one that is here"),
+        (["--ranks", "2"], "are for --on ray"),
+        (["--json", "x"], "--json is for --dry-run"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, named, capsys):
+    assert main(["sweep", *options]) == 2 and named in capsys.readouterr().err
 
 
 def test_a_node_without_data_is_named_and_the_others_go_on(cluster, root, alone, tmp_path):
