@@ -3,8 +3,9 @@
 A profile is a YAML file with the keys `description`, `hardware`, `time` (one line of text each), `datasets`
 (names for `satlib.data.load`), `common` (parameters for every notebook that declares them) and `notebooks`
 (parameters by notebook, e.g. `04_cifar10: {epochs: 10}`). A notebook declares its parameters in the code
-cell tagged `parameters`, as annotated literals: `epochs: int = 4`. Two names are special: `profile` gets the
-profile's name, and `dataset` is the data set that must be there before the notebook starts.
+cell tagged `parameters`, as annotated literals: `epochs: int = 4`; where that would be long, also in cells above it
+tagged `earlier-parameters`. Two names are special: `profile` gets the profile's name, and `dataset` is the data
+set that must be there before the notebook starts.
 """
 
 import ast
@@ -168,20 +169,27 @@ def _read_yaml(path: Path) -> object:
 
 
 def declared(path: Path) -> dict[str, Parameter]:
-    """The parameters that the notebook at `path` declares in its cell tagged `parameters`, in order.
+    """The parameters that the notebook at `path` declares in its tagged cells, in order.
 
-    Raises `SatlibError` if that cell holds anything but `name: type = literal`, or a default of another type.
+    papermill sets the given values after the one cell tagged `parameters`; those tagged `earlier-parameters`
+    are above it. Raises `SatlibError` if a tagged cell is below it or holds anything but `name: type = literal`,
+    for a default of another type, and for a parameter that is declared twice.
     """
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError, TypeError) as error:
         raise SatlibError(f"{path} is not a notebook: {error}") from error
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if len(tagged) > 1:
-        raise SatlibError(f"{path}: {len(tagged)} cells are tagged `parameters`, expected one")
-    found = {}
-    for statement in _statements(path, "".join(tagged[0]["source"])) if tagged else []:
+    tags = [cell.get("metadata", {}).get("tags", []) for cell in cells]
+    tagged = [i for i in range(len(cells)) if {"parameters", "earlier-parameters"}.intersection(tags[i])]
+    if tagged and [i for i in tagged if "parameters" in tags[i]] != tagged[-1:]:
+        raise SatlibError(
+            f"{path}: expected one cell tagged `parameters`, below all that are tagged `earlier-parameters`"
+        )
+    found: dict[str, Parameter] = {}
+    for statement in (line for i in tagged for line in _statements(path, "".join(cells[i]["source"]))):
         parameter = _parameter(path, statement)
+        if parameter.name in found:
+            raise SatlibError(f"{path}: the parameter `{parameter.name}` is declared twice")
         found[parameter.name] = parameter
     return found
 
@@ -201,7 +209,10 @@ def _parameter(path: Path, statement: ast.stmt) -> Parameter:
     name, annotation = statement.target.id, ast.unparse(statement.annotation)
     try:
         type_ = eval(annotation, {"__builtins__": {}}, dict(_TYPES))
-        default = _convert(ast.literal_eval(statement.value), type_)
+        written = ast.literal_eval(statement.value)
+        default = _convert(written, type_)
+        if repr(written) != repr(default):
+            raise ValueError(f"write {default!r}")
     except (NameError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise SatlibError(
             f"{path}: the parameter `{ast.unparse(statement)}` is not a literal of a plain type "
@@ -234,6 +245,11 @@ def parameters_for(profile: Profile, stem: str, declarations: dict[str, Paramete
     if "profile" in declarations:
         checked["profile"] = profile.name
     return checked
+
+
+def changed(values: dict[str, object], declarations: dict[str, Parameter]) -> dict[str, object]:
+    """Those of a notebook's checked `values` that are not its own defaults."""
+    return {name: value for name, value in values.items() if repr(value) != repr(declarations[name].default)}
 
 
 def check_common(profile: Profile, declarations: dict[str, dict[str, Parameter]]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -84,7 +85,8 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
     settings = profiles.load(profile)
     declared = {stem: profiles.declared(path) for stem, path in profiles.notebook_paths().items()}
     profiles.check_common(settings, declared)
-    parameters = {stem: profiles.parameters_for(settings, stem, declared[stem]) for stem in declared}
+    given = {stem: profiles.parameters_for(settings, stem, declared[stem]) for stem in declared}
+    parameters = {stem: profiles.changed(given[stem], declared[stem]) for stem in declared}
     selected = profiles.select(only)
     _require_data(settings, [_dataset(declared[stem], parameters[stem]) for stem in selected])
 
@@ -226,6 +228,8 @@ def _execute(
     start, status, message = time.monotonic(), "done", ""
     import papermill
 
+    # It looks for names in the last cell of parameters alone and would warn of all others; ours are checked.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         with kernels.next() as kernel:
             papermill.execute_notebook(

@@ -1,7 +1,8 @@
 """Profiles and parameters are checked before anything runs, and what is wrong is named."""
 
+import nbformat
 import pytest
-from tiny_project import PROFILE, code, parameters, text, write_project
+from tiny_project import PROFILE, code, parameters, text, write_notebook, write_project
 
 from satlib import profiles
 from satlib.errors import SatlibError
@@ -108,13 +109,52 @@ def test_unknown_profile_suggests_the_nearest(project):
 
 @pytest.mark.parametrize(
     "source",
-    ["epochs = 4", "epochs: int = 2 + 2", "import os", "epochs: int", "epochs: int = 'four'", "size: tuple = (1, 2)"],
+    [
+        "epochs = 4",
+        "epochs: int = 2 + 2",
+        "import os",
+        "epochs: int",
+        "epochs: int = 'four'",
+        "eps: float = 8",
+        "size: tuple = (1, 2)",
+    ],
 )
 def test_parameters_cell_holds_annotated_literals_alone(tmp_path, monkeypatch, source):
     monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
     write_project(tmp_path, {"01_one": [parameters(source)]})
     with pytest.raises(SatlibError, match=r"01_one\.ipynb: the parameter"):
         profiles.declared(tmp_path / "notebooks" / "01_one.ipynb")
+
+
+def test_what_a_profile_changes_is_told_from_the_defaults(project):
+    declared = profiles.declared(profiles.notebook_paths()["01_one"])
+    given = project("notebooks:\n  01_one: {epochs: 4, eps: 8, sharedness: [1], augment: true}\n")
+    assert profiles.changed(given, declared) == {"sharedness": [1], "profile": "quick"}
+
+
+def test_parameters_may_begin_in_earlier_cells(tmp_path):
+    path = tmp_path / "01_one.ipynb"
+    earlier = parameters("# Training\nepochs: int = 4", "earlier-parameters")
+    write_notebook(path, text("# One"), earlier, parameters("eps: float = 8.0"), code("print(epochs)"))
+    assert {name: parameter.default for name, parameter in profiles.declared(path).items()} == {"epochs": 4, "eps": 8.0}
+    for cells in (
+        [earlier],
+        [parameters("eps: float = 8.0"), earlier],
+        [parameters("a: int = 1"), parameters("b: int = 1")],
+    ):
+        write_notebook(path, *cells)
+        with pytest.raises(SatlibError, match=r"01_one\.ipynb: expected one cell tagged `parameters`"):
+            profiles.declared(path)
+    write_notebook(path, earlier, parameters("epochs: int = 5"))
+    with pytest.raises(SatlibError, match=r"the parameter `epochs` is declared twice"):
+        profiles.declared(path)
+
+
+def test_no_cell_of_a_notebook_is_longer_than_25_lines():
+    for path in profiles.notebook_paths().values():
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert len(cell.source.splitlines()) <= 25, f"{path.name}: {cell.id}"
 
 
 def test_damaged_notebook_is_named(tmp_path):

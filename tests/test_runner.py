@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -24,7 +25,8 @@ from satlib.notebook_progress import NotebookProgress, Timings
 CHECKOUT = Path(satlib.__file__).resolve().parent.parent
 GOOD = [
     text("# Good\n\n$\\varepsilon$"),
-    parameters("profile: str = 'none'\nn: int = 1"),
+    parameters("n: int = 1", "earlier-parameters"),
+    parameters("profile: str = 'none'"),
     code(
         "import os, sys, satlib\n"
         "print('got', profile, n, float(os.environ['SATLIB_FORCE']) > 1e9, os.getcwd())\n"
@@ -44,9 +46,11 @@ OUT_OF_TIME = [code("class BudgetSpent(Exception): pass\nraise BudgetSpent('call
 
 
 def run(root: Path, **settings) -> tuple[int, str]:
-    """The exit status of `runner.run` and what it printed."""
+    """The exit status of `runner.run` and what it printed, with what papermill had to say."""
     printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(logging.getLogger("papermill"), "handlers", [handler])
         patch.setenv("SATLIB_HOME", str(root))
         patch.delenv("SATLIB_DATA", raising=False)
         patch.setattr(runner, "PRELOAD", ())
@@ -109,6 +113,7 @@ def test_progress_is_told(executed):
     assert "[4/4] 03_good: done after" in printed
     assert "  [run] 1/2 training: 50%, 3 s left\n" in printed
     assert "not shown" not in printed
+    assert "unknown parameter" not in printed  # papermill's warning of one that an earlier cell declares
     assert printed.endswith("paper vs ours under quick\n")
 
 
@@ -278,12 +283,12 @@ def test_place_in_the_notebook_is_told_every_few_seconds(tmp_path, monkeypatch, 
         told.start("00_a", root / "notebooks" / "00_a.ipynb")
         injected = code("n = 5")
         injected.metadata.tags = ["injected-parameters"]
-        for index, cell in enumerate([*GOOD[:2], injected, GOOD[2]]):
+        for index, cell in enumerate([*GOOD[:-1], injected, GOOD[-1]]):
             told.cell(cell=cell, cell_index=index)
-        seen = ""
-        while "cell 2 of 2" not in seen:
+        seen, until = "", time.monotonic() + 60
+        while "cell 3 of 3" not in seen and time.monotonic() < until:
             seen += capsys.readouterr().out
-    assert "[1/1] 00_a: cell 2 of 2, 'Good', 0 s in; time left unknown" in seen
+    assert "[1/1] 00_a: cell 3 of 3, 'Good', 0 s in; time left unknown" in seen
 
 
 def test_only_marked_lines_are_shown_and_only_whole_ones(progress, capsys):

@@ -17,8 +17,8 @@ def code(source: str) -> NotebookNode:
     return v4.new_code_cell(source)
 
 
-def parameters(source: str) -> NotebookNode:
-    return v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+def parameters(source: str, tag: str = "parameters") -> NotebookNode:
+    return v4.new_code_cell(source, metadata={"tags": [tag]})
 
 
 def write_notebook(path: Path, *cells: NotebookNode) -> Path:

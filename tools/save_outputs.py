@@ -7,6 +7,7 @@ next (times, progress lines, execution counts' gaps, papermill's metadata) is sc
 are left as they are.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,8 +20,11 @@ NOTEBOOKS = ROOT / "notebooks"
 LARGEST = 1_500_000  # bytes of a source with its outputs
 
 
-def scrubbed(outputs: list) -> list:
-    """The outputs without progress lines, warnings on stderr, views of widgets, and execution metadata."""
+def scrubbed(outputs: list, cell: str) -> list:
+    """The outputs without progress lines, warnings on stderr, views of widgets, and what pandas draws at random.
+
+    cell: its id, which names its tables.
+    """
     kept = []
     for output in outputs:
         if output.output_type == "stream":
@@ -30,6 +34,12 @@ def scrubbed(outputs: list) -> list:
                 continue
         if "data" in output:
             output.data.pop("application/vnd.jupyter.widget-view+json", None)  # nothing is left of the widget's model
+            for kind, pattern, stable in (
+                ("text/html", r"\bT_[0-9a-f]{5}(?=[\"_ ])", f"T_{cell}-{len(kept)}"),
+                ("text/plain", r" at 0x[0-9a-f]+>", ">"),
+            ):
+                if kind in output.data:
+                    output.data[kind] = re.sub(pattern, stable, output.data[kind])
         kept.append(output)
     return kept
 
@@ -48,7 +58,7 @@ def save(stem: str) -> None:
             raise SystemExit(f"{stem}: cell {cell.id} has changed since it was executed; run ./run_all.sh first")
         count += 1
         cell.execution_count = count
-        cell.outputs = scrubbed(done.outputs)
+        cell.outputs = scrubbed(done.outputs, cell.id)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
