@@ -136,7 +136,7 @@ class Lab:
 
     def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:
         kind = KINDS[run.kind]
-        return (kind.artefacts if whole or not kind.inner else ()) + also
+        return (kind.artefacts if whole or not kind.on_demand else ()) + also
 
     def find(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record | None:
         """The run's record if it is known; None where it is to be computed. whole, also: as for `record`."""
@@ -148,8 +148,8 @@ class Lab:
     def record(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record:
         """The run's record: found, or computed after the runs that it builds on. Raises BudgetSpent.
 
-        whole: with the artefacts that are there for other runs to build on, such as a model's weights. also: other
-        artefacts that it must have.
+        whole: with the artefacts that are there on demand, such as a model's weights. also: other artefacts that it
+        must have.
         """
         spec, needs = self.spec(run), self._needs(run, whole, also)
         if spec.id in self._done and all(self._done[spec.id].has(name) for name in needs):

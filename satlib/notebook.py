@@ -85,7 +85,7 @@ def segmented(lab: Lab, seen: Run, attack: str) -> Segmented:
     xi, reached = perturbation_of(search)[0].numpy(), search.metrics["rate"] is not None
     eps, rate = float(abs(xi).max()), max(e["rate"] for e in search.metrics["evaluations"])
     words = f"eps_uni = {eps:.1f}" if reached else f"eps_uni > 255; eps = {eps:.0f} wins {100 * rate:.0f} %"
-    return Segmented(xi, lab.record(seen).arrays("segmentations")[attack], eps, words)
+    return Segmented(xi, lab.record(seen, whole=True).arrays("segmentations")[attack], eps, words)
 
 
 def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from satlib import results
+from satlib import experiments, paper, results
+from satlib.claims import Records
+from satlib.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -57,3 +59,18 @@ def test_a_number_that_no_record_holds_is_replaced():
     text = "<!-- published numbers -->\n| 6.1 | made up | 1.0 |\n<!-- end -->"
     assert "made up" not in results.with_tables(text) and "| 93.25 |" in results.with_tables(text)
     assert rendered.startswith("before\n<!--") and rendered.endswith("<!-- end -->\nafter")
+
+
+@pytest.mark.parametrize("section", ["6.1", "6.2", "6.3", "trust"])
+def test_published_records_save_the_laptop_profile_its_hours(section):
+    """All that notebooks 04 to 09 ask for, but for what is needed on demand, is published."""
+    if section == "trust":
+        choices = experiments.parameters("laptop", "09_can_we_trust_it")
+        plan = experiments.trust_plan("laptop", experiments.with_parameters(paper.TRUST, choices))
+    else:
+        plan = results.section_plan(section, "laptop")
+    records = Records(published=True)
+    for run in {id(r): r for planned in plan.runs for r in planned.ancestry()}.values():
+        record, kind = records.of(run), KINDS[run.kind]
+        assert record is not None, run.title
+        assert kind.on_demand or all(record.has(name) for name in kind.artefacts), run.title

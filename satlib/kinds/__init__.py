@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 class Kind:
     """How runs of one kind are computed. Bump `version` when the same settings would give another result.
 
-    A record without the `artefacts` is computed again; where they are `inner`, only when a run has to be computed that
-    builds on it: so that weights need not be published with every model.
+    A record without the `artefacts` is computed again; where they are `on_demand`, only for a run that builds on it
+    and has to be computed, or a figure that shows them: weights and pictures need not be published with every model.
     """
 
     version: int
     compute: Callable[["Lab", "Run", Workspace], dict]
     artefacts: tuple[str, ...] = ()
-    inner: bool = False
+    on_demand: bool = False
 
 
 TRAININGS = ("train", "train_part")
 KINDS = {
-    "train": Kind(1, training.compute_train, ("weights",), inner=True),
-    "train_part": Kind(1, training.compute_train, ("weights",), inner=True),
+    "train": Kind(1, training.compute_train, ("weights",), on_demand=True),
+    "train_part": Kind(1, training.compute_train, ("weights",), on_demand=True),
     "universal_robustness": Kind(2, evaluation.compute_universal_robustness),
     "predictions": Kind(2, evaluation.compute_predictions),
     "universal_deepfool": Kind(1, evaluation.compute_universal_deepfool),
@@ -40,9 +40,9 @@ KINDS = {
     "sharing": Kind(1, method.compute_sharing),
     "loss_threshold": Kind(1, method.compute_loss_threshold, ("losses",)),
     "heap_trace": Kind(1, method.compute_heap_trace, ("trace",)),
-    "perturbation_structure": Kind(2, scenes.compute_perturbation_structure, ("perturbations",)),
-    "hiding": Kind(2, scenes.compute_hiding, ("example",)),
+    "perturbation_structure": Kind(2, scenes.compute_perturbation_structure, ("perturbations",), on_demand=True),
+    "hiding": Kind(2, scenes.compute_hiding, ("example",), on_demand=True),
     "audit": Kind(1, trust.compute_audit),
     "transfer": Kind(2, trust.compute_transfer),
-    "segmentations": Kind(1, scenes.compute_segmentations, ("segmentations",)),
+    "segmentations": Kind(1, scenes.compute_segmentations, ("segmentations",), on_demand=True),
 }
