@@ -250,12 +250,13 @@ def attack_panel(
 
 
 def _attack_words(found: Attacked) -> str:
-    low, high = (f"{100 * value:.0f}" for value in found.interval)
+    question, (low, high) = found.question, (f"{100 * value:.0f}" for value in found.interval)
     what = "pixels" if found.subject.scenes else "predictions"
-    won = "hit the target" if found.question.target is not None else "are wrong"
+    won = "hit the target" if question.target is not None else "are wrong"
     return (
-        f"On {found.scored} unseen images {100 * found.rate:.0f} % of the {what} {won} (95 % interval over images:"
-        f" {low} to {high} %). {found.steps} of {found.question.steps} steps, {found.seconds:.1f} s."
+        f"{found.subject.title}, eps = {question.eps:g}: on {found.scored} unseen images {100 * found.rate:.0f} % of"
+        f" the {what} {won} (95 % interval over images: {low} to {high} %)."
+        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
     )
 
 
@@ -283,10 +284,11 @@ def sharedness_panel(
 
 
 def _shared_words(found: Shared) -> str:
+    question = found.question
     return (
-        f"Shared by {found.question.sharedness}: wrong on {100 * found.own:.0f} % of their own heaps, on"
-        f" {100 * found.unseen:.0f} % of unseen images. {found.steps} of {found.question.steps} steps,"
-        f" {found.seconds:.1f} s."
+        f"{found.subject.title}, eps = {question.eps:g}, shared by {question.sharedness}: wrong on"
+        f" {100 * found.own:.0f} % of their own heaps, on {100 * found.unseen:.0f} % of unseen images."
+        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
     )
 
 

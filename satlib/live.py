@@ -79,7 +79,7 @@ class Subject:
     def steps_at_once(self, images: int) -> int:
         """Steps on so many images that a first answer has time for; segmentation does more pixels in that time."""
         pixels = self.splits.test.images.shape[2:].numel()
-        return max(4, int(QUICK_PASSES * 1024 / pixels / images * (2.0 if self.scenes else 1.0)))
+        return max(4, int(QUICK_PASSES * 1024 / pixels / images * (1.25 if self.scenes else 1.0)))
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_sharedness_panel_offers_classifiers_alone(shelf):
     panel.controls["sharedness"].value = 1
     assert "16 of them" in text_of(panel.figure())
     panel.answer_once(lambda: False)
-    assert "Shared by 1:" in shown(panel) and "5 of 5 steps" in shown(panel)
+    assert "classifier, eps = 8, shared by 1: wrong on" in shown(panel) and "5 of 5 steps" in shown(panel)
 
 
 def model(family, eps=None, sigma=None):

@@ -150,8 +150,18 @@ def test_scenes_are_flipped_with_their_labels(root):
 
 @pytest.mark.parametrize("family", streets.FAMILIES.values(), ids=lambda family: family.name)
 def test_street_scenes_are_the_same_bits_on_every_machine(family):
-    splits = data.load(family.name)
-    assert {split: images.fingerprint for split, images in vars(splits).items()} == family.fingerprints
+    drawn = {split: streets.generate(split, family.name) for split in family.counts}
+    assert {split: images.fingerprint for split, images in drawn.items()} == family.fingerprints
+
+
+def test_street_scenes_are_drawn_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    drawn = data.load("streets128x64")
+    monkeypatch.setattr(streets, "generate", lambda *args: pytest.fail("drawn again"))
+    kept = data.load("streets128x64")
+    for split, images in vars(drawn).items():
+        assert getattr(kept, split).fingerprint == images.fingerprint == streets.STREETS128.fingerprints[split]
+        assert getattr(kept, split).frames == images.frames
 
 
 def test_street_scenes_show_every_class_in_its_place():

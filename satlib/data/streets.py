@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from numpy import ndarray as Array
 
+from satlib.data.cache import cached_splits
 from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
 from satlib.data.imageset import ImageSet, Splits
+from satlib.paths import project_root
 
 CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "person", "pole", "sign")
 VOID = 255
@@ -317,8 +319,14 @@ def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
 
 
 def load(name: str, root: Path | None = None, *, progress: bool = True) -> Splits:
-    """The three sets of a family, 400, 80 and 80 scenes; no files are needed."""
-    return Splits(**{split: generate(split, name) for split in FAMILIES[name].counts})
+    """The three sets of a family, 400, 80 and 80 scenes; no files are needed. Drawn once, then kept in the project's
+    `data/.cache`, by the fingerprints that they must have."""
+    family = FAMILIES[name]
+
+    def build() -> Splits:
+        return Splits(**{split: generate(split, name) for split in family.counts})
+
+    return cached_splits(name, dict(family.fingerprints), project_root() / "data", build)
 
 
 @cache
