@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from satlib.commands import add_bench, add_data, add_ledger, add_results, add_sweep, add_train, add_verify
+from satlib.cli import add_bench, add_data, add_ledger, add_results, add_sweep, add_train, add_verify
 from satlib.errors import SatlibError
 
 
@@ -82,12 +82,12 @@ def add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from satlib import runner
+    from satlib.study import notebooks
 
     if arguments.check:
-        runner.check(arguments.profile, only=arguments.only)
+        notebooks.check(arguments.profile, only=arguments.only)
         return 0
-    return runner.run(
+    return notebooks.run(
         arguments.profile,
         only=arguments.only,
         deadline=deadline(arguments.budget),

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from satlib.attacks import random_start
 
 if TYPE_CHECKING:
-    from satlib.lab import Lab, Run
+    from satlib.study.runs import Run, Runner
 
 Plain = TypeVar("Plain")
 
@@ -105,11 +105,11 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         dist.destroy_process_group()
 
 
-def follow(lab: "Lab", runs: Mapping[str, "Run"]) -> None:
+def follow(runner: "Runner", runs: Mapping[str, "Run"]) -> None:
     """Help rank 0 with whichever of the runs it computes, until it says None."""
     while (key := here().told("")) is not None:
         with contextlib.suppress(Stopped):
-            lab.help_with(runs[key], Follower())
+            runner.help_with(runs[key], Follower())
 
 
 class Follower:

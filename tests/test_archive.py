@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from satlib.archive import Limits
 from satlib.errors import SatlibError
-from satlib.ledger import DamageWarning, Ledger, RunSpec
-from satlib.records import digest_of, render_record
+from satlib.study.archive import Limits
+from satlib.study.ledger import DamageWarning, Ledger, RunSpec
+from satlib.study.records import digest_of, render_record
 
 
 def spec(number=0):

@@ -9,13 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from satlib import audit, profiles
+from satlib import evaluation_checks as audit
 from satlib.attacks import heap_pgd, perturb, success_rates, universal_pgd
 from satlib.deepfool import universal_deepfool
 from satlib.defenses import DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining, mean_of_signs
 from satlib.errors import SatlibError
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.robustness import adversarial_robustness, universal_robustness
+from satlib.study import profiles
 from satlib.training import Training, train
 
 pytestmark = pytest.mark.usefixtures("float32")

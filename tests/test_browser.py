@@ -43,7 +43,7 @@ def jupyterlab(folder: Path):
     options = [f"--ServerApp.root_dir={folder / 'lab'}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     options += ["--ServerApp.token=", "--ServerApp.ip=127.0.0.1", "--no-browser", "--allow-root"]
     options += [f"--LabApp.workspaces_dir={folder / 'workspaces'}", f"--LabApp.user_settings_dir={folder / 'settings'}"]
-    with (folder / "lab.log").open("w") as log:
+    with (folder / "jupyter.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log, cwd=folder
         )
@@ -52,7 +52,7 @@ def jupyterlab(folder: Path):
             while True:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                     break
-                assert server.poll() is None and time.monotonic() < until, (folder / "lab.log").read_text()[-2000:]
+                assert server.poll() is None and time.monotonic() < until, (folder / "jupyter.log").read_text()[-2000:]
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/lab/tree/10_explorer.ipynb?reset"
         finally:

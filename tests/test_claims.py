@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from satlib.claims import Claim, Model, cifar10_claims, domination, front, imagenet_claims
+from satlib.study.claims import Claim, Model, cifar10_claims, domination, front, imagenet_claims
 
 
 def model(family, accuracy, eps_uni, *, deepfool=None, spread=0.5, eps=8.0):

@@ -17,14 +17,14 @@ import pytest
 from test_data import write_tree
 from tiny_project import parameters, write_project
 
-from satlib import experiments
 from satlib.__main__ import main
-from satlib.cluster import Options, Sweep, Unfit
 from satlib.errors import SatlibError
-from satlib.lab import Lab
-from satlib.ledger import Ledger, Record
 from satlib.progress import Progress
-from satlib.workspace import CHECKPOINT
+from satlib.study import experiments
+from satlib.study.cluster import Options, Sweep, Unfit
+from satlib.study.ledger import Ledger, Record
+from satlib.study.runs import Runner
+from satlib.study.workspace import CHECKPOINT
 
 # Workers are as urgent as the rest, nobody is told about the tests, and nobody else can join their cluster.
 ENVIRONMENT = {
@@ -300,22 +300,22 @@ def test_a_run_that_fails_is_named_and_the_others_are_carried_out(root, alone, t
     runs, failed = experiments.profile_runs("quick"), []
     (bad,) = (run for run in runs if run.title == "s=8, eps=8, sigma=0.5")
     bad.config["training"]["optimizer"] = "none such"
-    lab = Lab(ledger=Ledger(home / "data"), device="cpu")
-    lab.carry_out(runs, failed=failed.append)
+    runner = Runner(ledger=Ledger(home / "data"), device="cpu")
+    runner.carry_out(runs, failed=failed.append)
     assert [run.title for run in failed] == [bad.title, f"eps_uni of {bad.title}", f"DeepFool on {bad.title}"]
     assert len(found(home)) == len(alone) - 3
     (file,) = (home / "data" / "failed").iterdir()
-    assert file.stem == lab.spec(bad).id[:12] and "Traceback" in file.read_text() and "none such" in file.read_text()
-    assert lab.ledger.status()["failed"] == [file.stem]
-    assert list(lab.todo(runs).values()) == failed
+    assert file.stem == runner.spec(bad).id[:12] and "Traceback" in file.read_text() and "none such" in file.read_text()
+    assert runner.ledger.status()["failed"] == [file.stem]
+    assert list(runner.todo(runs).values()) == failed
 
 
 def test_a_sweep_keeps_account_of_its_runs(root, tmp_path, monkeypatch, capsys):
     home = project(tmp_path / "home")
     monkeypatch.setenv("SATLIB_HOME", str(home))
     monkeypatch.setenv("SATLIB_DATA", str(root))
-    lab = Lab(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
-    state = Sweep(lab, lab.todo(experiments.profile_runs("quick")))
+    runner = Runner(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
+    state = Sweep(runner, runner.todo(experiments.profile_runs("quick")))
     total, erm = len(state.waiting), state.next()
     assert state.start(erm).title == "ERM" and state.next() is None, "everything builds on the ERM model"
     state.put_back(erm)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from satlib import data, explorer
-from satlib.claims import Model
+from satlib import data
 from satlib.errors import SatlibError
-from satlib.live import Subject, Superseded
 from satlib.models import build
+from satlib.study import explorer
+from satlib.study.claims import Model
+from satlib.study.live import Subject, Superseded
 
 
 def slider(value=1):
@@ -187,14 +188,14 @@ def test_the_nearest_model_is_one_that_was_run():
 
 
 def test_a_shelf_without_weights_says_what_makes_some(tmp_path, monkeypatch):
-    from satlib.lab import Lab
-    from satlib.ledger import Ledger
+    from satlib.study.ledger import Ledger
+    from satlib.study.runs import Runner
 
     monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
     with pytest.raises(
         SatlibError, match=r"no trained model has its weights here: .*run_all.sh --profile quick --only"
     ):
-        explorer.Shelf(Lab(profile="quick", ledger=Ledger(tmp_path)), "quick")
+        explorer.Shelf(Runner(profile="quick", ledger=Ledger(tmp_path)), "quick")
 
 
 def test_embedded_data_is_always_here(tmp_path, monkeypatch):

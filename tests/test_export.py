@@ -8,8 +8,8 @@ import pytest
 from nbformat import v4
 from tiny_project import text, write_notebook
 
-from satlib import export
 from satlib.errors import SatlibError
+from satlib.study import export
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

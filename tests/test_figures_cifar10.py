@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_claims import model
 
-from satlib.figures import cifar10
+from satlib.study.figures import cifar10
 
 matplotlib.use("agg")
 

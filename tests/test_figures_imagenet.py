@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import pytest
 from test_claims import model
 
-from satlib.figures import imagenet
+from satlib.study.figures import imagenet
 
 matplotlib.use("agg")
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import same_color
 
 from satlib.attacks import annealed_step_sizes
-from satlib.figures import ERM, method, pictures
+from satlib.study.figures import ERM, method, pictures
 
 matplotlib.use("agg")
 TITLE = "synthetic stand-in (made up)"

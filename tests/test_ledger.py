@@ -24,10 +24,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from satlib import records
 from satlib.errors import SatlibError
-from satlib.ledger import DamageWarning, Ledger, RunSpec, Workspace
-from satlib.records import digest_of, read_record
+from satlib.study import records
+from satlib.study.ledger import DamageWarning, Ledger, RunSpec, Workspace
+from satlib.study.records import digest_of, read_record
 
 RUNS, EPOCHS = 12, 5
 processes = multiprocessing.get_context("fork")  # real processes to kill, without importing torch in each
@@ -225,7 +225,7 @@ def test_a_run_is_computed_once_and_found_as_it_was_made(tmp_path):
 
 
 def test_commit_and_dirty_flag_are_those_of_the_project_checkout(tmp_path, monkeypatch):
-    from satlib import provenance as where
+    from satlib.study import provenance as where
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from satlib import data, live
+from satlib import data
 from satlib.attacks import success_rates
 from satlib.errors import SatlibError
 from satlib.models import UnitInputs, build
+from satlib.study import live
 
 
 @pytest.fixture(scope="module")

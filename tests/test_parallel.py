@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_project import parameters, write_project
 
-from satlib.ledger import Ledger, Record
 from satlib.parallel import Ranks, here
-from satlib.workspace import CHECKPOINT
+from satlib.study.ledger import Ledger, Record
+from satlib.study.workspace import CHECKPOINT
 
 TRAIN = """
 import gc

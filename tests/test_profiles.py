@@ -4,8 +4,8 @@ import nbformat
 import pytest
 from tiny_project import PROFILE, code, parameters, text, write_notebook, write_project
 
-from satlib import profiles
 from satlib.errors import SatlibError
+from satlib.study import profiles
 
 DECLARED = (
     "profile: str = 'none'\n"

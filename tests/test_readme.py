@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from satlib import experiments, paper, results
-from satlib.claims import Records
-from satlib.kinds import KINDS
+from satlib import paper
+from satlib.study import experiments, results
+from satlib.study.claims import Records
+from satlib.study.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import pytest
 from tiny_project import text, write_notebook, write_project
 
-from satlib import export, figures, profiles, report
 from satlib.paper import REPORTED
+from satlib.study import export, figures, profiles, report
 
 CELLS = {
     "00_start": [text("# Start"), text("## First part\n\n## The size $\\varepsilon$ & more")],

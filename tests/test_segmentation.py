@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from satlib import experiments, paper, segmentation
-from satlib import lab as lab_module
+from satlib import paper, segmentation
 from satlib.attacks import images_at_once
 from satlib.data import ImageSet
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
-from satlib.experiments import with_parameters
-from satlib.lab import Lab
-from satlib.ledger import Ledger
-from satlib.notebook import segmented
 from satlib.robustness import adversarial_robustness
+from satlib.study import experiments
+from satlib.study import runs as lab_module
+from satlib.study.display import segmented
+from satlib.study.experiments import with_parameters
+from satlib.study.ledger import Ledger
+from satlib.study.runs import Runner
 from satlib.training import Training, class_iou, confusion, share_right, train, training_loss
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -192,18 +193,18 @@ def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module.data, "load", lambda name: scenes)
     plan = experiments.cityscapes(with_parameters(paper.CITYSCAPES, SMALL))
     assert plan.epochs == (1, 3) and all(len(parts) == 2 for parts in plan.models.values())
-    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
-    records = lab.carry_out(plan.runs)
-    assert len({r.id for r in records}) == len(set(plan.runs)) == len(lab.ledger.records())
+    runner = Runner(ledger=Ledger(tmp_path), device="cpu")
+    records = runner.carry_out(plan.runs)
+    assert len({r.id for r in records}) == len(set(plan.runs)) == len(runner.ledger.records())
     for first, last in plan.models.values():
-        assert [len(lab.record(part).metrics["history"]) for part in (first, last)] == [1, 3]
-        assert lab.record(last).parents == {"previous": lab.record(first).id}
-    metrics = lab.record(plan.erm).metrics
+        assert [len(runner.record(part).metrics["history"]) for part in (first, last)] == [1, 3]
+        assert runner.record(last).parents == {"previous": runner.record(first).id}
+    metrics = runner.record(plan.erm).metrics
     assert {"accuracy", "mean_iou", "validation_mean_iou", "class_iou"} <= metrics.keys()
-    search = lab.record(plan.targeted[plan.erm])
+    search = runner.record(plan.targeted[plan.erm])
     assert "loss_threshold" not in search.config["attack"] and search.config["target"] == "train_3"
-    assert lab.record(plan.untargeted[plan.erm]).config["attack"]["loss_threshold"] == paper.KAPPA
-    structure = lab.record(plan.structure[plan.erm])
+    assert runner.record(plan.untargeted[plan.erm]).config["attack"]["loss_threshold"] == paper.KAPPA
+    structure = runner.record(plan.structure[plan.erm])
     assert len(structure.metrics["universal"]["weakening"]) == 4
     assert structure.arrays("perturbations")["segmented_own"].shape == (16, 24)
     first = scenes.test.images[:1]
@@ -213,24 +214,24 @@ def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
             structure.metrics[name]["weakening"][0], abs=1e-3
         )
     for attack, searches in (("targeted", plan.targeted), ("untargeted", plan.untargeted)):
-        shown = segmented(lab, plan.seen[plan.erm], attack)
-        found = lab.record(searches[plan.erm]).metrics
+        shown = segmented(runner, plan.seen[plan.erm], attack)
+        found = runner.record(searches[plan.erm]).metrics
         assert shown.seen.shape == (16, 24) and shown.xi.shape == (3, 16, 24)
         assert ("> 255" in shown.words) == (found["eps_uni"] is None)
-        again = segmentation.segment(lab.model(plan.erm), (first + torch.from_numpy(shown.xi)).clamp(0, 255))
+        again = segmentation.segment(runner.model(plan.erm), (first + torch.from_numpy(shown.xi)).clamp(0, 255))
         assert np.array_equal(again[0], shown.seen)
-    assert [score["eps"] for score in lab.record(plan.hiding[plan.erm]).metrics["scores"]] == [10.0, 30.0]
+    assert [score["eps"] for score in runner.record(plan.hiding[plan.erm]).metrics["scores"]] == [10.0, 30.0]
 
 
 def test_a_training_in_parts_is_the_whole_one(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module.data, "load", lambda name: scenes)
     settings = with_parameters(paper.CITYSCAPES, SMALL)
-    lab = Lab(ledger=Ledger(tmp_path), device="cpu")
+    runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     parts, (whole,) = (
         experiments.cityscapes(with_parameters(settings, {"evaluated": epochs})).models[5, 30.0, 0.7]
         for epochs in ([1, 2, 3], [3])
     )
-    one, other = lab.record(parts[-1]), lab.record(whole)
+    one, other = runner.record(parts[-1]), runner.record(whole)
     assert one.id != other.id and one.metrics == other.metrics
     for name, value in one.tensors("weights").items():
         assert torch.equal(value, other.tensors("weights")[name])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from satlib.results import with_tables
+from satlib.study.results import with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from satlib import experiments, files
+from satlib import files
 from satlib.data import Splits
 from satlib.errors import SatlibError
-from satlib.lab import Lab
 from satlib.paper import Cifar10
 from satlib.precision import autocast, fastest_dtype
-from satlib.provenance import device_name, provenance
+from satlib.study import experiments
+from satlib.study.provenance import device_name, provenance
+from satlib.study.runs import Runner
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Bench:
     """
 
     def __init__(self, *, device: str | None = None, repeats: int = 3) -> None:
-        self.lab = Lab(profile="bench", device=device)
-        self.device, self.repeats, self.progress = self.lab.device, repeats, self.lab.progress
+        self.runner = Runner(profile="bench", device=device)
+        self.device, self.repeats, self.progress = self.runner.device, repeats, self.runner.progress
         self.on_cuda = self.device.type == "cuda"
         threads = "" if self.on_cuda else f", {torch.get_num_threads()} threads"
         self.name = (torch.cuda.get_device_name() if self.on_cuda else device_name()) + threads
@@ -68,11 +69,11 @@ class Bench:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        return self.lab.splits(self.settings.dataset)
+        return self.runner.splits(self.settings.dataset)
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        return self.lab.model(experiments.erm_run(self.settings))
+        return self.runner.model(experiments.erm_run(self.settings))
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Wall time of one call, with all work on the device done."""

@@ -1,0 +1,81 @@
+"""What the runs of a profile will cost here: from a probe of each network that is timed, and counts of the work."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from satlib.files import write_text
+from satlib.paths import project_root
+from satlib.progress import duration
+from satlib.study.provenance import device_name
+from satlib.study.runs import Run, Runner, network
+
+
+@dataclass
+class Cost:
+    """What is still to be computed for a section: runs, hours on one device, MB of weights on disk.
+
+    speeds: attack passes (forward and backward, of one image) a second of each of its networks, as timed.
+    """
+
+    section: str
+    device: str
+    runs: int = 0
+    hours: float = 0.0
+    weights_mb: float = 0.0
+    speeds: list[float] = field(default_factory=list)
+
+
+def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]]:
+    """A line for every run of the plan, in its order, and what each section will cost.
+
+    Of a data set that is not here, noise of its geometry is timed, and nothing is looked up; a line says so.
+    """
+    runs = list(runs)
+    unique = {id(each): each for run in runs for each in run.ancestry()}.values()
+    lines, costs = [], {}
+    for dataset in dict.fromkeys(run.dataset for run in unique):
+        if why := runner.stand_in(dataset):
+            lines.append(f"{dataset}: not here, so that none of its records can be looked up: {why}")
+    waiting, timed = runner.todo(runs), set()
+    for key, run in {runner.spec(run).id: run for run in unique}.items():
+        state = "done"
+        if key in waiting:
+            speed = runner.passes_per_second(run)
+            section = str(run.labels["section"])
+            cost = costs.setdefault(section, Cost(section, device_name()))
+            cost.runs += 1
+            cost.hours += run.cost / speed / 3600
+            cost.weights_mb += runner.weight_bytes(run) / 1e6
+            if (section, network(run)) not in timed:
+                timed.add((section, network(run)))
+                cost.speeds.append(float(f"{speed:.3g}"))
+            state = f"about {duration(run.cost / speed)}"
+        lines.append(f"{key[:12]}  {state:20}  {run.kind:22}  {run.title}")
+    return lines, list(costs.values())
+
+
+def write(path: Path, costs: Iterable[Cost]) -> None:
+    """The estimate as JSON."""
+    write_text(path, json.dumps([asdict(cost) for cost in costs], indent=1) + "\n")
+
+
+def table(profile: str) -> pd.DataFrame:
+    """The published estimates for a profile, `data/ledger/bench/costs-PROFILE-*.json`, by device and section."""
+    names = ["device", "section", "runs", "hours", "weights (GB)", "timed: attack passes a second"]
+    rows = []
+    for path in sorted((project_root() / "data" / "ledger" / "bench").glob(f"costs-{profile}-*.json")):
+        found = [Cost(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        everything = Cost("all", found[0].device)
+        for cost in found:
+            everything.runs += cost.runs
+            everything.hours += cost.hours
+            everything.weights_mb += cost.weights_mb
+        for cost in (*found, everything):
+            speeds = ", ".join(f"{speed:,g}" for speed in sorted(cost.speeds))
+            sizes = (f"{cost.runs:,}", f"{cost.hours:,.1f}", f"{cost.weights_mb / 1000:,.1f}")
+            rows.append((cost.device, cost.section, *sizes, speeds))
+    return pd.DataFrame(rows, columns=names)

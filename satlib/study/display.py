@@ -1,0 +1,96 @@
+"""What notebooks need beside the kernels: a kernel's own code shown in place, and figures saved as they are shown."""
+
+import inspect
+import io
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import PIL.Image
+import torch
+from IPython.display import Code, Image, display
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+
+from satlib.attacks import perturb
+from satlib.data import ImageSet, StreamedSet
+from satlib.segmentation import perturbation_of
+from satlib.study import figures
+from satlib.study.claims import Model
+from satlib.study.ledger import Record
+from satlib.study.runs import Run, Runner
+
+
+def show_source(*functions: object) -> None:
+    """Display the code of satlib functions as it stands in the module: never a copy that could go stale."""
+    display(Code("\n\n".join(inspect.getsource(function).rstrip() for function in functions), language="python"))
+
+
+def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable[Record]) -> None:
+    """Save the figure under figures/<profile>/ with its provenance, and display a copy of it.
+
+    The copy has 256 colours, so that notebooks stay small. alt: what the picture shows, in words, for readers who
+    cannot see it.
+    """
+    path = figures.save(figure, name, profile=profile, records=records, alt=alt)
+    plt.close(figure)
+    copy = io.BytesIO()
+    with PIL.Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(copy, "PNG", optimize=True)
+    width = int(figure.get_size_inches()[0] * 96)
+    display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
+
+
+def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet | StreamedSet) -> list[dict]:
+    """Rows of `figures.cifar10.perturbation_gallery`: each model's universal perturbation, and what it predicts of the
+    pictures, the first of the test set, under it. Weights are needed only where no `predictions` were recorded."""
+    rows = []
+    for model in models:
+        search = model.searches[0]
+        xi = search.tensors("perturbation")["perturbation"].to(runner.device)
+        if model.predictions:
+            predicted = model.predictions.metrics["first"]["perturbed"][: len(pictures)]
+        else:
+            with torch.no_grad():
+                logits = runner.model(model.run)(perturb(pictures.images[:].float(), xi, len(pictures)))
+            predicted = logits.argmax(1).tolist()
+        pairs = zip(predicted, pictures.labels.tolist(), strict=True)
+        rows.append(
+            {
+                "title": model.title,
+                "eps_uni": search.metrics["eps_uni"],
+                "perturbation": xi[0].cpu().numpy(),
+                "predictions": [(pictures.classes[p], p == y) for p, y in pairs],
+            }
+        )
+    return rows
+
+
+class Segmented(NamedTuple):
+    """What a model sees under a universal perturbation: xi (C, H, W) in pixel units, seen (H, W), eps its size, and in
+    words how far it got."""
+
+    xi: np.ndarray
+    seen: np.ndarray
+    eps: float
+    words: str
+
+
+def segmented(runner: Runner, seen: Run, attack: str) -> Segmented:
+    """What a model makes of the first test scene under its "targeted" or "untargeted" universal perturbation, from a
+    run of kind `segmentations`."""
+    search = runner.record(seen.parents[attack])
+    xi, reached = perturbation_of(search)[0].numpy(), search.metrics["rate"] is not None
+    eps, rate = float(abs(xi).max()), max(e["rate"] for e in search.metrics["evaluations"])
+    words = f"eps_uni = {eps:.1f}" if reached else f"eps_uni > 255; eps = {eps:.0f} wins {100 * rate:.0f} %"
+    return Segmented(xi, runner.record(seen, whole=True).arrays("segmentations")[attack], eps, words)
+
+
+def table(frame: pd.DataFrame, *, caption: str = "", precision: int = 1) -> Styler:
+    """The frame as a cell's last value shows it: text to the left, numbers to the right, no index, None as a dash."""
+    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name].dropna().infer_objects())]
+    left = {name: [{"selector": "th, td", "props": "text-align: left"}] for name in words}
+    styler = frame.style.hide(axis="index").format(precision=precision, na_rep="–").set_table_styles(left)
+    return styler.set_caption(caption) if caption else styler

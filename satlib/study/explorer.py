@@ -1,0 +1,346 @@
+"""Panels to play with: move eps, sharedness or the target, and a trained network answers while you watch.
+
+A panel asks its question (`satlib.study.live`) in a thread of its own and shows each answer as soon as it is there, the
+first within a second. A newer question ends an older one: nothing queues up. What goes wrong is shown in the panel.
+"""
+
+import base64
+import html
+import io
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+from satlib import data
+from satlib.errors import SatlibError
+from satlib.segmentation import scene_target
+from satlib.study import profiles, results
+from satlib.study.claims import Model, Records, trained_models
+from satlib.study.display import broken_by
+from satlib.study.figures import explorer as drawings
+from satlib.study.ledger import Record
+from satlib.study.live import Attack, Attacked, Shared, Sharing, Subject, Superseded, attack, share
+from satlib.study.runs import Run, Runner
+
+WIDE = widgets.Layout(width="31em")
+NAMES = {"description_width": "7em"}
+Answers = Iterator[tuple[Figure, str]]  # each with what it shows, in words
+
+
+class Panel:
+    """Controls, and the newest answer to what they say.
+
+    controls: widgets by the names of their settings. answer(settings, superseded): figures with words for them, the
+    later the better; it may raise `Superseded` as soon as superseded() is true. records(settings): what they stand on.
+    A notebook displays the panel itself; start: whether its thread starts.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, widgets.Widget],
+        answer: Callable[[dict[str, Any], Callable[[], bool]], Answers],
+        records: Callable[[dict[str, Any]], list[Record]],
+        *,
+        start: bool = True,
+    ):
+        self.controls = dict(controls)
+        self._answer, self._records = answer, records
+        self._asked = 0  # how many questions there were: an answer to an older one is not wanted
+        self._new = threading.Condition()
+        self.status = widgets.HTML()
+        self.picture = widgets.HTML()
+        rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        self.widget = widgets.VBox([rows, self.status, self.picture])
+        for control in self.controls.values():
+            control.observe(lambda change: self.ask(), names="value")
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        if start:
+            self._thread.start()
+            self.ask()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the controls say."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def ask(self) -> None:
+        """Have the present settings answered, instead of whatever is being answered."""
+        with self._new:
+            self._asked += 1
+            self._new.notify()
+        self._say("computing …", busy=True)
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        named = ", ".join(control.description for control in self.controls.values())
+        text = f"A panel with {named}: run this notebook in Jupyter to move them. The figure below is one answer."
+        return (self.widget._repr_mimebundle_(**options) or {}) | {"text/plain": text}
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of what is shown under the present settings."""
+        return self._records(self.settings)
+
+    def figure(self) -> Figure:
+        """The last answer to the present settings, computed here and now: what readers without widgets see."""
+        *_, (figure, _) = self._answer(self.settings, lambda: False)
+        return figure
+
+    def _work(self) -> None:
+        answered = 0
+        while True:
+            with self._new:
+                self._new.wait_for(lambda seen=answered: self._asked > seen)  # type: ignore[misc]
+                answered = mine = self._asked
+            self.answer_once(lambda mine=mine: self._asked > mine)  # type: ignore[misc]
+
+    def answer_once(self, superseded: Callable[[], bool]) -> None:
+        """Answer the present settings, unless superseded() becomes true; what goes wrong is said in the panel."""
+        try:
+            words = ""
+            for figure, words in self._answer(self.settings, superseded):
+                if superseded():
+                    return
+                self.picture.value = as_html(figure, words)
+                self._say(f"{words} <em>Refining …</em>", busy=True)
+            self._say(words)
+        except Superseded:
+            pass
+        except SatlibError as error:
+            self._say(f"<b>That does not work:</b> {html.escape(str(error))}", failed=True)
+        except Exception as error:
+            where = html.escape(traceback.format_exc(limit=-2))
+            text = html.escape(f"{type(error).__name__}: {error}")
+            self._say(f"<b>This is a bug:</b> {text}<pre>{where}</pre>", failed=True)
+
+    def _say(self, text: str, *, busy: bool = False, failed: bool = False) -> None:
+        colour = "#b2182b" if failed else "#0173b2" if busy else "#333"
+        sign = "⏳ " if busy else ""
+        self.status.value = f'<div role="status" aria-live="polite" style="color: {colour}">{sign}{text}</div>'
+
+
+def as_html(figure: Figure, words: str) -> str:
+    """A figure as an image that needs no file, with what it shows for those who cannot see it."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    data, alt = base64.b64encode(file.getvalue()).decode(), html.escape(words, quote=True)
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
+
+
+class Shelf:
+    """The trained models whose weights are here, by title; each is loaded when it is first asked for.
+
+    They are those of sections 6.1 and 6.3 under `profile` and under "laptop", of the latter's real images where these
+    are here. missing: what else there could be, and what is to be done for it. Raises SatlibError where there are none.
+    """
+
+    def __init__(self, runner: Runner, profile: str):
+        self.runner, self.missing = runner, []
+        self._offered: dict[str, tuple[Run, str]] = {}  # run, and the scene at which targeted attacks aim
+        self._taken: dict[str, Subject] = {}
+        self._lock = threading.Lock()
+        records = Records(runner.ledger)
+        for name in dict.fromkeys((profile, "laptop")):
+            for section in ("6.1", "6.3"):
+                self._offer(name, section, records)
+        if not self._offered:
+            raise SatlibError(f"no trained model has its weights here: {'; '.join(self.missing)}")
+
+    def _offer(self, profile: str, section: str, records: Records) -> None:
+        settings, plan = results.SECTIONS[section].settings(profile), results.section_plan(section, profile)
+        if not is_here(settings.dataset):
+            self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
+            return
+        runs = [plan.erm, *(runs[-1 if section == "6.3" else 0] for runs in plan.models.values())]
+        found = [run for run in runs if (record := records.of(run)) and record.has("weights")]
+        for run in found:
+            self._offered[f"{run.title} · {settings.dataset}"] = (run, getattr(settings, "target", ""))
+        if not found:
+            call = f"./run_all.sh --profile {profile} --only {results.SECTIONS[section].stem[:2]}"
+            self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
+
+    @property
+    def titles(self) -> list[str]:
+        """Of all models."""
+        return list(self._offered)
+
+    def records(self, settings: Mapping[str, Any]) -> list[Record]:
+        """The record of the model that a panel's settings name."""
+        return [self.runner.record(self._offered[settings["model"]][0])]
+
+    def scenes(self, title: str) -> bool:
+        """Whether a model labels every pixel."""
+        return bool(self._offered[title][1])
+
+    def take(self, title: str) -> Subject:
+        """A model, ready to be attacked."""
+        with self._lock:
+            if title not in self._taken:
+                run, target = self._offered[title]
+                splits = self.runner.splits(run.dataset)
+                scene = scene_target(splits, target) if target else None
+                self._taken[title] = Subject(title, self.runner.model(run), splits, scene)
+            return self._taken[title]
+
+
+def is_here(dataset: str) -> bool:
+    """Whether a data set can be loaded: embedded, or found in the data root."""
+    name = dataset.partition(":")[0]
+    return name in profiles.EMBEDDED or data.place(name) is not None
+
+
+def _choice(name: str, options: Sequence, value: Any) -> widgets.Dropdown:
+    return widgets.Dropdown(options=options, value=value, description=name, layout=WIDE, style=NAMES)
+
+
+def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
+    limits = {"min": low, "max": high, "step": step}
+    return widgets.FloatSlider(value=value, description=name, layout=WIDE, style=NAMES, readout_format=".4g", **limits)
+
+
+def _steps(value: int) -> widgets.IntSlider:
+    return widgets.IntSlider(value=value, min=5, max=200, step=5, description="steps", layout=WIDE, style=NAMES)
+
+
+def _seed() -> widgets.IntSlider:
+    return widgets.IntSlider(value=0, min=0, max=9, description="seed", layout=WIDE, style=NAMES)
+
+
+ALL, EACH = "one perturbation for all images", "one for each image"
+SCENE, ANY = -1, -2  # targets beside classes; a selection's None would be none of its options
+
+
+def attack_panel(
+    shelf: Shelf, *, model: str | None = None, eps: float = 16.0, steps: int = 100, start: bool = True
+) -> Panel:
+    """Attack a model: what a perturbation looks like, what it does, and how success grows with eps."""
+    chosen = _choice("model", shelf.titles, model or shelf.titles[0])
+    target = _choice("target", [("any wrong answer", ANY)], ANY)
+
+    def aims(change: object = None) -> None:
+        """The targets of the chosen model; the old choice stays where there is one of its name."""
+        classes = shelf.take(chosen.value).splits.test.classes
+        named = [("the target scene", SCENE)] if shelf.scenes(chosen.value) else [(c, i) for i, c in enumerate(classes)]
+        kept = target.label
+        with target.hold_trait_notifications():
+            target.options = [("any wrong answer", ANY), *named]
+            target.value = dict(target.options).get(kept, ANY)
+
+    aims()
+    chosen.observe(aims, names="value")  # before the panel, which then asks with targets that the model has
+    controls = {
+        "model": chosen,
+        "kind": _choice("attack", [ALL, EACH], ALL),
+        "eps": _slider("eps", eps, 0, 64, 1),
+        "target": target,
+        "steps": _steps(steps),
+        "seed": _seed(),
+    }
+
+    def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
+        subject, own = shelf.take(settings["model"]), settings["kind"] == EACH
+        aim = None if settings["target"] == ANY else settings["target"]
+        question = Attack(settings["eps"], settings["steps"], aim, own, settings["seed"])
+        for found in attack(subject, question, superseded):
+            yield drawings.attack_figure(found), _attack_words(found)
+
+    return Panel(controls, answer, shelf.records, start=start)
+
+
+def _attack_words(found: Attacked) -> str:
+    question, (low, high) = found.question, (f"{100 * value:.0f}" for value in found.interval)
+    what = "pixels" if found.subject.scenes else "predictions"
+    won = "hit the target" if question.target is not None else "are wrong"
+    return (
+        f"{found.subject.title}, eps = {question.eps:g}: on {found.scored} unseen images {100 * found.rate:.0f} % of"
+        f" the {what} {won} (95 % interval over images: {low} to {high} %)."
+        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
+    )
+
+
+def sharedness_panel(
+    shelf: Shelf, *, model: str | None = None, sharedness: int = 8, eps: float = 16.0, start: bool = True
+) -> Panel:
+    """Share perturbations within a mini-batch: what they look like, whom they fool, and the four risks."""
+    titles = [title for title in shelf.titles if not shelf.scenes(title)]
+    options = [2**k for k in range(7)]
+    heaps = widgets.SelectionSlider(options=options, value=sharedness, description="s", layout=WIDE, style=NAMES)
+    controls = {
+        "model": _choice("model", titles, model or titles[0]),
+        "sharedness": heaps,
+        "eps": _slider("eps", eps, 0, 64, 1),
+        "steps": _steps(20),
+        "seed": _seed(),
+    }
+
+    def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
+        question = Sharing(settings["sharedness"], settings["eps"], settings["steps"], settings["seed"])
+        for found in share(shelf.take(settings["model"]), question, superseded):
+            yield drawings.shared_figure(found), _shared_words(found)
+
+    return Panel(controls, answer, shelf.records, start=start)
+
+
+def _shared_words(found: Shared) -> str:
+    question = found.question
+    return (
+        f"{found.subject.title}, eps = {question.eps:g}, shared by {question.sharedness}: wrong on"
+        f" {100 * found.own:.0f} % of their own heaps, on {100 * found.unseen:.0f} % of unseen images."
+        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
+    )
+
+
+def nearest_model(models: Sequence[Model], family: str, eps: float, sigma: float) -> Model:
+    """Of the models that were run, the one of the family that is nearest in eps (per 26) and sigma; the family's only
+    one where it has neither. Raises SatlibError for a family of which none was run."""
+    those = [m for m in models if m.family == family]
+    if not those:
+        raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
+    return min(
+        those,
+        key=lambda m: (
+            abs((m.eps if m.eps is not None else eps) - eps) / 26
+            + abs((m.sigma if m.sigma is not None else sigma) - sigma)
+        ),
+    )
+
+
+def tradeoff_panel(shelf: Shelf, profile: str, *, start: bool = True) -> Panel:
+    """Choose a point of section 6.1: the nearest model that was really run is shown, with its perturbation."""
+    records, found = Records(shelf.runner.ledger), {}
+    for name in dict.fromkeys((profile, "laptop")):
+        if models := trained_models(results.section_plan("6.1", name), records):
+            found[f"{name}: {models[0].records[0].labels['dataset']}"] = (
+                results.SECTIONS["6.1"].settings(name),
+                models,
+            )
+    if not found:
+        raise SatlibError("no model of section 6.1 has a record here; ./run_all.sh --only 04 makes some")
+    first = next(iter(found))
+    families = list(dict.fromkeys(m.family for _, models in found.values() for m in models))
+    controls = {
+        "runs": _choice("runs", list(found), first),
+        "family": _choice("defence", families, "s = 64" if "s = 64" in families else families[0]),
+        "eps": _slider("eps", 22.0, 2, 26, 2),
+        "sigma": _slider("sigma", 0.7, 0.1, 1.0, 0.1),
+    }
+
+    def nearest(settings: Mapping[str, Any]) -> Model:
+        _, models = found[settings["runs"]]
+        return nearest_model(models, settings["family"], settings["eps"], settings["sigma"])
+
+    def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
+        (plan, models), chosen = found[settings["runs"]], nearest(settings)
+        row, pictures, title = None, None, settings["runs"]
+        if is_here(plan.dataset) and chosen.searches[0].has("perturbation") and chosen.trainings[0].has("weights"):
+            test = shelf.runner.splits(plan.dataset).test.first(8)
+            (row,) = broken_by(shelf.runner, [chosen], test)
+            pictures = test.images.float().cpu().numpy()
+        words = f"You asked for {settings['family']}, eps = {settings['eps']:g}, sigma = {settings['sigma']:.1f};"
+        words += f" the nearest model that was run is <b>{html.escape(chosen.title)}</b>."
+        yield drawings.trade_figure(models, chosen, row, pictures, dataset=title), words
+
+    return Panel(controls, answer, lambda settings: list(nearest(settings).records), start=start)

@@ -1,0 +1,107 @@
+"""Figures of notebook 09: audits, bounds by stronger attacks, transfer."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from satlib.robustness import LARGEST
+from satlib.study.claims.evaluation import Found
+from satlib.study.figures import BY_SHAREDNESS, ERM, PURPLE
+
+
+def _look(title: str) -> dict[str, str]:
+    """Colour and marker of a model, by its title: `ERM`, or `s=64, eps=...`."""
+    found = re.match(r"s ?= ?(\d+)", title)
+    return BY_SHAREDNESS.get(int(found[1]), {"color": PURPLE, "marker": "P"}) if found else ERM
+
+
+def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
+    """Success of universal perturbations against eps, and at one eps beside what it has to beat and what beats it.
+
+    measured: what `satlib.evaluation_checks.measure` returned, by a model's title.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 4.8), width_ratios=(2, 3))
+    for title, numbers in measured.items():
+        points = [(point["eps"], 100 * point["rate"]) for point in numbers["curve"]]
+        left.plot(*zip(*points, strict=True), label=title, **_look(title))
+    first = next(iter(measured.values()))
+    left.axhline(100 * (1 - 1 / first["classes"]), color="0.4", linestyle=":", linewidth=1.2, label="chance")
+    left.set(xscale="log", xlabel="eps (pixel units of 255)", ylabel="error on test images (%)", ylim=(0, 102))
+    ticks = [point["eps"] for point in first["curve"]]
+    left.set_xticks(ticks, [f"{eps:g}" for eps in ticks])
+    left.minorticks_off()
+    bars = {
+        "clean": lambda n: n["clean"],
+        "uniform\nnoise": lambda n: n["noise"]["uniform"],
+        "sign\nnoise": lambda n: n["noise"]["sign"],
+        "smooth\nnoise": lambda n: n["noise"]["low-frequency"],
+        "universal,\none step": lambda n: n["universal, one step"],
+        "universal": lambda n: n["universal"],
+        "best\nstronger": lambda n: max(n["stronger"].values()),
+        "best\nother loss": lambda n: max(n["other losses"].values()),
+        f"shared\ns = {first['sharedness']}": lambda n: n["shared"],
+        "image-\ndependent": lambda n: n["image-dependent"],
+    }
+    width = 0.8 / len(measured)
+    for place, (title, numbers) in enumerate(measured.items()):
+        at = np.arange(len(bars)) + (place - (len(measured) - 1) / 2) * width
+        heights = [100 * of(numbers) for of in bars.values()]
+        right.bar(at, heights, width=width, color=_look(title)["color"], label=title)
+    right.set_xticks(range(len(bars)), list(bars), fontsize=8)
+    right.set(ylabel=f"error on test images at eps = {first['eps']:g} (%)", ylim=(0, 102))
+    right.grid(axis="x", visible=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"Is the attack sound? · {dataset}", fontsize=12)
+    return figure
+
+
+def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]], *, delta: float, dataset: str) -> Figure:
+    """eps_uni of each model by each attack, and by the paper's from several seeds; what none reached stands at 255.
+
+    found: searches by model and attack; seeds: eps_uni of the paper's attack by model.
+    """
+
+    def shown(eps: float | None) -> float:
+        return LARGEST if eps is None else eps
+
+    attacks = list(next(iter(found.values())))
+    figure, axis = plt.subplots(figsize=(max(8.0, 1.1 * len(attacks) + 2), 4.8))
+    for model, searches in found.items():
+        values, look = [shown(searches[attack].metrics["eps_uni"]) for attack in attacks], _look(model)
+        axis.plot(range(len(attacks)), values, linestyle="none", markersize=8, label=model, **look)
+        if known := [shown(eps) for eps in seeds.get(model, ())]:
+            axis.axhspan(min(known), max(known), color=look["color"], alpha=0.18, linewidth=0)
+    axis.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks], fontsize=8)
+    axis.set(ylabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", ylim=(0, None))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"The bound by stronger attacks; bands: the paper's over seeds · {dataset}", fontsize=12)
+    return figure
+
+
+def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:
+    """Error of each model (columns) under the universal perturbation of each (rows), in %, on a heat map.
+
+    metrics: those of a `transfer` record.
+    """
+    titles = [title.replace(", ", "\n") for title in metrics["titles"]]
+    rows = [f"{title}\n($\\varepsilon$ = {eps:.1f})" for title, eps in zip(titles, metrics["eps"], strict=True)]
+    nothing = [np.nan] * len(titles)
+    rates = 100 * np.array([row or nothing for row in metrics["rates"]])
+    table = np.vstack([rates, 100 * np.array(metrics["clean"])[None]])
+    figure, axis = plt.subplots(figsize=(1.5 * len(titles) + 3.0, 0.9 * len(table) + 2.2))
+    image = axis.imshow(table, vmin=0, vmax=100, cmap="viridis")
+    for i, row in enumerate(table):
+        for j, value in enumerate(row):
+            text = "–" if np.isnan(value) else f"{value:.0f}"
+            axis.text(j, i, text, ha="center", va="center", color="white" if value < 55 else "black", fontsize=10)
+    axis.set_xticks(range(len(titles)), titles, fontsize=8)
+    axis.set_yticks(range(len(table)), [*rows, "clean"], fontsize=8)
+    axis.set(xlabel="model that is attacked", ylabel="model that the perturbation was crafted on")
+    axis.grid(False)
+    figure.colorbar(image, label="error on test images (%)")
+    figure.suptitle(f"Transfer · {dataset}", fontsize=11)
+    return figure

@@ -1,0 +1,206 @@
+"""Notebook 09's plan in miniature, and what its records are judged to say."""
+
+import types
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from satlib import evaluation_checks as audit
+from satlib import paper
+from satlib.data import ImageSet, Splits
+from satlib.errors import SatlibError
+from satlib.study import experiments
+from satlib.study import runs as lab_module
+from satlib.study.claims import evaluation as trust
+from satlib.study.experiments import with_parameters
+from satlib.study.experiments.trust import ATTACKS, attack_run
+from satlib.study.figures import trust as drawings
+from satlib.study.kinds.trust import after_saving
+from satlib.study.ledger import Ledger
+from satlib.study.runs import Runner
+
+SMALL = {
+    "dataset": "shapes32",
+    "depth": 8,
+    "width": 2,
+    "erm_epochs": 2,
+    "erm_learning_rate": 0.05,
+    "erm_schedule": "one-cycle",
+    "finetune_epochs": 1,
+    "finetune_epoch_images": 64,
+    "finetune_schedule": "one-cycle",
+    "points": [[8, 10.0, 0.7]],
+    "steps": 2,
+    "search_iterations": 3,
+    "search_steps": 8,
+    "search_batch": 8,
+    "craft_images": 32,
+    "choose_images": 32,
+    "report_images": 16,
+    "baselines": [],
+}
+CHOICES = {
+    "audited": [[8, 10.0, 0.7]],
+    "masks": ["rounded"],
+    "epsilons": [8.0, 255.0],
+    "images": 32,
+    "steps": 2,
+    "attacks": list(ATTACKS),
+    "depths": [14],
+    "seeds": 2,
+}
+
+
+def plan_of(changes=()):
+    settings = with_parameters(paper.CIFAR10, SMALL)
+    choices = with_parameters(paper.TRUST, CHOICES | dict(changes))
+    return settings, experiments.trust(settings, choices)
+
+
+def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
+    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    _, plan = plan_of()
+    runner = Runner(ledger=Ledger(tmp_path), device="cpu")
+    runner.carry_out(plan.runs)
+    assert list(plan.models) == ["ERM", "s=8, eps=10, sigma=0.7"]
+    for run in (*plan.audits.values(), *plan.masked.values()):
+        assert {"universal", "stronger", "noise"} <= runner.record(run).metrics.keys()
+    masked = runner.record(plan.masked["rounded"]).metrics
+    assert masked["without gradient"] == 1 and runner.record(plan.audits["ERM"]).metrics["without gradient"] < 1
+    found = {model: {name: runner.record(run) for name, run in runs.items()} for model, runs in plan.attacks.items()}
+    assert all(set(runs) == set(ATTACKS) for runs in found.values())
+    assert len({record.id for runs in found.values() for record in runs.values()}) == 2 * len(ATTACKS)
+    carried = runner.record(plan.transfer).metrics
+    assert carried["titles"] == ["ERM", "s=8, eps=10, sigma=0.7", "ERM, 14 layers"]
+    assert len(carried["rates"]) == len(carried["noise"]) == len(carried["clean"]) == 3
+    assert [set(each) for each in carried["saved"]] == [{"exact", "8 bits", "JPEG"}] * 3
+    assert [each["exact"] for each in carried["saved"]] == pytest.approx([carried["rates"][i][i] for i in range(3)])
+    assert runner.record(plan.seeds["ERM"][0]).id == found["ERM"]["paper"].id
+    assert len({runner.record(run).id for run in plan.seeds["ERM"]}) == 2
+
+
+def test_attacks_take_as_many_gradients_as_the_papers():
+    settings, plan = plan_of()
+    for name in ATTACKS:
+        run = attack_run(settings, plan.models["ERM"], name)
+        attack = run.config["attack"]
+        assert attack["steps"] * attack["batch_size"] * run.config.get("restarts", 1) == 8 * 8, name
+    assert attack_run(settings, plan.models["ERM"], "paper").config == plan.attacks["ERM"]["paper"].config | {
+        "search": settings.search
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"audited": [[3, 1.0, 0.5]]},
+            r"audited: \(3, 1.0, 0.5\) is not among the points of section 6.1, which are \(8",
+        ),
+        ({"attacks": ["paper", "magic"]}, r"attacks: 'magic' is unknown; expected some of paper, "),
+    ],
+)
+def test_what_is_not_there_is_named(changes, message):
+    with pytest.raises(SatlibError, match=message):
+        plan_of(changes)
+
+
+def searches(**eps):
+    return {name: types.SimpleNamespace(metrics={"eps_uni": value}) for name, value in eps.items()}
+
+
+FOUND = {
+    "ERM": searches(paper=20.0, margin=17.0, momentum=None),
+    "s = 8": searches(paper=None, margin=30.0, momentum=29),
+}
+
+
+def test_the_ensemble_is_the_smallest_of_all():
+    frame = trust.bounds(FOUND, {"ERM": [20.0, 18.0, None], "s = 8": [None, None, None]})
+    assert frame.columns.tolist() == ["attack", "ERM", "s = 8"]
+    rows = {name: values for name, *values in frame.itertuples(index=False)}
+    assert rows["smallest"] == ["17.0", "29.0"] and rows["by"] == ["margin", "momentum"]
+    assert rows["lower than the paper's by"] == ["15 %", "–"] and rows["paper"] == ["20.0", "> 255"]
+    assert rows["lower than its best of 3 seeds by"] == ["6 %", "–"]
+    assert trust.smallest(searches(paper=None)) == (None, "")
+
+
+def test_what_fails_is_said_for_each_model():
+    found = [audit.Check("one", "passes", ""), audit.Check("two", "fails", ""), audit.Check("three", "fails", "")]
+    assert trust.failed({"a": found, "b": found[:1]}) == "a: fails two; three\nb: passes all checks"
+    frame = trust.verdicts({"a": found, "b": found})
+    assert frame["check"].tolist() == ["one", "two", "three"] and frame["b"].tolist() == ["passes", "fails", "fails"]
+
+
+def test_claims_about_bounds():
+    seeds = {"ERM": [20.0, 20.5], "s = 8": [40.0, 41.0]}
+    assert [claim.verdict for claim in trust.claims(FOUND, seeds)] == ["does not hold", "holds", "holds"]
+    tight = {"ERM": searches(paper=20.0, margin=19.0), "s = 8": searches(paper=None, margin=None)}
+    turned = {"ERM": searches(paper=20.0, margin=19.0), "s = 8": searches(paper=30.0, margin=10.0)}
+    assert trust.claims(tight, seeds)[0].verdict == "holds"
+    verdicts = [claim.verdict for claim in trust.claims(turned, {"ERM": [20.0, 24.0], "s = 8": [40.0]})]
+    assert verdicts == ["does not hold", "does not hold", "does not hold"]
+    assert trust.claims(tight, {"ERM": [20.0, None]})[2].verdict == "does not hold"
+
+
+CARRIED = {
+    "titles": ["a", "b"],
+    "eps": [10.0, 12.0],
+    "rates": [[0.75, 0.4], [0.5, 0.76]],
+    "noise": [[0.1, 0.1], [0.1, 0.2]],
+    "clean": [0.1, 0.1],
+    "saved": [{"exact": 0.75, "8 bits": 0.74, "JPEG": 0.6}, {"exact": 0.76, "8 bits": 0.76, "JPEG": 0.7}],
+}
+
+
+def test_what_perturbations_are_worth_after_saving():
+    frame, claim = trust.saved(CARRIED)
+    assert frame.columns.tolist() == ["model", "eps", "no perturbation", "exact", "8 bits", "JPEG"]
+    assert claim.verdict == "holds" and claim.evidence == "a: 75.0 % wrong before, 74.0 % after"
+    lost = CARRIED | {"saved": [{"exact": 0.75, "8 bits": 0.4, "JPEG": 0.3}, CARRIED["saved"][1]]}
+    assert trust.saved(lost)[1].verdict == "does not hold"
+
+
+def test_files_round_pixels_and_jpegs_lose_more():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255
+    forms = after_saving(images)
+    assert torch.equal(forms["exact"], images) and torch.equal(forms["8 bits"], images.round())
+    assert (forms["8 bits"] - images).abs().max() <= 0.5 < (forms["JPEG"] - images).abs().max()
+
+
+def test_claims_about_transfer():
+    assert [claim.verdict for claim in trust.carried(CARRIED)] == ["holds", "holds"]
+    better = CARRIED | {"rates": [[0.75, 0.9], [0.5, 0.76]]}
+    found = trust.carried(better)
+    assert found[0].verdict == "does not hold" and found[0].evidence == "b: own 76 %, at most 90 % (from a)"
+    assert trust.carried(CARRIED | {"noise": [[0.8, 0.1], [0.1, 0.2]]})[1].verdict == "does not hold"
+    nothing = trust.carried(CARRIED | {"rates": [None, None]})
+    assert [claim.verdict for claim in nothing] == ["not decided", "not decided"]
+
+
+def test_common_images_are_counted_by_content():
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 4, 4).clone()
+
+    def split(name, part):
+        return ImageSet(images[part], torch.zeros(len(images[part]), dtype=torch.long), ("a", "b"), "x", "X", name)
+
+    apart = Splits(split("train", slice(0, 5)), split("val", slice(5, 10)), split("test", slice(10, 20)))
+    assert not any(trust.common_images(apart, choose=4, report=4).values())
+    mixed = Splits(apart.train, split("val", slice(5, 12)), apart.test)
+    assert trust.common_images(mixed, choose=4, report=4) == {
+        "craft and choose": 2,
+        "craft and report": 0,
+        "choose and report": 0,
+    }
+
+
+def test_figures_show_every_model_and_attack():
+    figure = drawings.bounds(FOUND, {"ERM": [20.0, 20.5]}, delta=0.75, dataset="Made up")
+    (axis,) = figure.axes
+    assert [line.get_label() for line in axis.get_lines()] == ["ERM", "s = 8"]
+    assert list(axis.get_lines()[1].get_ydata()) == [255.0, 30.0, 29.0]
+    plt.close(figure)
+    figure = drawings.transfer(CARRIED | {"rates": [[0.75, 0.4], None]}, dataset="Made up")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75", "40", "–", "–", "10", "10"]
+    plt.close(figure)

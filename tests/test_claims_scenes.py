@@ -1,0 +1,156 @@
+"""Section 6.3's models judged and drawn, on numbers made up so that the answer is known."""
+
+import types
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from satlib import paper
+from satlib.study import results
+from satlib.study.claims.scenes import Looked, SceneModel, cityscapes_claims, matched
+from satlib.study.figures import scenes as drawings
+
+
+def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3), delta=0.95):
+    sharedness = int(family.removeprefix("s = ")) if family != "ERM" else None
+    curve = tuple(Looked(epoch, iou - 3 + epoch, eps_uni, eps_adv, 0.5) for epoch in epochs)
+    return SceneModel(
+        title=family if family == "ERM" else f"{family}, {iou:g}",
+        family=family,
+        sharedness=sharedness,
+        iou=iou,
+        validation_iou=iou + 10,
+        eps_uni=eps_uni,
+        eps_adv=eps_adv,
+        error=0.5,
+        untargeted=untargeted,
+        untargeted_adv=2.0,
+        untargeted_error=0.1,
+        curve=curve,
+        run=None,
+        training=types.SimpleNamespace(id="t", labels={"dataset": "Made up"}),
+        searches=(types.SimpleNamespace(id="u", config={"delta": delta}),),
+    )
+
+
+ERM = model("ERM", 49.0, 20.0, eps_adv=3.0, untargeted=8.0, epochs=(60,))
+ONE, MANY = model("s = 1", 45.0, 60.0, eps_adv=11.0, untargeted=25.0), model("s = 5", 44.0, 110.0, eps_adv=6.0)
+
+
+def test_sound_models_of_equal_performance_are_compared():
+    collapsed = [model("s = 1", 6.0, 0.0), model("s = 5", 6.0, None)]  # nearer to each other, but useless
+    others = [model("s = 5", 48.9, 200.0), model("s = 1", 47.0, 10.0)]
+    assert matched([ERM, *collapsed, ONE, *others, MANY]) == [ERM, ONE, MANY]
+    assert matched([ERM, *collapsed]) == [ERM, *collapsed]
+    assert matched([ERM, ONE]) == [ERM, ONE] and matched([ERM]) == [ERM]
+
+
+def test_claims_of_section_6_3():
+    found = cityscapes_claims([ERM, ONE, MANY])
+    assert [claim.verdict for claim in found] == ["holds", "holds", "does not hold", "holds", "holds"]
+    assert found[2].evidence == "s = 5, 44 20.0, s = 1, 45 25.0 pixel units"
+    beyond = model("s = 5", 30.0, None, eps_adv=20.0, untargeted=None)
+    found = cityscapes_claims([ERM, ONE, beyond])
+    assert [claim.verdict for claim in found] == ["does not hold", "holds", "holds", "does not hold", "holds"]
+    assert "> 255" in found[1].evidence
+    weak = model("s = 5", 45.0, 10.0, eps_adv=11.5, untargeted=26.0)
+    verdicts = [claim.verdict for claim in cityscapes_claims([ERM, ONE, weak])]
+    assert verdicts == ["holds", "does not hold", "not decided", "not decided", "does not hold"]
+    broken = model("s = 5", 45.0, 0.0)  # clean scenes already look like the target
+    assert cityscapes_claims([ERM, ONE, broken])[1].verdict == "does not hold"
+    both = [model("s = 1", 45.0, None), model("s = 5", 45.0, None)]
+    assert cityscapes_claims([ERM, *both])[1].verdict == "not decided"
+    assert [claim.verdict for claim in cityscapes_claims([ERM, ONE])] == ["not run"]
+
+
+def test_rows_of_section_6_3_are_judged_as_the_paper_says():
+    def rows(*models):
+        found = results._Rows("cityscapes", "p", "Made up")
+        results._fill_cityscapes(found, list(models), None, None)
+        return {key: (row.ours, row.verdict) for key, row in found.rows.items()}
+
+    found = rows(ERM, ONE, MANY)
+    assert found["cityscapes/erm/iou"] == (49.0, "other setting")
+    assert found["cityscapes/s5/eps_uni_targeted"] == (110.0, "same direction")
+    assert found["cityscapes/s1/eps_adv"] == (11.0, "same direction")
+    exact = results._Rows("cityscapes", "p", "Made up", exact=True)
+    results._fill_cityscapes(exact, [ERM, ONE, model("s = 5", 44.0, 110.0, eps_adv=5.5)], None, None)
+    verdicts = {key: row.verdict for key, row in exact.rows.items()}
+    assert verdicts["cityscapes/s1/eps_adv"] == "reproduced within spread"  # 11.0 with a spread of 0.5, as in the paper
+    assert verdicts["cityscapes/s5/eps_adv"] == "reproduced within spread"  # 5.5 for 5.9
+    assert verdicts["cityscapes/erm/eps_uni_targeted"] == "other setting"  # no spread is known
+    swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=3.0), MANY)
+    assert swapped["cityscapes/s1/eps_adv"] == (3.0, "not reproduced")
+    assert swapped["cityscapes/s5/eps_adv"] == (6.0, "not reproduced")  # the same comparison
+    assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
+    assert swapped["cityscapes/s5/eps_uni_targeted"] == (110.0, "not reproduced")  # more than ERM, less than s = 1
+    alike = rows(ERM, model("s = 1", 45.0, 108.0, eps_adv=6.5), MANY)
+    assert (
+        alike["cityscapes/s5/eps_uni_targeted"] == (110.0, "not decided") == (110.0, alike["cityscapes/s5/eps_adv"][1])
+    )
+    found = results._Rows("cityscapes", "p", "Made up")
+    results._fill_cityscapes(found, [model("ERM", 49.0, 20.0, delta=0.5), ONE, MANY], None, None)
+    assert found.rows["cityscapes/erm/iou"].dataset == "Made up"
+    assert found.rows["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
+    assert rows(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
+
+
+def test_figure_5_has_a_line_for_each_defence_and_what_nothing_reached_at_255():
+    reported = {r.key: r.value for r in paper.REPORTED}
+    figure = drawings.figure5([ERM, ONE, model("s = 5", 44.0, None)], reported, delta=0.95, dataset="Made up")
+    left, middle, right = figure.axes
+    assert left.get_ylabel().startswith("mean IoU") and "pixel units" in right.get_ylabel()
+    lines = {line.get_label(): line for line in right.get_lines()}
+    assert list(lines["ERM (undefended)"].get_ydata()) == [20.0, 20.0]
+    containers = {container.get_label(): container for container in middle.containers}
+    assert list(containers["s = 1, 45"][0].get_ydata()) == [11.0, 11.0]
+    assert list(containers["s = 1, 45"][0].get_xdata()) == [1, 3]
+    never = {container.get_label(): container for container in right.containers}["s = 5, 44"]
+    assert list(never[0].get_ydata()) == [255.0, 255.0]
+    assert [[text.get_text() for text in axis.texts if "255" in text.get_text()] for axis in figure.axes] == [
+        [],
+        [],
+        ["> 255: never reached"],
+    ]
+    plt.close(figure)
+
+
+def test_segmentations_are_coloured_by_what_they_show():
+    labels = np.array([[0, 1], [2, 255]])
+    picture = drawings.colour(labels, ("road", "tree", "unheard of"))
+    assert picture[0, 0].tolist() == [128, 64, 128] and picture[0, 1].tolist() == [107, 142, 35]
+    assert picture[1, 0].tolist() == [255, 255, 255] and picture[1, 1].tolist() == [0, 0, 0]
+    rows = [
+        {"title": "a", "panels": [("picture", np.zeros((3, 8, 12))), ("labels", np.zeros((8, 12), int))]},
+        {"title": "b", "panels": [("perturbation", np.ones((3, 8, 12))), None], "captions": {0: "eps = 1"}},
+    ]
+    figure = drawings.segmentations(rows, ("road", "sky"), title="t", columns=("left", "right"))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road"]
+    assert figure.axes[2].get_xlabel() == "eps = 1" and not figure.axes[3].images
+    plt.close(figure)
+
+
+def test_structure_and_hiding_show_every_scene_and_size():
+    kind = {"weakening": [0.1, 0.3], "target_structure": [0.0, 0.2]}
+    figure = drawings.structure({"ERM": {"eps": 40, "own": kind, "universal": kind}}, dataset="Made up")
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
+    assert bars == pytest.approx([0.2, 0.2]) and "eps = 40" in figure.get_suptitle()
+    plt.close(figure)
+    scores = [{"eps": 10.0, "hidden": 0.5, "kept": 0.9}, {"eps": 20.0, "hidden": None, "kept": 0.8}]
+    figure = drawings.hiding([(ERM, scores)], hide="person", dataset="Made up")
+    assert figure.axes[1].get_lines()[0].get_ydata().tolist() == [90.0, 80.0]
+    plt.close(figure)
+
+
+def test_figure_1_shows_what_each_model_takes_the_image_for():
+    image, xi, seen = np.full((3, 6, 6), 100.0), np.full((3, 6, 6), 5.0), np.zeros((6, 6), int)
+    classified = [
+        drawings.Fooled("ERM", image, xi, "eps_uni = 5.0", "cat"),
+        drawings.Fooled("s = 32", image, 4 * xi, "eps_uni = 20.0", "dog"),
+    ]
+    driven = [drawings.Fooled("ERM", image, xi, "eps_uni = 5.0", seen)]
+    figure = drawings.figure1(classified, driven, ("road",), datasets=("A", "B"))
+    shown = [axis.get_xlabel() for axis in figure.axes if axis.get_visible()]
+    assert shown == ["clean\nA", "taken for: cat", "taken for: dog", "clean\nB", "", "what is seen"]
+    plt.close(figure)
