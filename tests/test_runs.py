@@ -2,13 +2,15 @@
 
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,18 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from satlib import cli as commands
-from satlib import data, paper
+from satlib import cli, data, paper
 from satlib.__main__ import main
 from satlib.data import Splits
 from satlib.errors import SatlibError
-from satlib.study import claims, experiments, profiles
-from satlib.study import runs as lab_module
-from satlib.study.experiments import with_parameters
-from satlib.study.kinds import KINDS
-from satlib.study.kinds.evaluation import entropy_bits
+from satlib.study import claims, measurements
+from satlib.study import runs as runs_module
 from satlib.study.ledger import Ledger
-from satlib.study.runs import BudgetSpent, Run, Runner
+from satlib.study.measurement import Measurement, Run
+from satlib.study.measurements import cifar10, cityscapes, imagenet, method
+from satlib.study.measurements.classification import entropy_bits, erm_run, robustness_run
+from satlib.study.runs import BudgetSpent, Runner
+from satlib.study.settings import settings as settings_of
 
 SMALL = {
     "dataset": "shapes32",
@@ -63,8 +65,8 @@ SMALL = {
 @pytest.fixture
 def small(tiny, monkeypatch, float32):
     """The plan of section 6.1 in miniature, on a data set of a few images that stands in for any name."""
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
-    return experiments.cifar10(with_parameters(paper.CIFAR10, SMALL))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: tiny)
+    return cifar10(settings_of("6.1", "paper", **SMALL))
 
 
 def metrics(ledger: Ledger) -> dict[str, dict]:
@@ -103,7 +105,7 @@ def test_weights_are_asked_for_only_where_something_builds_on_them(small, tmp_pa
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     assert runner.todo(small.runs) == {} and len(runner.carry_out(small.runs)) == len(ids)
     assert not any((tmp_path / "runs").glob("*/record.json"))
-    other = experiments.robustness_run(with_parameters(paper.CIFAR10, SMALL), small.erm, seed=7)
+    other = robustness_run(settings_of("6.1", "paper", **SMALL), small.erm, seed=7)
     runner.record(other)
     again = {path.parent.name for path in (tmp_path / "runs").glob("*/record.json")}
     assert again == {runner.spec(small.erm).id, runner.spec(other).id}
@@ -113,9 +115,9 @@ def test_weights_are_asked_for_only_where_something_builds_on_them(small, tmp_pa
 def test_ids_follow_settings_and_parents(small, tmp_path):
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     ids = {runner.spec(run).id for run in small.runs}
-    other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
+    other = cifar10(settings_of("6.1", "paper", **SMALL | {"erm_epochs": 4}))
     assert ids.isdisjoint(runner.spec(run).id for run in other.runs), "everything builds on the ERM model"
-    same = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL))
+    same = cifar10(settings_of("6.1", "paper", **SMALL))
     assert ids == {runner.spec(run).id for run in same.runs}
 
 
@@ -166,43 +168,43 @@ def test_search_record_is_what_it_says(small, tmp_path):
 
 
 def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
-    settings = with_parameters(paper.CIFAR10, SMALL)
-    choices = with_parameters(
-        paper.METHOD,
-        {
-            "defended": [8, 10.0, 0.7],
-            "images": 16,
-            "heap_sizes": [16, 4, 1],
-            "heap_steps": 3,
-            "threshold_sharedness": 8,
-            "universal_steps": 4,
-            "universal_batch": 8,
-            "unseen_images": 32,
-            "heaps_scored": 2,
-            "gallery_images": 3,
-            "curve_images": 16,
-            "curve_epsilons": [8, 64],
-            "trace_images": 6,
-            "trace_sharedness": 4,
-            "adversarial_images": 8,
-            "adversarial_steps": 3,
-        },
-    )
-    plan = experiments.method(settings, choices)
+    choices = {
+        "defended": [8, 10.0, 0.7],
+        "images": 16,
+        "heap_sizes": [16, 4, 1],
+        "heap_steps": 3,
+        "threshold_sharedness": 8,
+        "universal_steps": 4,
+        "universal_batch": 8,
+        "unseen_images": 32,
+        "heaps_scored": 2,
+        "gallery_images": 3,
+        "curve_images": 16,
+        "curve_epsilons": [8, 64],
+        "trace_images": 6,
+        "trace_sharedness": 4,
+        "adversarial_images": 8,
+        "adversarial_steps": 3,
+    }
+    settings = settings_of("method", "paper", **SMALL | choices)
+    plan = method(settings)
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     stems = ("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness")
     kinds = {record.kind for stem in stems for record in runner.carry_out(plan.of(stem))}
-    trust = experiments.trust(paper.CIFAR10, paper.TRUST)
-    others = (experiments.imagenet(paper.IMAGENET), experiments.cityscapes(paper.CITYSCAPES), trust)
+    others = (imagenet(paper.IMAGENET), cityscapes(paper.CITYSCAPES), measurements.plan("checks", "paper"))
     kinds |= {run.kind for run in (*small.runs, *(run for other in others for run in other.runs))}
-    assert kinds == set(KINDS), "every kind of run is carried out by a notebook's plan"
+    files = (
+        import_module(each.name) for each in pkgutil.iter_modules(measurements.__path__, "satlib.study.measurements.")
+    )
+    known = {value.kind for file in files for value in vars(file).values() if isinstance(value, Measurement)}
+    assert kinds == known, "every measurement is carried out by a notebook's plan"
     risks = runner.record(plan.risks[plan.erm]).metrics
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
     chain = [risks["expected"]["loss"], risks["universal"]["loss"], *(row["loss"] for row in risks["heap"])]
     assert risks["slack"] == pytest.approx(max(0.0, *(a - b for a, b in pairwise(chain))))
     made = runner.record(plan.gallery).arrays("gallery")
     assert made["own"].shape == made["images"].shape == (3, *made["universal"].shape[1:])
-    assert all(0 < abs(made[name]).max() <= choices.eps for name in ("own", "universal"))
+    assert all(0 < abs(made[name]).max() <= settings.eps for name in ("own", "universal"))
     curves = runner.record(plan.error_curves).metrics
     test = runner.splits("tiny").test.first(curves["images"])
     with torch.no_grad():
@@ -215,52 +217,17 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
     trace = runner.record(plan.trace)
     arrays = trace.arrays("trace")
     assert arrays["perturbations"].shape[:2] == (settings.steps + 1, 2)  # 6 images in heaps of 4
-    assert trace.metrics["largest"] <= choices.trace_eps
+    assert trace.metrics["largest"] <= settings.trace_eps
 
 
-# Profiles
-
-
-@pytest.mark.parametrize("profile", ["quick", "laptop", "gpu", "paper"])
-def test_profiles_set_every_setting_that_a_notebook_declares(profile):
-    settings = (paper.Cifar10, paper.ImageNet, paper.Method)
-    names = {field.name for each in settings for field in fields(each)}
-    for stem, path in profiles.notebook_paths().items():
-        given = experiments.parameters(profile, stem)
-        missing = [name for name in profiles.declared(path) if name in names and name not in given]
-        assert not missing, f"{profile}: {stem} would fall back to its own values for {missing}"
-
-
-def test_quick_profile_is_each_notebooks_own_defaults():
-    for stem, path in profiles.notebook_paths().items():
-        given = experiments.parameters("quick", stem)
-        for name, parameter in profiles.declared(path).items():
-            assert given.get(name, parameter.default) == parameter.default, f"{stem}: {name}"
-
-
-def test_paper_profile_is_the_paper():
-    settings = with_parameters(paper.CIFAR10, experiments.parameters("paper", "04_cifar10"))
-    assert settings == paper.CIFAR10
-    assert len(experiments.cifar10(settings).models) == 9 * 4 * 3
-    scenes = with_parameters(paper.CITYSCAPES, experiments.parameters("paper", "06_cityscapes"))
-    assert scenes == paper.CITYSCAPES and len(experiments.cityscapes(scenes).epochs) == 20
-
-
-@pytest.mark.parametrize("wanted", [paper.CIFAR10, paper.IMAGENET, paper.CITYSCAPES])
-def test_differences_say_whose_the_other_value_is(wanted):
-    assert paper.differences(wanted) == [] and set(wanted.silent.split()) <= vars(wanted).keys()
-    rows = paper.differences(replace(wanted, delta=0.5, seed=3, points=((1, 2.0, 0.5),)))
-    assert {row["setting"]: row["whose choice"] for row in rows} == {"delta": "the paper's", "seed": "ours"} | {
-        "points": "the paper's"
-    }
-    assert {row["setting"]: row["this run"] for row in rows}["delta"] == "0.5"
+# Estimates
 
 
 def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
     tiny, scenes, tmp_path, monkeypatch, capsys, float32
 ):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: scenes if name.startswith("streets") else tiny)
-    monkeypatch.setattr(lab_module, "Ledger", lambda: Ledger(tmp_path))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: scenes if name.startswith("streets") else tiny)
+    monkeypatch.setattr(runs_module, "Ledger", lambda: Ledger(tmp_path))
     plan = {title: f"{key:.12}" for key, title in _planned("quick", tmp_path)}
     assert main(["sweep", "--profile", "quick", "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
@@ -276,9 +243,9 @@ def test_a_dry_run_lists_every_run_with_its_time_and_the_disk_it_takes(
 def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
     """On noise of the data set's geometry; what is known of it cannot be looked up, and it says so."""
     monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
-    runner, settings = Runner(ledger=Ledger(tmp_path), device="cpu"), with_parameters(paper.CIFAR10, SMALL)
-    erm = experiments.erm_run(replace(settings, dataset="cifar10"))
-    commands._dry_run(runner, [erm], tmp_path / "costs.json")
+    runner, settings = Runner(ledger=Ledger(tmp_path), device="cpu"), settings_of("6.1", "paper", **SMALL)
+    erm = erm_run(replace(settings, dataset="cifar10"))
+    cli._dry_run(runner, [erm], tmp_path / "costs.json")
     first, run, section, total = capsys.readouterr().out.splitlines()
     assert first.startswith("cifar10: not here") and str(tmp_path) in first
     assert (
@@ -291,23 +258,23 @@ def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet200:20", "imagenet200-224", "camvid:240x180", "cityscapes"])
-def test_a_stand_in_has_the_geometry_of_its_data_set(name):
-    train = data.stand_in(name).train
+def test_dummy_data_has_the_geometry_of_its_data_set(name):
+    train = data.dummy_data(name).train
     scenes = name.startswith("c") and name != "cifar10"
     wanted = {"cifar10": (32, 32, 10), "imagenet200:20": (64, 64, 20), "imagenet200-224": (224, 224, 200)}
     wanted |= {"camvid:240x180": (180, 240, 11), "cityscapes": (512, 1024, 19)}
     assert (*train.images.shape[2:], len(train.classes)) == wanted[name]
-    assert train.labels.ndim == (3 if scenes else 1) and data.stand_in("mnist") is None
+    assert train.labels.ndim == (3 if scenes else 1) and data.dummy_data("mnist") is None
 
 
 def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypatch, float32):
     """A minute was spent on half of a fast network's passes; the slow one's, as many, take ten times as long."""
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
-    settings = with_parameters(paper.CIFAR10, SMALL)
-    fast, slow = (experiments.erm_run(replace(settings, width=width)) for width in (2, 3))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: tiny)
+    settings = settings_of("6.1", "paper", **SMALL)
+    fast, slow = (erm_run(replace(settings, width=width)) for width in (2, 3))
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
-    speeds = {lab_module.network(fast): 100.0, lab_module.network(slow): 10.0}
-    monkeypatch.setattr(runner, "passes_per_second", lambda run: speeds[lab_module.network(run)])
+    speeds = {runs_module.network(fast): 100.0, runs_module.network(slow): 10.0}
+    monkeypatch.setattr(runner, "passes_per_second", lambda run: speeds[runs_module.network(run)])
     seen = []
     monkeypatch.setattr(runner.progress, "update", seen.append)
     for run, mixed in ((fast, False), (slow, True)):
@@ -319,7 +286,7 @@ def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypa
 
 def _planned(profile, root):
     runner = Runner(ledger=Ledger(root), device="cpu")
-    runs = [r for run in experiments.profile_runs(profile) for r in run.ancestry()]
+    runs = [r for run in measurements.profile_runs(profile) for r in run.ancestry()]
     return {runner.spec(run).id: f"{run.kind} {run.title} {runner.spec(run).id}" for run in runs}.items()
 
 
@@ -329,7 +296,7 @@ def _planned(profile, root):
 def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
     Runner(ledger=ledger, device="cpu", profile="quick").carry_out(small.runs)
-    monkeypatch.setattr(lab_module.data, "load", lambda name: pytest.fail("results need no data"))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: pytest.fail("results need no data"))
     models = claims.trained_models(small, claims.Records(ledger))
     assert [m.title for m in models[:3]] == ["ERM", "s=8, eps=10, sigma=0.7", "s=1, eps=4, sigma=0.5"]
     assert [m.title for m in models[3:]] == [f"{name}, eps=8" for name, _ in SMALL["baselines"]]
@@ -339,13 +306,13 @@ def test_results_find_records_without_data(small, tmp_path, monkeypatch):
     cost = claims.Records(ledger).of(small.cost)
     ways = ["ERM", "s = 1", "s = 8", "s = 64", *(name for name, _ in SMALL["baselines"])]
     assert list(cost.metrics["seconds"]) == ways and min(cost.metrics["seconds"].values()) > 0
-    other = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | {"erm_epochs": 4}))
+    other = cifar10(settings_of("6.1", "paper", **SMALL | {"erm_epochs": 4}))
     assert claims.trained_models(other, claims.Records(ledger)) == []
 
 
 def test_seeds_of_a_point_make_one_model_with_spread(small, tmp_path):
     seeds = {"repeated": [[8, 10.0, 0.7]], "train_seeds": 2, "search_seeds": 2, "baselines": []}
-    plan = experiments.cifar10(with_parameters(paper.CIFAR10, SMALL | seeds))
+    plan = cifar10(settings_of("6.1", "paper", **SMALL | seeds))
     again = plan.trained[-1]
     assert again.title == "s=8, eps=10, sigma=0.7, seed 1" and len(plan.trained) == 4
     assert {"eps_uni of ERM", "eps_uni of ERM, seed 1"} < {run.title for run in plan.runs}
@@ -363,7 +330,7 @@ def test_seeds_of_a_point_make_one_model_with_spread(small, tmp_path):
 
 def test_a_repeated_point_that_is_not_planned_is_named():
     with pytest.raises(SatlibError, match=r"repeated: \[\(8, 9.0, 0.5\)\] are not among the points"):
-        experiments.cifar10(with_parameters(paper.CIFAR10, {"repeated": [[8, 9.0, 0.5]]}))
+        cifar10(settings_of("6.1", "paper", repeated=[[8, 9.0, 0.5]]))
 
 
 def test_deepfool_runs_score_unseen_images_under_the_perturbation_that_they_keep(small, tiny, tmp_path):
@@ -384,7 +351,7 @@ def test_deepfool_runs_score_unseen_images_under_the_perturbation_that_they_keep
 
 def test_a_baseline_that_nobody_knows_is_named():
     with pytest.raises(SatlibError, match="baselines: 'magic' is no defence; expected one of DeepFool UAD, "):
-        experiments.cifar10(with_parameters(paper.CIFAR10, {"baselines": [["magic", 8.0]]}))
+        cifar10(settings_of("6.1", "paper", baselines=[["magic", 8.0]]))
 
 
 IMAGENET_SMALL = {
@@ -407,8 +374,8 @@ IMAGENET_SMALL = {
 
 
 def test_section_6_2_crafts_on_training_images_and_reports_on_all_test_images(tiny, tmp_path, monkeypatch, float32):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
-    plan = experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: tiny)
+    plan = imagenet(settings_of("6.2", "paper", **IMAGENET_SMALL))
     runner = Runner(ledger=Ledger(tmp_path), device="cpu", profile="p")
     runner.carry_out(plan.runs)
     erm, shared = claims.trained_models(plan, claims.Records(runner.ledger))
@@ -445,9 +412,9 @@ def two_sets(tiny):
 
 
 def test_erm_starts_from_more_classes_and_keeps_all_but_the_head(tiny, tmp_path, monkeypatch, float32, capsys):
-    monkeypatch.setattr(lab_module.data, "load", two_sets(tiny))
+    monkeypatch.setattr(runs_module.data, "load", two_sets(tiny))
     small = IMAGENET_SMALL | {"dataset": "few", "erm_dataset": "many", "erm_restart_epochs": 1}
-    plan = experiments.imagenet(with_parameters(paper.IMAGENET, small))
+    plan = imagenet(settings_of("6.2", "paper", **small))
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     first = plan.erm.parents["init"]
     assert (first.title, first.dataset, plan.erm.dataset) == ("ERM on many", "many", "few")
@@ -461,21 +428,21 @@ def test_erm_starts_from_more_classes_and_keeps_all_but_the_head(tiny, tmp_path,
     assert "other shapes, left as they were: net.fc.bias (4,) in the file, (2,) here; net.fc.weight (4, " in out + err
     assert runner.model(plan.erm).net.fc.weight.shape[0] == 2
     with pytest.raises(SatlibError, match="erm_dataset: 'many' is for the first training, but erm_restart_epochs is 0"):
-        experiments.imagenet(with_parameters(paper.IMAGENET, small | {"erm_restart_epochs": 0}))
+        imagenet(settings_of("6.2", "paper", **small | {"erm_restart_epochs": 0}))
 
 
 def test_pretrained_weights_are_named_by_their_content(tiny, tmp_path, monkeypatch, float32):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    monkeypatch.setattr(runs_module.data, "load", lambda name: tiny)
     monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
     small = IMAGENET_SMALL | {"pretrained": "mine.pt", "erm_epochs": 0}
 
     def erm() -> Run:
-        return experiments.imagenet(with_parameters(paper.IMAGENET, small)).erm
+        return imagenet(settings_of("6.2", "paper", **small)).erm
 
     with pytest.raises(SatlibError, match=r"pretrained: no file .*mine\.pt; expected a \.safetensors"):
         erm()
     runner = Runner(ledger=Ledger(tmp_path / "ledger"), device="cpu")
-    random = runner.new_model(experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL)).erm)
+    random = runner.new_model(imagenet(settings_of("6.2", "paper", **IMAGENET_SMALL)).erm)
     mine = {f"module.{name}": value.float() for name, value in random.net.state_dict().items()}
     mine["module.fc.bias"] += 1
     torch.save({"state_dict": mine}, tmp_path / "mine.pt")
@@ -488,21 +455,21 @@ def test_pretrained_weights_are_named_by_their_content(tiny, tmp_path, monkeypat
     small["pretrained"] = "moved.pt"
     assert runner.find(erm()).id == record.id  # by what they are, not where
     torch.save({name: value + 1 for name, value in mine.items()}, tmp_path / "moved.pt")
-    assert erm().config["pretrained"] != run.config["pretrained"] and runner.find(erm()) is None
+    assert erm().settings["pretrained"] != run.settings["pretrained"] and runner.find(erm()) is None
     with pytest.raises(SatlibError, match="erm_epochs: 0 without pretrained weights"):
-        experiments.imagenet(with_parameters(paper.IMAGENET, IMAGENET_SMALL | {"erm_epochs": 0}))
+        imagenet(settings_of("6.2", "paper", **IMAGENET_SMALL | {"erm_epochs": 0}))
 
 
 def test_section_6_2_is_the_paper_s():
-    plan = experiments.imagenet(paper.IMAGENET)
+    plan = imagenet(paper.IMAGENET)
     assert len(plan.models) == 9 * 2 * 2 and (32, 10, 1.0) in plan.models
-    assert plan.erm.config["dataset"] == "imagenet200-224"
+    assert plan.erm.dataset == "imagenet200-224"
     wide = {"layers": [3, 4, 6, 3], "group_width": 128, "expansion": 4, "stem": "large"}
-    assert plan.erm.config["architecture"] == {"name": "bottleneck"} | wide
-    attack = plan.robustness[plan.erm][0].config["attack"]
+    assert plan.erm.settings["architecture"] == {"name": "bottleneck"} | wide
+    attack = plan.robustness[plan.erm][0].settings["attack"]
     assert (attack["steps"], attack["batch_size"], attack["beta"], attack["gamma"]) == (20, 10_000, 4.0, 0.975)
     (run,) = plan.models[32, 10, 1.0]
-    training = run.config["training"]
+    training = run.settings["training"]
     assert (training["steps"], training["relative_step_size"], training["weight_decay"]) == (5, 0.4, 5e-5)
 
 
@@ -530,12 +497,11 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from conftest import tiny
 from test_runs import SMALL
-from satlib import paper
-from satlib.study import experiments, runs as runner
+from satlib.study import measurements, runs as runner
 from satlib.study.ledger import Ledger
 splits = tiny.__wrapped__() if hasattr(tiny, "__wrapped__") else tiny._get_wrapped_function()()
 runner.data.load = lambda name: splits
-plan = experiments.cifar10(experiments.with_parameters(paper.CIFAR10, SMALL))
+plan = measurements.plan("6.1", "paper", **SMALL)
 print("ready", flush=True)
 runner.Runner(ledger=Ledger({root!r}), device="cpu").carry_out(plan.runs)
 """
@@ -551,15 +517,15 @@ def start_sweep(root: Path) -> subprocess.Popen:
 
 
 def test_a_restart_goes_on_from_the_first_cycle_s_weights(small, tmp_path):
-    settings = with_parameters(paper.CIFAR10, SMALL | {"erm_restart_epochs": 1})
-    erm, runner = experiments.erm_run(settings), Runner(ledger=Ledger(tmp_path), device="cpu")
+    settings = settings_of("6.1", "paper", **SMALL | {"erm_restart_epochs": 1})
+    erm, runner = erm_run(settings), Runner(ledger=Ledger(tmp_path), device="cpu")
     (first,) = erm.parents.values()
     assert (first.title, erm.title) == ("ERM, first cycle", "ERM") and not first.parents
     assert runner.spec(first).id == runner.spec(small.erm).id, "a plan without restart trains the same first cycle"
     before, after = (runner.record(run).tensors("weights")["head.weight"] for run in (first, erm))
     assert 0 < (before - after).norm() < before.norm()
     assert len(runner.record(erm).metrics["history"]) == 1
-    plan = experiments.cifar10(settings)
+    plan = cifar10(settings)
     assert all(runner.spec(run.parents["init"]).id == runner.spec(erm).id for run in plan.trained[1:])
 
 

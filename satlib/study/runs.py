@@ -1,12 +1,12 @@
 """Where runs are carried out: looked up in the ledger, or computed after the runs that they build on."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -16,51 +16,26 @@ from torch import nn
 from satlib import data
 from satlib.attacks import AT_ONCE, heap_pgd
 from satlib.errors import SatlibError
-from satlib.models import Fitted, build, load_pretrained, take_over
-from satlib.paths import named_file
+from satlib.parallel import Stopped, current_ranks
 from satlib.progress import Progress, duration
-from satlib.study.kinds import KINDS, TRAININGS
-from satlib.study.ledger import Ledger, Record, RunSpec, Workspace
-from satlib.study.records import file_digest
+from satlib.study.ledger import Ledger
+from satlib.study.measurement import SERVICES, Run
+from satlib.study.records import Record, RunSpec, Workspace
 
 
 class BudgetSpent(Exception):
     """The time budget is over: what was finished is kept, the next call goes on from there."""
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of a plan: its kind (a key of `satlib.study.kinds.KINDS`), settings, and the runs it builds on.
-
-    cost: expected work in forward-and-backward passes of one image of the run's model, for estimates alone.
-    """
-
-    kind: str
-    title: str
-    dataset: str
-    config: dict
-    parents: dict[str, "Run"] = field(default_factory=dict)
-    cost: float = 0.0
-    labels: dict = field(default_factory=dict)
-
-    def ancestry(self) -> Iterator["Run"]:
-        """This run after everything that it builds on, each once."""
-        seen = set()
-        for run in [r for parent in self.parents.values() for r in parent.ancestry()] + [self]:
-            if id(run) not in seen:
-                seen.add(id(run))
-                yield run
+def network(run: Run) -> str:
+    """What a run's speed depends on: the network, and the size of its images."""
+    trained = _trained(run)
+    return str(trained.settings["architecture"]) + trained.dataset
 
 
 def _trained(run: Run) -> Run:
     """The last training among what a run builds on, itself included."""
-    return next(r for r in reversed(list(run.ancestry())) if r.kind in TRAININGS)
-
-
-def network(run: Run) -> str:
-    """What a run's speed depends on: the network, and the size of its images."""
-    trained = _trained(run)
-    return str(trained.config["architecture"]) + trained.dataset
+    return next(r for r in reversed(list(run.ancestry())) if r.is_training)
 
 
 class Runner:
@@ -102,12 +77,12 @@ class Runner:
             self._splits[dataset] = data.load(dataset).to(self.device)
         return self._splits[dataset]
 
-    def stand_in(self, dataset: str) -> str:
+    def dummy_data(self, dataset: str) -> str:
         """Where the data set cannot be loaded, have noise of its geometry in its place, for estimates; and why."""
         try:
             self.splits(dataset)
         except SatlibError as error:
-            noise = data.stand_in(dataset)
+            noise = data.dummy_data(dataset)
             if noise is None:
                 raise
             self._splits[dataset] = noise.to(self.device)
@@ -128,15 +103,16 @@ class Runner:
             self._specs[run] = RunSpec(
                 kind=run.kind,
                 config=run.config,
-                version=KINDS[run.kind].version,
+                version=run.measurement.version,
                 data=self.fingerprint(run.dataset),
                 parents={role: self.spec(parent).id for role, parent in run.parents.items()},
+                defaults=run.defaults,
             )
         return self._specs[run]
 
     def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:
-        kind = KINDS[run.kind]
-        return (kind.artefacts if whole or not kind.on_demand else ()) + also
+        what = run.measurement
+        return (what.artefacts if whole or not what.on_demand else ()) + also
 
     def find(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record | None:
         """The run's record if it is known; None where it is to be computed. whole, also: as for `record`."""
@@ -163,7 +139,9 @@ class Runner:
 
         def compute(work: Workspace) -> dict:
             computed.append(run)
-            return KINDS[run.kind].compute(self, run, work)
+            if run.is_training:
+                current_ranks().broadcast_object(spec.id)  # what the others, in `follow`, are to help with
+            return self._measure(run, work)
 
         labels = {
             "profile": self.profile,
@@ -181,9 +159,41 @@ class Runner:
         self._done[spec.id] = record
         return record
 
-    def help_with(self, run: Run, work: Any) -> None:
-        """Compute a run as one of several ranks, of which another records it."""
-        KINDS[run.kind].compute(self, run, work)
+    def _measure(self, run: Run, work: Any, *, alone: bool = True) -> dict:
+        """Call the run's measurement; `alone`: not as a helper, which looks no record up."""
+        began, what = time.monotonic(), run.measurement
+
+        def progress(text: str, done: float, needed: float = 0.0, *, lasting: bool = False) -> None:
+            if lasting:
+                self.progress.line(f"[run] {run.title}: {text}")
+            else:
+                self.report(run, text, done, began)
+            if needed:
+                self.check_budget(needed)
+
+        def handed(role: str) -> Any:
+            runs = [run.parents[name] for name in run.parents if name == role or name.startswith(f"{role} ")]
+            also = what.of_parents.get(role, ())
+            parents: list[Any] = []
+            if alone and what.takes_model(role):
+                parents = [self.model(parent) for parent in runs]
+            elif alone:
+                parents = [self.record(parent, whole=True, also=also) for parent in runs]
+            return parents if what.takes_several(role) else next(iter(parents), None)
+
+        given: dict[str, Any] = {"work": work, "progress": progress, "labels": run.labels}
+        for name in what.inputs:
+            if name == "data":
+                given[name] = self.splits(run.dataset)
+            elif name not in SERVICES:
+                given[name] = handed(name)
+        return what.compute(**{name: given[name] for name in what.inputs}, **run.settings)
+
+    def follow(self, runs: Mapping[str, Run]) -> None:
+        """As one of several ranks, help rank 0 with whichever of the trainings it computes, until it says None."""
+        while (key := current_ranks().broadcast_object("")) is not None:
+            with contextlib.suppress(Stopped):
+                self._measure(runs[key], Helper(), alone=False)
 
     def carry_out(self, plan: Iterable[Run], *, failed: Callable[[Run], None] | None = None) -> list[Record]:
         """Records of all runs of the plan with what they build on, in its order; progress over the whole plan.
@@ -252,35 +262,14 @@ class Runner:
         return [other for other, run in runs.items() if any(self.spec(r).id == key for r in run.ancestry())]
 
     def model(self, run: Run) -> nn.Module:
-        """The trained classifier of a `train` run, in eval mode on the runner's device."""
+        """The trained model of a training, in eval mode on the runner's device."""
         model = self.new_model(run)
         model.load_state_dict(self.record(run, whole=True).tensors("weights"))
         return model.to(self.device).eval()
 
-    def initial_model(self, run: Run) -> tuple[nn.Module, Fitted | None]:
-        """A `train` run's classifier before its first epoch, and what of other weights fitted it; None without any.
-
-        It starts from the model that the run builds on, else from the file that its settings name by digest and its
-        labels by path, else from its seed. Where classes differ, the head keeps its random weights.
-        """
-        model, fitted = self.new_model(run), None
-        if "init" in run.parents:
-            parent = run.parents["init"]
-            weights = self.record(parent, whole=True).tensors("weights")
-            fitted = take_over(model, weights, source=parent.title)
-        elif digest := run.config.get("pretrained"):
-            path = named_file(run.labels["pretrained"])
-            if file_digest(path) != digest:
-                raise SatlibError(f"pretrained: {path} changed while this ran; start again")
-            fitted = load_pretrained(model, path)
-        return model, fitted
-
     def new_model(self, run: Run) -> nn.Module:
-        """The untrained classifier of a `train` run, initialised from its seed, on the runner's device."""
-        train = self.splits(run.dataset).train
-        torch.manual_seed(run.config["training"]["seed"])
-        model = build(run.config["architecture"], classes=len(train.classes), mean=train.mean, std=train.std)
-        return model.to(self.device)
+        """The untrained model of a training, initialised from its seed, on the runner's device."""
+        return run.measurement.builds(self.splits(run.dataset), run.settings)
 
     def passes_per_second(self, run: Run) -> float:
         """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
@@ -303,9 +292,9 @@ class Runner:
 
     def weight_bytes(self, run: Run) -> int:
         """Bytes that the weights of a `train` run take; 0 of other runs."""
-        if run.kind not in TRAININGS:
+        if not run.is_training:
             return 0
-        until, epochs = run.config.get("until"), run.config["training"]["epochs"]
+        until, epochs = run.settings["until"], run.settings["training"]["epochs"]
         copies = 1 if until in (None, epochs) else 3  # with both of Adam's means, for the next part to go on with
         return copies * sum(t.nbytes for t in self.new_model(run).state_dict().values())
 
@@ -342,3 +331,16 @@ class Runner:
     def _place(self, run: Run) -> str:
         place = self._order.get(self.spec(run).id)
         return f"{place}/{len(self._order)} " if place else ""
+
+
+class Helper:
+    """The workspace of a rank that only helps: rank 0 loads, saves and records."""
+
+    def load_checkpoint(self) -> None:
+        return None
+
+    def save_checkpoint(self, tensors: dict[str, Any], info: dict) -> None:
+        pass
+
+    def save_tensors(self, name: str, tensors: dict[str, Any], metadata: Any = None) -> None:
+        pass

@@ -1,0 +1,291 @@
+"""Sections 6.3 and 6.4: segmentation of driving scenes, universal attacks on it, and what these do to images."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from satlib.attacks import annealed_step_sizes, attackable, heap_pgd, perturb, universal_pgd
+from satlib.data import Splits
+from satlib.data.imageset import IGNORE
+from satlib.errors import SatlibError
+from satlib.paper import Cityscapes
+from satlib.segmentation import (
+    class_index,
+    repeated,
+    scene_target,
+    segment,
+    share_hidden,
+    target_structure,
+    weakening,
+    without,
+)
+from satlib.study.measurement import Run, measurement, options_of
+from satlib.study.measurements.classification import Point
+from satlib.study.measurements.robustness import adversarial_robustness, search_run
+from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
+from satlib.study.records import Record, Workspace
+from satlib.training import Training
+
+
+@measurement(version=2, artefacts=("perturbations",), on_demand=True)
+def perturbation_structure(
+    model: nn.Module,
+    data: Splits,
+    work: Workspace,
+    progress: Any,
+    *,
+    target: str,
+    eps: float,
+    batch_size: int,
+    images: int,
+    attack: dict,
+    seed: int = 0,
+) -> dict:
+    """Image-dependent against universal perturbations of one size, for the same images and target (Figure 6).
+
+    The universal one is crafted on validation scenes, each test scene gets one of its own. For both: how far they
+    weaken the edges of their image, how far their edges lie on the boundaries of the target, and the share of the
+    target's pixels that they win. Kept as arrays: for the first test image both perturbations in half precision, and
+    what the model makes of it; not the image, which may not be passed on.
+    """
+    part, aim = data.test.first(min(images, len(data.test))), scene_target(data, target)
+    x, y, craft = part.images.float(), repeated(aim, len(part)), data.val
+    common = {"eps": eps, "targeted": True, "generator": torch.Generator().manual_seed(seed)}
+    sizes = annealed_step_sizes(eps, attack["steps"], beta=attack["beta"], gamma=attack["gamma"])
+    heaps = common | {"sharedness": 1, "keep_best": True, "steps": attack["steps"], "step_size": sizes}
+    with attackable(model) as net:
+        options = attack | common | {"batch_size": batch_size, "score_images": len(part)}
+        one = universal_pgd(net, craft.images, repeated(aim, len(craft)), **options)
+        own = []
+        for some, aims in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            own.append(heap_pgd(net, some, aims, **heaps))
+            progress("image-dependent perturbations", sum(map(len, own)) / len(part))
+        perturbations = {"own": torch.cat(own), "universal": one.expand(len(part), -1, -1, -1)}
+        seen = {"clean": segment(net, x)}
+        seen |= {name: segment(net, perturb(x, xi, 1)) for name, xi in perturbations.items()}
+    metrics: dict[str, Any] = {"eps": eps, "images": len(part)}
+    for name, xi in perturbations.items():
+        metrics[name] = {
+            "weakening": weakening(x, xi).tolist(),
+            "target_structure": target_structure(xi, aim).tolist(),
+            "target_accuracy": (seen[name] == y)[y != IGNORE].float().mean().item(),
+        }
+    kept = {name: xi[0].half() for name, xi in perturbations.items()} | {"target": aim}
+    kept |= {f"segmented_{name}": predicted[0] for name, predicted in seen.items()}
+    work.save_arrays("perturbations", {name: value.cpu().numpy() for name, value in kept.items()})
+    return metrics
+
+
+@measurement(
+    version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options_of(universal_pgd)}
+)
+def hiding(
+    model: nn.Module,
+    data: Splits,
+    work: Workspace,
+    *,
+    hide: str,
+    epsilons: list,
+    images: int,
+    attack: dict = {},  # noqa: B006 - read only
+    seed: int = 0,
+) -> dict:
+    """One perturbation that hides a class everywhere and keeps all else (the dynamic target of Metzen et al. 2017).
+
+    Targets are the model's own predictions in which the class gives way to what is nearest. Crafted on validation
+    scenes for every eps at once, scored on test scenes: the share of the class's predicted pixels that are gone, and
+    the share of the others that stay. Kept as arrays: the perturbation of the largest eps, and what the model makes
+    with and without it of the test scene with most of the class, whose place among them is `example`.
+    """
+    hidden, craft = class_index(data, hide), data.val
+    options = attack | {"eps": epsilons, "targeted": True, "generator": torch.Generator().manual_seed(seed)}
+    with attackable(model) as net:
+        found = universal_pgd(net, craft.images, without(segment(net, craft.images), hidden), **options)
+        test = data.test.images[:images]
+        clean = segment(net, test)
+        seen = [segment(net, perturb(test.float(), xi[None], len(test))) for xi in found]
+    most = int((clean == hidden).flatten(1).sum(1).argmax())
+    arrays = {"perturbation": found[-1].half(), "clean": clean[most], "perturbed": seen[-1][most]}
+    work.save_arrays("example", {name: value.cpu().numpy() for name, value in arrays.items()})
+    scores = [{"eps": eps} | share_hidden(clean, after, hidden) for eps, after in zip(epsilons, seen, strict=True)]
+    return {"hide": hide, "example": most, "scores": scores}
+
+
+@measurement(version=1, artefacts=("segmentations",), on_demand=True)
+def segmentations(model: nn.Module, targeted: Record, untargeted: Record, data: Splits, work: Workspace) -> dict:
+    """What a model makes of the first test scene, clean and under its universal perturbations.
+
+    Kept as arrays (H, W): `clean`, and under the perturbation that each search found, or that came closest, so that
+    pictures need no weights.
+    """
+    scene = data.test.images[:1].float()
+    with attackable(model) as net:
+        seen = {"clean": segment(net, scene)[0]}
+        for name, search in (("targeted", targeted), ("untargeted", untargeted)):
+            seen[name] = segment(net, perturb(scene, perturbation_of(search).to(scene.device), 1))[0]
+    work.save_arrays("segmentations", {name: labels.cpu().numpy() for name, labels in seen.items()})
+    return {"scene": 0}
+
+
+def perturbation_of(search: Record) -> torch.Tensor:
+    """The perturbation (1, C, H, W) that a search found, or where none won the one that came closest."""
+    name = "closest" if search.metrics["rate"] is None else "perturbation"
+    return search.tensors(name)["perturbation"]
+
+
+@dataclass(frozen=True)
+class ScenesPlan:
+    """The runs of sections 6.3 and 6.4.
+
+    models: by (s, eps, sigma), one part of the training for each of the `epochs` after which it is looked at. targeted,
+    adversarial: eps_uni and eps_adv for the target scene, of every model after each of these epochs; untargeted and
+    untargeted_adversarial: of the models at their end. structure: what image-dependent and universal perturbations do
+    to images (Figure 6); hiding: what a dynamic target reaches; seen: segmentations under universal perturbations.
+    """
+
+    epochs: tuple[int, ...]
+    erm: Run
+    models: dict[Point, list[Run]]
+    targeted: dict[Run, Run] = field(default_factory=dict)
+    adversarial: dict[Run, Run] = field(default_factory=dict)
+    untargeted: dict[Run, Run] = field(default_factory=dict)
+    untargeted_adversarial: dict[Run, Run] = field(default_factory=dict)
+    structure: dict[Run, Run] = field(default_factory=dict)
+    hiding: dict[Run, Run] = field(default_factory=dict)
+    seen: dict[Run, Run] = field(default_factory=dict)
+
+    @property
+    def final(self) -> list[Run]:
+        """The undefended model, and each defended one at its end."""
+        return [self.erm, *(parts[-1] for parts in self.models.values())]
+
+    @property
+    def runs(self) -> list[Run]:
+        """In order of importance: the models at their ends first."""
+        kinds = (self.targeted, self.adversarial, self.untargeted, self.untargeted_adversarial)
+        kinds += (self.structure, self.hiding, self.seen)
+        planned = []
+        for model in self.final:
+            planned += [model, *(of[model] for of in kinds if model in of)]
+        for parts in self.models.values():
+            planned += [run for part in parts[:-1] for run in (part, self.targeted[part], self.adversarial[part])]
+        return planned
+
+
+def cityscapes(settings: Cityscapes) -> ScenesPlan:
+    """Plan of sections 6.3 and 6.4 under the given settings."""
+    epochs = settings.evaluated or tuple(range(1, settings.finetune_epochs + 1))
+    if list(epochs) != sorted(set(epochs)) or not 1 <= epochs[0] <= epochs[-1] == settings.finetune_epochs:
+        raise SatlibError(
+            f"evaluated={epochs}: expected epochs in their order, the last of them finetune_epochs "
+            f"({settings.finetune_epochs})"
+        )
+    erm = _erm_run(settings)
+    models = {point: _finetune_runs(settings, erm, epochs, *point) for point in settings.points}
+    final = [erm, *(parts[-1] for parts in models.values())]
+    every = [erm, *(part for parts in models.values() for part in parts)]
+    targeted = {model: _universal(settings, model, targeted=True) for model in every}
+    untargeted = {model: _universal(settings, model, targeted=False) for model in final}
+    return ScenesPlan(
+        epochs=epochs,
+        erm=erm,
+        models=models,
+        targeted=targeted,
+        adversarial={model: _adversarial(settings, model, targeted=True) for model in every},
+        untargeted=untargeted,
+        untargeted_adversarial={model: _adversarial(settings, model, targeted=False) for model in final},
+        structure={model: _structure(settings, model) for model in final},
+        hiding={model: _hiding(settings, model) for model in final},
+        seen={model: _seen(settings, model, targeted[model], untargeted[model]) for model in final},
+    )
+
+
+def _erm_run(settings: Cityscapes) -> Run:
+    return train_run(settings, _training(settings, "erm"), "ERM", **pretrained_weights(settings.pretrained))
+
+
+def _training(settings: Cityscapes, stage: str, **more: Any) -> Training:
+    return training_settings(settings, stage, optimizer="adam", weight_decay=0.0, **more)
+
+
+def _finetune_runs(
+    settings: Cityscapes, erm: Run, epochs: tuple[int, ...], sharedness: int, eps: float, sigma: float
+) -> list[Run]:
+    """The parts of one training, which end after these epochs."""
+    each = _training(settings, "finetune", sharedness=sharedness, eps=eps, sigma=sigma)
+    title, parts, before = f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", [], 0
+    for until in epochs:
+        name = title if until == settings.finetune_epochs else f"{title}, epoch {until}"
+        builds_on = {"previous": parts[-1]} if parts else {"init": erm}
+        parts.append(train_run(settings, each, name, epochs=until - before, until=until, **builds_on))
+        before = until
+    return parts
+
+
+def _attack(settings: Cityscapes, *, targeted: bool) -> dict[str, Any]:
+    """A targeted attack has neither a loss threshold nor soft targets."""
+    cap, smoothing = (None, 0.0) if targeted else (settings.loss_threshold, settings.label_smoothing)
+    return {"beta": settings.beta, "gamma": settings.gamma, "loss_threshold": cap, "label_smoothing": smoothing}
+
+
+def _target(settings: Cityscapes, *, targeted: bool) -> dict[str, Any]:
+    return {"seed": settings.seed} | ({"target": settings.target} if targeted else {})
+
+
+def _universal(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
+    title = f"{'targeted' if targeted else 'untargeted'} eps_uni of {model.title}"
+    sizes = {"steps": settings.search_steps, "batch_size": settings.search_batch}
+    attack = {"name": "paper", "score_images": settings.choose_images} | sizes | _attack(settings, targeted=targeted)
+    return search_run(settings, model, title, attack, **_target(settings, targeted=targeted))
+
+
+def _adversarial(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
+    """Without a target the pixels of an image compete for its perturbation, and their losses are capped."""
+    return adversarial_robustness.plan(
+        settings,
+        f"{'targeted' if targeted else 'untargeted'} eps_adv of {model.title}",
+        settings.adversarial_images * settings.adversarial_steps * settings.adversarial_iterations,
+        model=model,
+        delta=settings.delta,
+        iterations=settings.adversarial_iterations,
+        attack={"steps": settings.adversarial_steps, "batch_size": 4} | _attack(settings, targeted=targeted),
+        images=settings.adversarial_images,
+        **_target(settings, targeted=targeted),
+    )
+
+
+def _structure(settings: Cityscapes, model: Run) -> Run:
+    return perturbation_structure.plan(
+        settings,
+        f"structure of perturbations of {model.title}",
+        (settings.report_images + settings.search_batch) * settings.adversarial_steps,
+        model=model,
+        target=settings.target,
+        eps=settings.structure_eps,
+        batch_size=settings.search_batch,
+        images=settings.report_images,
+        attack={"steps": settings.adversarial_steps, "beta": settings.beta, "gamma": settings.gamma},
+        seed=settings.seed,
+    )
+
+
+def _hiding(settings: Cityscapes, model: Run) -> Run:
+    attack = {"steps": settings.search_steps, "batch_size": settings.search_batch}
+    return hiding.plan(
+        settings,
+        f"hiding every {settings.hidden} from {model.title}",
+        2 * settings.search_steps * settings.search_batch,
+        model=model,
+        hide=settings.hidden,
+        epsilons=settings.hiding_epsilons,
+        attack=attack | {"score_images": settings.choose_images, "beta": settings.beta, "gamma": settings.gamma},
+        images=settings.report_images,
+        seed=settings.seed,
+    )
+
+
+def _seen(settings: Cityscapes, model: Run, targeted: Run, untargeted: Run) -> Run:
+    title = f"segmentations of {model.title}"
+    return segmentations.plan(settings, title, 3, model=model, targeted=targeted, untargeted=untargeted)

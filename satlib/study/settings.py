@@ -1,0 +1,162 @@
+"""Settings flow one way: the paper's (`satlib.paper`), what a profile changes, what a reader changes.
+
+A profile is a file `satlib/study/profiles/NAME.yaml` with one line of text each under `description`, `hardware` and
+`time`, and under `sections` by section only what differs from the paper, or where the paper is silent from our default.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+from satlib.errors import SatlibError
+from satlib.paper import CHECKS, CIFAR10, CITYSCAPES, IMAGENET, METHOD
+
+# What each section is asked with in the paper; "method": sections 3 to 5; "checks": whether evaluations can be trusted.
+SECTIONS = {"6.1": CIFAR10, "6.2": IMAGENET, "6.3": CITYSCAPES, "method": METHOD, "checks": CHECKS}
+BUILDS_ON = {"method": "6.1"}  # whose settings it shares
+NOTEBOOKS = {  # the sections whose runs a notebook needs
+    **dict.fromkeys(("01_preliminaries", "02_shared_adversarial_training", "03_quantifying_robustness"), ("method",)),
+    "04_cifar10": ("6.1",),
+    "05_imagenet": ("6.2",),
+    "06_cityscapes": ("6.3",),
+    "07_discussion": ("6.3",),
+    "08_teaser": ("6.2", "6.3"),
+    "09_can_we_trust_it": ("checks",),
+}
+FOLDER = Path(__file__).with_name("profiles")
+TEXTS = ("description", "hardware", "time")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile as its file states it: three lines of text, and by section what it changes."""
+
+    name: str
+    description: str
+    hardware: str
+    time: str
+    sections: Mapping[str, Mapping[str, object]]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`, else all of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names) or 'none'}"
+
+
+def profile_names() -> list[str]:
+    """All profiles, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@cache
+def load(name: str) -> Profile:
+    """The profile `name`. Raises `SatlibError` naming the file, the key and what was expected."""
+    if name not in profile_names():
+        raise SatlibError(f"unknown profile {name!r}{nearest(name, profile_names())}")
+    path = FOLDER / f"{name}.yaml"
+    content = _read_yaml(path)
+    expected = dict.fromkeys(TEXTS, str) | {"sections": dict}
+    if not isinstance(content, dict):
+        raise SatlibError(f"{path}: expected the keys {', '.join(expected)}")
+    for key in content:
+        if key not in expected:
+            raise SatlibError(f"{path}: unknown key {key!r}{nearest(str(key), expected)}")
+    for key, kind in expected.items():
+        if key not in content:
+            raise SatlibError(f"{path}: the key {key!r} is missing")
+        if not isinstance(content[key], kind):
+            raise SatlibError(f"{path}: {key} is {content[key]!r}, expected a {kind.__name__}")
+    for section, changes in content["sections"].items():
+        if section not in SECTIONS:
+            raise SatlibError(f"{path}: sections: unknown section {section!r}{nearest(str(section), SECTIONS)}")
+        if not isinstance(changes, dict):
+            raise SatlibError(f"{path}: sections: {section} is {changes!r}, expected settings as `name: value`")
+    texts = {key: content[key].strip() for key in TEXTS}
+    return Profile(name=name, **texts, sections=content["sections"])
+
+
+def _read_yaml(path: Path) -> object:
+    """What the YAML file holds; a key given twice is an error (YAML would keep the last one)."""
+    import yaml  # here, so that profiles can be listed before anything is installed
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for index, key in enumerate(keys):
+                if key in keys[:index]:
+                    line = node.value[index][0].start_mark.line + 1
+                    raise SatlibError(f"{path}, line {line}: {key!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SatlibError(f"{path} is not valid YAML: {error}") from error
+
+
+def settings(section: str, profile: str, **changes: object) -> typing.Any:
+    """A section's settings ("6.1", "6.2", "6.3", "method", "checks"): the paper's, as the profile and `changes` say.
+
+    A change to None leaves what the profile says. Lists become tuples. Raises `SatlibError` for an unknown section,
+    profile or setting with the nearest name, and for a value of another type.
+    """
+    if section not in SECTIONS:
+        raise SatlibError(f"unknown section {section!r}{nearest(section, SECTIONS)}")
+    stated, where = load(profile).sections, f"profile {profile!r}, section {section}"
+    result = SECTIONS[section]
+    if base := BUILDS_ON.get(section):
+        result = _changed(result, stated.get(base, {}), f"profile {profile!r}, section {base}")
+    result = _changed(result, stated.get(section, {}), where)
+    return _changed(result, {name: value for name, value in changes.items() if value is not None}, f"section {section}")
+
+
+def _changed(base: typing.Any, changes: Mapping[str, object], where: str) -> typing.Any:
+    hints, known = typing.get_type_hints(type(base)), [field.name for field in fields(base)]
+    values = {}
+    for name, value in changes.items():
+        if name not in known:
+            raise SatlibError(f"{where}: there is no setting {name!r}{nearest(str(name), known)}")
+        try:
+            values[name] = _converted(value, hints[name])
+        except TypeError as error:
+            like = getattr(base, name)
+            raise SatlibError(f"{where}: {name} is {value!r}, expected something like {like!r}: {error}") from error
+    return replace(base, **values)
+
+
+def _converted(value: typing.Any, wanted: typing.Any) -> typing.Any:
+    """`value` as the type `wanted`: int becomes float, a list a tuple. Raises `TypeError` if it does not fit."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is types.UnionType:
+        for choice in sorted(arguments, key=lambda choice: choice is not type(value)):
+            try:
+                return _converted(value, choice)
+            except TypeError:
+                continue
+    elif wanted is float and type(value) is int:
+        return float(value)
+    elif origin is tuple and isinstance(value, list | tuple):
+        wanted_items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(wanted_items) != len(value):
+            raise TypeError(f"{value!r} has {len(value)} entries, expected {len(wanted_items)}")
+        return tuple(map(_converted, value, wanted_items))
+    elif type(value) is (types.NoneType if wanted is None else wanted):
+        return value
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) and wanted is float else ""
+    raise TypeError(f"{value!r} is a {type(value).__name__}{hint}")
+
+
+def datasets(profile: str, stems: Iterable[str]) -> list[str]:
+    """Names of the data sets that the notebooks `stems` need under a profile, sorted."""
+    sections = {section for stem in stems for section in NOTEBOOKS.get(stem, ())}
+    if "checks" in sections:
+        sections |= {"6.1", *settings("checks", profile).sections}
+    chosen = [settings(section, profile) for section in sections - {"checks"}]
+    names = {name for each in chosen for name in (each.dataset, getattr(each, "erm_dataset", ""))}
+    return sorted(names - {""})
