@@ -20,8 +20,8 @@ from satlib.models import Fitted, build, load_pretrained, take_over
 from satlib.paths import named_file
 from satlib.progress import Progress, duration
 from satlib.study.kinds import KINDS, TRAININGS
-from satlib.study.ledger import Ledger, Record, RunSpec, Workspace
-from satlib.study.records import file_digest
+from satlib.study.ledger import Ledger
+from satlib.study.records import Record, RunSpec, Workspace, file_digest
 
 
 class BudgetSpent(Exception):

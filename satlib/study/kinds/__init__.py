@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from satlib.study.kinds import evaluation, method, scenes, training, trust
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 
 if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner

@@ -17,7 +17,7 @@ from satlib.deepfool import universal_deepfool
 from satlib.precision import autocast
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.segmentation import repeated, scene_target
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 
 if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner

@@ -18,7 +18,7 @@ from satlib.attacks import (
     universal_pgd,
 )
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 
 if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner

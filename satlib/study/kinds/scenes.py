@@ -18,7 +18,7 @@ from satlib.segmentation import (
     weakening,
     without,
 )
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 
 if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner

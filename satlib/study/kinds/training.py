@@ -10,7 +10,7 @@ import torch
 
 from satlib import parallel
 from satlib.defenses import DEFENSES
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 from satlib.training import Training, class_iou, confusion, share_right, train
 
 if TYPE_CHECKING:

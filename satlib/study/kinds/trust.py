@@ -11,7 +11,7 @@ from PIL import Image
 from satlib import evaluation_checks as audit
 from satlib.attacks import attackable, perturb, success_rates
 from satlib.segmentation import perturbation_of
-from satlib.study.ledger import Workspace
+from satlib.study.records import Workspace
 
 CRAFTED = 4096  # images to craft on, where they come from a large set
 
