@@ -295,9 +295,10 @@ def _ledger_status(arguments: argparse.Namespace) -> int:
 
 
 def _ledger_pack(arguments: argparse.Namespace) -> int:
+    from satlib.study import archive
     from satlib.study.ledger import Ledger
 
-    packed = Ledger().pack(arguments.out, max_mb=arguments.max_mb)
+    packed = archive.pack(Ledger(), arguments.out, max_mb=arguments.max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
@@ -306,9 +307,10 @@ def _ledger_pack(arguments: argparse.Namespace) -> int:
 
 
 def _ledger_merge(arguments: argparse.Namespace) -> int:
+    from satlib.study import archive
     from satlib.study.ledger import Ledger
 
-    merged = Ledger().merge(arguments.files)
+    merged = archive.merge(Ledger(), arguments.files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
     new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from satlib.data.imageset import Splits
 from satlib.errors import SatlibError
 from satlib.precision import autocast
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 
 
 def scene_target(splits: Splits, frame: str) -> Tensor:

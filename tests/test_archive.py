@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from satlib.errors import SatlibError
-from satlib.study.archive import Limits
-from satlib.study.ledger import DamageWarning, Ledger, RunSpec
-from satlib.study.records import digest_of, render_record
+from satlib.study import archive
+from satlib.study.ledger import Ledger
+from satlib.study.records import DamageWarning, RunSpec, digest_of, render_record
 
 
 def spec(number=0):
@@ -50,7 +50,7 @@ def target(tmp_path):
 @pytest.fixture
 def members(source, tmp_path):
     """The honest archive's members, name -> content, to be rearranged by the tests."""
-    source.pack(tmp_path / "honest.tar")
+    archive.pack(source, tmp_path / "honest.tar")
     with tarfile.open(tmp_path / "honest.tar", "r:") as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
@@ -93,16 +93,16 @@ def nothing_outside(tmp_path, target):
 
 
 def test_runs_arrive_as_they_were(source, target, tmp_path):
-    packed = source.pack(tmp_path / "runs.tar")
+    packed = archive.pack(source, tmp_path / "runs.tar")
     assert packed.left_out == [] and packed.bytes == (tmp_path / "runs.tar").stat().st_size
     assert packed.packed == [record.id for record in source.records()]
-    merged = target.merge([tmp_path / "runs.tar"])
+    merged = archive.merge(target, [tmp_path / "runs.tar"])
     assert (merged.merged, merged.present, merged.refused) == (packed.packed, [], [])
     for old in source.records():
         new = target.find(old.id, ["weights", "small"])
         assert new == dataclasses.replace(old, path=new.path)
         assert torch.equal(new.tensors("weights")["a"], old.tensors("weights")["a"])
-    again = target.merge([tmp_path / "runs.tar", tmp_path / "runs.tar"])
+    again = archive.merge(target, [tmp_path / "runs.tar", tmp_path / "runs.tar"])
     assert (again.merged, again.present, again.refused) == ([], packed.packed * 2, [])
     assert target.get_or_compute(spec(1), lambda work: pytest.fail("it was merged")).metrics == {"number": 1}
 
@@ -135,48 +135,48 @@ def resume(ledger, number=7):
 
 def test_an_unfinished_run_goes_on_elsewhere(source, target, tmp_path):
     interrupt(source)
-    packed = source.pack(tmp_path / "runs.tar")
+    packed = archive.pack(source, tmp_path / "runs.tar")
     assert (len(packed.packed), packed.unfinished, packed.left_out) == (3, [spec(7).id], [])
-    merged = target.merge([tmp_path / "runs.tar"])
+    merged = archive.merge(target, [tmp_path / "runs.tar"])
     assert (len(merged.merged), merged.unfinished, merged.refused) == (3, [spec(7).id], [])
     assert resume(target) == 3
     interrupt(target, epoch=5)
-    again = target.merge([tmp_path / "runs.tar"])
+    again = archive.merge(target, [tmp_path / "runs.tar"])
     assert spec(7).id in again.present and resume(target) == 5, "what is here stays"
     target.get_or_compute(spec(7), compute(7))
-    assert target.pack(tmp_path / "done.tar").unfinished == []
-    assert target.merge([tmp_path / "runs.tar"]).unfinished == []
+    assert archive.pack(target, tmp_path / "done.tar").unfinished == []
+    assert archive.merge(target, [tmp_path / "runs.tar"]).unfinished == []
 
 
 def test_an_unfinished_run_alone_and_one_that_does_not_fit(target, tmp_path):
     ledger = Ledger(tmp_path / "source")
     interrupt(ledger)
-    assert ledger.pack(tmp_path / "one.tar").packed == []
-    assert target.merge([tmp_path / "one.tar"]).unfinished == [spec(7).id]
+    assert archive.pack(ledger, tmp_path / "one.tar").packed == []
+    assert archive.merge(target, [tmp_path / "one.tar"]).unfinished == [spec(7).id]
     ledger.get_or_compute(spec(0), compute(0))
-    packed = ledger.pack(tmp_path / "small.tar", max_mb=10_240 / 1e6)  # one record of a tar file
-    assert packed.unfinished == [] and [name for name, _ in packed.left_out] == [f"{spec(7).id}/checkpoint.safetensors"]
+    packed = archive.pack(ledger, tmp_path / "small.tar", max_mb=0.02)
+    assert packed.unfinished == [] and [name for name, _ in packed.left_out] == [f"{spec(7).id}/checkpoint"]
 
 
 def test_a_damaged_checkpoint_is_neither_packed_nor_merged(source, target, tmp_path):
     interrupt(source)
-    source.pack(tmp_path / "runs.tar")
-    path = source.runs / ".work" / spec(7).id / "checkpoint.safetensors"
+    archive.pack(source, tmp_path / "runs.tar")
+    path = source.runs / ".work" / spec(7).id / "checkpoint"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    entry = regular(f"{spec(7).id}/checkpoint.safetensors", bytes(content))
+    entry = regular(f"{spec(7).id}/checkpoint", bytes(content))
     write(tmp_path / "evil.tar", [entry])
     with nothing_outside(tmp_path, target):
-        merged = target.merge([tmp_path / "evil.tar"])
+        merged = archive.merge(target, [tmp_path / "evil.tar"])
     assert merged.unfinished == [] and "SHA-256" in merged.refused[0][1]
     assert resume(target) == 0
     path.write_bytes(content)
-    assert source.pack(tmp_path / "again.tar").unfinished == []
+    assert archive.pack(source, tmp_path / "again.tar").unfinished == []
 
 
 def test_the_same_runs_give_the_same_archive(source, tmp_path):
-    source.pack(tmp_path / "a.tar")
-    source.pack(tmp_path / "b.tar", ids=[record.id[:10] for record in reversed(source.records())])
+    archive.pack(source, tmp_path / "a.tar")
+    archive.pack(source, tmp_path / "b.tar", ids=[record.id[:10] for record in reversed(source.records())])
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert {member.mtime for member in tar} == {0}
@@ -184,10 +184,10 @@ def test_the_same_runs_give_the_same_archive(source, tmp_path):
 
 def test_only_the_named_runs_are_packed(source, target, tmp_path):
     run_id = spec(2).id
-    assert source.pack(tmp_path / "one.tar", ids=[run_id[:8], run_id]).packed == [run_id]
-    assert target.merge([tmp_path / "one.tar"]).merged == [run_id]
+    assert archive.pack(source, tmp_path / "one.tar", ids=[run_id[:8], run_id]).packed == [run_id]
+    assert archive.merge(target, [tmp_path / "one.tar"]).merged == [run_id]
     with pytest.raises(SatlibError, match="no sound record"):
-        source.pack(tmp_path / "none.tar", ids=["f" * 10])
+        archive.pack(source, tmp_path / "none.tar", ids=["f" * 10])
     assert not (tmp_path / "none.tar").exists()
 
 
@@ -195,29 +195,29 @@ def test_a_limit_in_megabytes_leaves_large_artefacts_behind_first(tmp_path, targ
     ledger = Ledger(tmp_path / "source")
     made = [ledger.get_or_compute(spec(n), compute(n, size)) for n, size in enumerate([10, 500_000, 10, 240_000, 10])]
     made.sort(key=lambda record: (record.created, record.id))
-    packed = ledger.pack(tmp_path / "runs.tar", max_mb=1.0)
+    packed = archive.pack(ledger, tmp_path / "runs.tar", max_mb=1.0)
     assert packed.bytes == (tmp_path / "runs.tar").stat().st_size <= 1_000_000
     assert packed.packed == [record.id for record in made]
     assert [name for name, _ in packed.left_out] == [f"{spec(1).id}/weights.safetensors"]
-    assert target.merge([tmp_path / "runs.tar"]).merged == packed.packed
+    assert archive.merge(target, [tmp_path / "runs.tar"]).merged == packed.packed
     thin = target.find(spec(1).id)
     assert thin.has("small") and not thin.has("weights")
     with pytest.raises(SatlibError, match="is not here"):
         thin.tensors("weights")
 
-    packed = ledger.pack(tmp_path / "less.tar", max_mb=0.5)
+    packed = archive.pack(ledger, tmp_path / "less.tar", max_mb=0.5)
     assert packed.packed == [record.id for record in made[:3]]
     assert {name for name, _ in packed.left_out} == {f"{spec(1).id}/weights.safetensors", *(r.id for r in made[3:])}
     for wrong in (0.001, 0, -1):
         with pytest.raises(SatlibError, match="max_mb"):
-            ledger.pack(tmp_path / "nothing.tar", max_mb=wrong)
+            archive.pack(ledger, tmp_path / "nothing.tar", max_mb=wrong)
     assert not (tmp_path / "nothing.tar").exists()
 
     # The whole run comes later: it replaces the thin one, and a thin one replaces nothing.
-    ledger.pack(tmp_path / "all.tar")
-    assert target.merge([tmp_path / "all.tar"]).merged == [spec(1).id]
+    archive.pack(ledger, tmp_path / "all.tar")
+    assert archive.merge(target, [tmp_path / "all.tar"]).merged == [spec(1).id]
     assert target.find(spec(1).id, ["weights"]) is not None
-    assert target.merge([tmp_path / "runs.tar"]).merged == []
+    assert archive.merge(target, [tmp_path / "runs.tar"]).merged == []
     assert target.find(spec(1).id, ["weights"]) is not None
 
 
@@ -225,41 +225,41 @@ def test_a_damaged_run_is_left_out_by_name(source, tmp_path):
     path = source.runs / spec(1).id / "small.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.warns(DamageWarning, match="small.safetensors"):
-        packed = source.pack(tmp_path / "runs.tar")
+        packed = archive.pack(source, tmp_path / "runs.tar")
     assert packed.left_out == [(spec(1).id, "damaged")] and len(packed.packed) == 2
 
 
 def test_an_archive_that_cannot_be_written_leaves_nothing(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SatlibError, match="cannot be written"):
-        source.pack(tmp_path / "file" / "runs.tar")
+        archive.pack(source, tmp_path / "file" / "runs.tar")
     with pytest.raises(SatlibError, match="cannot be written"):
-        source.pack(tmp_path / "source")  # a folder
+        archive.pack(source, tmp_path / "source")  # a folder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
 
 
 def test_an_empty_ledger_and_a_missing_archive_are_clear_errors(target, tmp_path):
     with pytest.raises(SatlibError, match="no run to pack"):
-        target.pack(tmp_path / "runs.tar")
+        archive.pack(target, tmp_path / "runs.tar")
     with pytest.raises(SatlibError, match="no such file"):
-        target.merge([tmp_path / "runs.tar"])
+        archive.merge(target, [tmp_path / "runs.tar"])
 
 
 def test_a_run_that_is_being_computed_is_refused_and_merged_the_next_time(source, target, tmp_path):
-    source.pack(tmp_path / "runs.tar")
+    archive.pack(source, tmp_path / "runs.tar")
     with target.lock(spec(1).id):
-        merged = target.merge([tmp_path / "runs.tar"])
+        merged = archive.merge(target, [tmp_path / "runs.tar"])
         assert len(merged.merged) == 2
         assert merged.refused == [(spec(1).id, "another process works on this run")]
-    assert target.merge([tmp_path / "runs.tar"]).merged == [spec(1).id]
+    assert archive.merge(target, [tmp_path / "runs.tar"]).merged == [spec(1).id]
 
 
 def test_a_damaged_run_is_set_aside_and_merged_anew(source, target, tmp_path):
-    source.pack(tmp_path / "runs.tar")
-    target.merge([tmp_path / "runs.tar"])
+    archive.pack(source, tmp_path / "runs.tar")
+    archive.merge(target, [tmp_path / "runs.tar"])
     (target.runs / spec(0).id / "record.json").write_text("{}")
     with pytest.warns(DamageWarning, match="set aside"):
-        assert target.merge([tmp_path / "runs.tar"]).merged == [spec(0).id]
+        assert archive.merge(target, [tmp_path / "runs.tar"]).merged == [spec(0).id]
     assert target.find(spec(0).id, ["weights"]) is not None
 
 
@@ -303,7 +303,7 @@ def test_wrong_names_are_refused_and_nothing_is_written_for_them(members, target
     evil = [regular(name, content, **kind) for name in WRONG_NAMES]
     write(tmp_path / "evil.tar", [*evil, *(regular(*item) for item in members.items())])
     with nothing_outside(tmp_path, target):
-        merged = target.merge([tmp_path / "evil.tar"])
+        merged = archive.merge(target, [tmp_path / "evil.tar"])
     assert len(merged.merged) == 3
     shown = [ascii(name.encode().decode("ascii", "surrogateescape")) for name in WRONG_NAMES]
     assert merged.refused == [(name, "not the name of a run's file") for name in shown]
@@ -379,20 +379,25 @@ def test_a_run_that_breaks_a_rule_is_refused_whole(members, target, tmp_path, at
     entries = [regular(name, content) for name, content in members.items() if name not in names]
     write(tmp_path / "evil.tar", [*entries[:3], *replaced, *entries[3:]])
     with nothing_outside(tmp_path, target):
-        merged = target.merge([tmp_path / "evil.tar"])
+        merged = archive.merge(target, [tmp_path / "evil.tar"])
     assert [name for name, _ in merged.refused] == [ONE] and reason in merged.refused[0][1]
     assert sorted(merged.merged) == sorted([spec(0).id, spec(2).id])
     assert target.find(ONE) is None and not (target.runs / ONE).exists()
 
 
-def test_limits_on_sizes_and_counts_hold(members, target, tmp_path):
-    archive = write(tmp_path / "runs.tar", [regular(*item) for item in members.items()])
+def test_limits_on_sizes_and_counts_hold(members, target, tmp_path, monkeypatch):
+    path = write(tmp_path / "runs.tar", [regular(*item) for item in members.items()])
     size = max(len(content) for name, content in members.items() if "weights" in name)
-    merged = target.merge([archive], Limits(artefact=size - 1))
-    assert merged.merged == [] and all("too many" in reason for _, reason in merged.refused)
-    assert "more than 4 members" in str(target.merge([archive], Limits(members=4)).refused)
-    assert "300 bytes" in str(target.merge([archive], Limits(total=300)).refused)
-    assert len(target.merge([archive]).merged) == 2  # one came before the fourth member
+    for limit, value, reason in (
+        ("MAX_FILE", size - 1, "too many"),
+        ("MAX_FILES", 4, "more than 4 members"),
+        ("MAX_TOTAL", 300, "300 bytes"),
+    ):
+        with monkeypatch.context() as limited:
+            limited.setattr(archive, limit, value)
+            merged = archive.merge(target, [path])
+        assert reason in str(merged.refused) and (merged.merged == []) == (limit != "MAX_FILES")
+    assert len(archive.merge(target, [path]).merged) == 2  # one came before the fourth member
 
 
 def header_of(name, size):
@@ -404,9 +409,9 @@ def header_of(name, size):
 @pytest.mark.parametrize(
     ("tail", "reason"),
     [
-        (header_of(f"{ONE}/a.npz", 10**10), "more than there are"),
+        (header_of(f"{ONE}/a.npz", 10**10), "unexpected end of data"),
         (header_of(f"{ONE}/a.npz", -512), "of type"),
-        (header_of(f"{ONE}/a.npz", 100) + b"short", "more than there are"),
+        (header_of(f"{ONE}/a.npz", 100) + b"short", "unexpected end of data"),
         (b"\x01" * 512, "header"),
         (b"abc", "truncated header"),
         (b"", "empty header"),
@@ -414,22 +419,22 @@ def header_of(name, size):
     ids=["huge", "negative", "cut short", "noise", "truncated", "no end"],
 )
 def test_an_archive_that_is_not_sound_to_its_end_says_so(members, target, tmp_path, tail, reason):
-    archive = write(tmp_path / "evil.tar", [regular(*item) for item in members.items()])
-    with tarfile.open(archive, "r:") as tar:
+    path = write(tmp_path / "evil.tar", [regular(*item) for item in members.items()])
+    with tarfile.open(path, "r:") as tar:
         end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
-    archive.write_bytes(archive.read_bytes()[:end] + tail)
+    path.write_bytes(path.read_bytes()[:end] + tail)
     with nothing_outside(tmp_path, target):
-        merged = target.merge([archive])
+        merged = archive.merge(target, [path])
     assert len(merged.merged) == 2  # the last run may be incomplete
-    assert any(name == str(archive) and reason in why for name, why in merged.refused)
+    assert any(name == str(path) and reason in why for name, why in merged.refused)
 
 
 @pytest.mark.parametrize("form", ["gz", "bz2", "xz"])
 def test_compressed_archives_are_refused(source, target, tmp_path, form):
-    source.pack(tmp_path / "runs.tar")
+    archive.pack(source, tmp_path / "runs.tar")
     with tarfile.open(tmp_path / "evil.tar", f"w:{form}") as tar:
         tar.add(source.runs / ONE, ONE)
-    merged = target.merge([tmp_path / "evil.tar", tmp_path / "runs.tar"])
+    merged = archive.merge(target, [tmp_path / "evil.tar", tmp_path / "runs.tar"])
     assert len(merged.merged) == 3 and [name for name, _ in merged.refused] == [str(tmp_path / "evil.tar")]
 
 
@@ -438,7 +443,7 @@ def test_extension_headers_are_refused(members, target, tmp_path, form):
     long = regular(f"{ONE}/{'a' * 300}.npz", b"")
     write(tmp_path / "evil.tar", [*(regular(*item) for item in members.items()), long], form)
     with nothing_outside(tmp_path, target):
-        merged = target.merge([tmp_path / "evil.tar"])
+        merged = archive.merge(target, [tmp_path / "evil.tar"])
     assert len(merged.merged) == 2 and "of type" in str(merged.refused)
 
 
@@ -446,7 +451,7 @@ def test_other_files_are_no_archives(target, tmp_path):
     contents = {"empty": b"", "text": b"hello" * 500, "pickle": pickle.dumps([1]), "zip": gzip.compress(b"x" * 9999)}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    merged = target.merge([tmp_path / name for name in contents])
+    merged = archive.merge(target, [tmp_path / name for name in contents])
     assert [name for name, _ in merged.refused] == [str(tmp_path / name) for name in contents]
     assert not target.records()
 
@@ -455,13 +460,13 @@ def test_an_archive_by_plain_tar_is_merged_where_it_keeps_the_rules(source, targ
     with tarfile.open(tmp_path / "plain.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for run_id in source.ids():
             tar.add(source.runs / run_id, run_id)
-    merged = target.merge([tmp_path / "plain.tar"])
+    merged = archive.merge(target, [tmp_path / "plain.tar"])
     assert merged.merged == source.ids()
     assert {reason for _, reason in merged.refused} == {"not the name of a run's file"}  # the folders themselves
 
 
 def test_a_flipped_bit_anywhere_merges_honest_runs_or_none(source, tmp_path):
-    source.pack(tmp_path / "honest.tar", ids=[ONE])
+    archive.pack(source, tmp_path / "honest.tar", ids=[ONE])
     honest, chance = (tmp_path / "honest.tar").read_bytes(), random.Random(3)
     used = (tmp_path / "honest.tar").stat().st_size * 8
     merged = refused = 0
@@ -473,7 +478,7 @@ def test_a_flipped_bit_anywhere_merges_honest_runs_or_none(source, tmp_path):
         path.write_bytes(evil)
         target = Ledger(tmp_path / "targets" / str(attempt))
         with nothing_outside(tmp_path, target):
-            result = target.merge([path])
+            result = archive.merge(target, [path])
         record = target.find(ONE)
         merged, refused = merged + len(result.merged), refused + bool(result.refused)
         if record is not None:
@@ -491,6 +496,6 @@ def test_the_forgeries_above_carry_a_fitting_digest(members):
 
 
 def test_merging_by_relative_path(source, target, tmp_path, monkeypatch):
-    source.pack(tmp_path / "runs.tar")
+    archive.pack(source, tmp_path / "runs.tar")
     monkeypatch.chdir(tmp_path)
-    assert len(target.merge(["runs.tar"]).merged) == 3 and Path("inner/target/runs").is_dir()
+    assert len(archive.merge(target, ["runs.tar"]).merged) == 3 and Path("inner/target/runs").is_dir()

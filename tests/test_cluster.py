@@ -22,9 +22,9 @@ from satlib.errors import SatlibError
 from satlib.progress import Progress
 from satlib.study import experiments
 from satlib.study.cluster import Options, Sweep, Unfit
-from satlib.study.ledger import Ledger, Record
+from satlib.study.ledger import Ledger
+from satlib.study.records import CHECKPOINT, Record
 from satlib.study.runs import Runner
-from satlib.study.workspace import CHECKPOINT
 
 # Workers are as urgent as the rest, nobody is told about the tests, and nobody else can join their cluster.
 ENVIRONMENT = {

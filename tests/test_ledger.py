@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from satlib.errors import SatlibError
 from satlib.study import records
-from satlib.study.ledger import DamageWarning, Ledger, RunSpec, Workspace
-from satlib.study.records import digest_of, read_record
+from satlib.study.ledger import Ledger
+from satlib.study.records import CHECKPOINT, DamageWarning, RunSpec, Workspace, digest_of, read_record
 
 RUNS, EPOCHS = 12, 5
 processes = multiprocessing.get_context("fork")  # real processes to kill, without importing torch in each
@@ -202,7 +202,7 @@ def test_a_run_is_computed_once_and_found_as_it_was_made(tmp_path):
     weights["shared"] = weights["view"][:2]
 
     def compute(work):
-        work.save_tensors("weights", weights, {"arch": "toy"})
+        work.save_tensors("weights", weights)
         work.save_arrays("curve", {"x": np.linspace(0, 1, 5)})
         return {"accuracy": 0.1 + 0.2, "eps": None, "list": [1, 2.0, "a"]}
 
@@ -211,7 +211,7 @@ def test_a_run_is_computed_once_and_found_as_it_was_made(tmp_path):
     found = Ledger(tmp_path).get_or_compute(run, lambda work: pytest.fail("computed twice"))
     assert made == found == Ledger(tmp_path).find(run.id) and Ledger(tmp_path).records() == [made]
     assert found.metrics == {"accuracy": 0.1 + 0.2, "eps": None, "list": [1, 2.0, "a"]}
-    assert (found.seed, found.labels, found.data) == (3, {"title": "Größe"}, "f" * 64)
+    assert (found.settings["seed"], found.labels, found.data) == (3, {"title": "Größe"}, "f" * 64)
     assert {"python", "torch", "numpy", "satlib"} <= set(found.versions) and found.device
     assert found.created.endswith("+00:00") and found.wall_seconds >= 0
     for name, tensor in found.tensors("weights").items():
@@ -282,7 +282,7 @@ def test_force_computes_anew_and_replaces_record_and_artefacts(tmp_path):
         return compute
 
     ledger.get_or_compute(spec(), attempt(1.0, "first"))
-    Workspace(spec(), tmp_path, tmp_path / "runs" / ".work" / spec().id).save_checkpoint({}, {"epoch": 1})
+    Workspace(tmp_path, tmp_path / "runs" / ".work" / spec().id).save_checkpoint({}, {"epoch": 1})
     second = ledger.get_or_compute(spec(), attempt(2.0, "second"), force=True)
     assert ledger.find(spec().id) == second and second.metrics == {"value": 2.0}
     assert sorted(path.name for path in second.path.iterdir()) == ["record.json", "second.safetensors"]
@@ -445,8 +445,8 @@ def test_no_single_bit_of_a_record_can_change_unseen(tmp_path):
 
 
 def test_no_bit_of_a_checkpoint_can_change_unseen(tmp_path):
-    work = Workspace(spec(), tmp_path, tmp_path / "work")
-    path = tmp_path / "work" / "checkpoint.safetensors"
+    work = Workspace(tmp_path, tmp_path / "work")
+    path = tmp_path / "work" / CHECKPOINT
     work.save_checkpoint({"a": torch.arange(4)}, {"epoch": 3})
     content = path.read_bytes()
     for bit in random.Random(7).sample(range(8 * len(content)), 300):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_project import parameters, write_project
 
 from satlib.parallel import Ranks, here
-from satlib.study.ledger import Ledger, Record
-from satlib.study.workspace import CHECKPOINT
+from satlib.study.ledger import Ledger
+from satlib.study.records import CHECKPOINT, Record
 
 TRAIN = """
 import gc

@@ -23,10 +23,10 @@ import torch
 import satlib
 from satlib import parallel
 from satlib.errors import SatlibError
-from satlib.files import write_file
 from satlib.paths import data_root, project_root
 from satlib.progress import Progress, duration
 from satlib.study import provenance
+from satlib.study.archive import merge, pack
 from satlib.study.kinds import TRAININGS
 from satlib.study.ledger import Ledger
 from satlib.study.runs import BudgetSpent, Run, Runner, network
@@ -152,7 +152,7 @@ def carry_out(task: Task, board: Any, *archives: bytes) -> tuple[float, bytes]:
             raise Unfit(node, dataset, f"{name}: {dataset} in {data_root()}: {text}; give all nodes the same")
     if not task.token:
         with _as_files(runner.ledger, archives) as files:
-            if refused := runner.ledger.merge(files).refused:
+            if refused := merge(runner.ledger, files).refused:
                 raise SatlibError(f"what {task.run.title} builds on was not taken over: {refused[0]}")
     began = time.monotonic()
     if task.ranks > 1 and runner.find(task.run, whole=task.whole) is None:
@@ -242,7 +242,7 @@ class Board:
 def _archive(ledger: Ledger, keys: Iterable[str]) -> bytes:
     path = ledger.root / f".{secrets.token_hex(8)}.tar"
     try:
-        ledger.pack(path, keys)
+        pack(ledger, path, keys)
         return path.read_bytes()
     finally:
         path.unlink(missing_ok=True)
@@ -256,7 +256,7 @@ def _as_files(ledger: Ledger, archives: Iterable[bytes]) -> Iterator[list[Path]]
         ledger.root.mkdir(parents=True, exist_ok=True)
         for content in archives:
             files.append(ledger.root / f".{secrets.token_hex(8)}.tar")
-            write_file(files[-1], content)
+            files[-1].write_bytes(content)
         yield files
     finally:
         for path in files:
@@ -501,7 +501,7 @@ class _Driver:
             seconds = ray.get(ref)
             if not self.token:
                 with _as_files(self.runner.ledger, [ray.get(archive)]) as files:
-                    if refused := self.runner.ledger.merge(files).refused:
+                    if refused := merge(self.runner.ledger, files).refused:
                         raise SatlibError(f"its record was not taken over: {refused[0]}")
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, BudgetSpent):

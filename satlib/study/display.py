@@ -19,7 +19,7 @@ from satlib.data import ImageSet, StreamedSet
 from satlib.segmentation import perturbation_of
 from satlib.study import figures
 from satlib.study.claims import Model
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 from satlib.study.runs import Run, Runner
 
 

@@ -22,8 +22,8 @@ from satlib.study import profiles, results
 from satlib.study.claims import Model, Records, trained_models
 from satlib.study.display import broken_by
 from satlib.study.figures import explorer as drawings
-from satlib.study.ledger import Record
 from satlib.study.live import Attack, Attacked, Shared, Sharing, Subject, Superseded, attack, share
+from satlib.study.records import Record
 from satlib.study.runs import Run, Runner
 
 WIDE = widgets.Layout(width="31em")

@@ -10,23 +10,50 @@ read or written.
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from satlib import files
 from satlib.errors import SatlibError
+from satlib.files import sync, write_text, writing
 from satlib.paths import project_root
-from satlib.study import archive, records
+from satlib.study import records
 from satlib.study.provenance import provenance
-from satlib.study.records import RUN_ID, Damage, DamageWarning, Record, RunSpec, check_json, warn_of_damage
-from satlib.study.workspace import Workspace
+from satlib.study.records import RUN_ID, Damage, DamageWarning, Record, RunSpec, Workspace, check_json
 
-__all__ = ["DamageWarning", "Ledger", "Record", "RunSpec", "Workspace"]
+OLDEST_FIRST = attrgetter("created", "id")
+
+
+@contextlib.contextmanager
+def new_run(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the runs that becomes `target`, in place of what is there, if it has a record.
+
+    Without `record.json`, or after an exception, nothing of it stays. The caller holds the run's lock.
+    """
+    scratch = target.parent / ".tmp" / f"{target.name}.{secrets.token_hex(4)}"
+    folder, replaced = scratch / target.name, scratch.with_name(f"{target.name}.replaced")
+    with writing(target.parent):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+        if (folder / "record.json").exists():
+            with writing(target.parent):
+                for path in (*folder.iterdir(), folder):
+                    sync(path)
+                if target.exists():
+                    os.rename(target, replaced)  # Ledger._mend puts it back if a kill comes before the next line
+                os.rename(folder, target)
+                sync(target.parent)
+                shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Ledger:
@@ -77,12 +104,9 @@ class Ledger:
     def records(self, *, published: bool = False) -> list[Record]:
         """All sound records, oldest first, each once (runs before published, or published alone); artefacts are not
         hashed."""
-        found = []
-        for run_id in self.ids():
-            folders = (self.ledger,) if published else (self.runs, self.ledger)
-            stores = (self._look(folder / run_id, artefacts=False) for folder in folders)
-            found += [next((record for record in stores if record is not None), None)]
-        return sorted(filter(None, found), key=lambda record: (record.created, record.id))
+        stores = (self.ledger,) if published else (self.runs, self.ledger)
+        looks = ((self._look(store / run_id, artefacts=False) for store in stores) for run_id in self.ids())
+        return sorted(filter(None, (next(filter(None, look), None) for look in looks)), key=OLDEST_FIRST)
 
     def _look(self, folder: Path, *, locked: bool = False, artefacts: bool = True) -> Record | None:
         with contextlib.suppress(Damage):
@@ -93,13 +117,14 @@ class Ledger:
                 try:
                     return records.read_record(folder, artefacts=artefacts)
                 except Damage as damage:
-                    warn_of_damage(f"damaged: {damage}; {self._set_aside(folder)}")
+                    text = f"damaged: {damage}; {self._set_aside(folder)}"
         except OSError as error:  # the run is being computed (Timeout), or the disk is read-only
             for pause in (0.0, 0.01, 0.1, 1.0):  # the writer may be stopped anywhere on a busy machine
                 time.sleep(pause)
                 with contextlib.suppress(Damage):
                     return records.read_record(folder, artefacts=artefacts)
-            warn_of_damage(f"damaged: {folder}; ignored, and not set aside ({error.strerror or 'in use'})")
+            text = f"damaged: {folder}; ignored, and not set aside ({error.strerror or 'in use'})"
+        warnings.warn(text, DamageWarning, stacklevel=3)
         return None
 
     def _set_aside(self, folder: Path) -> str:
@@ -130,49 +155,40 @@ class Ledger:
         `labels` (plain JSON) are kept beside the metrics; the label `title` also names the run to those who
         wait for it. An exception in `compute` leaves only the checkpoint, for the next attempt to go on from.
         """
-        labels, needs = dict(labels or {}), tuple(needs)
+        labels, needs, target = dict(labels or {}), tuple(needs), self.runs / spec.id
         check_json(labels, "labels")
         if not force and (record := self.find(spec.id, needs)):
             return record
         with self.holding(spec.id, f"{spec.kind} {labels.get('title', '')}".strip()):
             if not force and (record := self.find(spec.id, needs, locked=True)):
                 return record
-            return self._compute(spec, compute, labels, needs, force)
-
-    def _compute(
-        self,
-        spec: RunSpec,
-        compute: Callable[[Workspace], dict],
-        labels: dict,
-        needs: tuple[str, ...],
-        force: bool,
-    ) -> Record:
-        with files.new_folder(self.runs, spec.id) as folder:
-            workspace = Workspace(spec, folder, self.runs / ".work" / spec.id)
-            if force:
-                workspace.drop_checkpoint()
-            metrics = compute(workspace)
-            if type(metrics) is not dict:
-                raise SatlibError(f"run kind {spec.kind!r}: compute returned {type(metrics)}, expected a dict")
-            check_json(metrics, "metrics")
-            for name in needs:
-                if not {name, f"{name}.safetensors", f"{name}.npz"} & set(workspace.artefacts):
-                    raise SatlibError(f"run kind {spec.kind!r}: compute saved no artefact {name!r}, expected one")
-            text = records.render_record(
-                {"id": spec.id, "kind": spec.kind, "version": spec.version, "config": spec.config}
-                | {"data": spec.data, "parents": spec.parents, "labels": labels, "metrics": metrics}
-                | {"artefacts": workspace.artefacts, "wall_seconds": round(workspace.seconds, 3)}
-                | provenance()
-            )
-            with files.writing(self.runs):
-                files.write_file(folder / "record.json", text)
+            with new_run(target) as folder:
+                workspace = Workspace(folder, self.runs / ".work" / spec.id)
+                if force:
+                    workspace.drop_checkpoint()
+                metrics = compute(workspace)
+                if type(metrics) is not dict:
+                    raise SatlibError(f"run kind {spec.kind!r}: compute returned {type(metrics)}, expected a dict")
+                check_json(metrics, "metrics")
+                text = records.render_record(
+                    {"id": spec.id, "kind": spec.kind, "version": spec.version, "config": spec.config}
+                    | {"defaults": spec.defaults, "data": spec.data, "parents": spec.parents, "labels": labels}
+                    | {"metrics": metrics, "artefacts": workspace.artefacts}
+                    | {"wall_seconds": round(workspace.seconds, 3)}
+                    | provenance()
+                )
+                record = records.parse_record(text, target)
+                for name in needs:
+                    if record.file(name) is None:
+                        raise SatlibError(f"run kind {spec.kind!r}: compute saved no artefact {name!r}, expected one")
                 # Where locks do not hold, as on some network file systems, somebody else may have been faster.
                 if not force and (other := self.find(spec.id, needs, locked=True)):
                     return other
-                files.install(folder, self.runs / spec.id)
+                with writing(self.runs):
+                    (folder / "record.json").write_bytes(text)
             workspace.drop_checkpoint()
             self.forget_failure(spec.id)
-        return records.parse_record(text, self.runs / spec.id)
+            return record
 
     def lock(self, run_id: str) -> FileLock:
         """The lock under which a run is written; the system releases it when its process ends."""
@@ -185,7 +201,7 @@ class Ledger:
 
         A wait is announced on stderr with the run's id and title; without `wait`, `filelock.Timeout` is raised.
         """
-        with files.writing(self.runs):
+        with writing(self.runs):
             lock = self.lock(run_id)
             try:
                 lock.acquire(timeout=0.2)  # a look-up that found damage, or `busy`, holds it for an instant
@@ -196,21 +212,23 @@ class Ledger:
                 print(text, file=sys.stderr, flush=True)
                 lock.acquire()
         try:
-            with files.writing(self.runs):
+            with writing(self.runs):
                 self._mend(run_id)
             yield
         finally:
             lock.release()
 
+    def _failure(self, run_id: str) -> Path:
+        return self.root / "failed" / f"{run_id[:12]}.txt"
+
     def note_failure(self, run_id: str, text: str) -> Path:
         """Keep why a run failed, in `<root>/failed`, until it is computed; the file."""
-        path = self.root / "failed" / f"{run_id[:12]}.txt"
-        files.write_text(path, text)
-        return path
+        write_text(self._failure(run_id), text)
+        return self._failure(run_id)
 
     def forget_failure(self, run_id: str) -> None:
         """The run has been computed."""
-        (self.root / "failed" / f"{run_id[:12]}.txt").unlink(missing_ok=True)
+        self._failure(run_id).unlink(missing_ok=True)
 
     def busy(self, run_id: str) -> bool:
         """Whether a process computes this run right now; a sweep may do another one first."""
@@ -230,10 +248,13 @@ class Ledger:
                     os.rename(left, store / run_id)
                 else:
                     shutil.rmtree(left, ignore_errors=True)
+        for left in (self.runs / ".work" / run_id).glob(".*.new"):
+            left.unlink(missing_ok=True)
         if (self.runs / run_id).exists():
             shutil.rmtree(self.runs / ".work" / run_id, ignore_errors=True)
 
     def _sweep(self) -> None:
+        """Clear what killed processes left of runs that nobody works on."""
         left = {path.name[:64] for store in (self.runs, self.ledger) for path in (store / ".tmp").glob("*")}
         left |= {path.name for path in (self.runs / ".work").glob("*") if (self.runs / path.name).exists()}
         for run_id in filter(RUN_ID.fullmatch, left):
@@ -263,53 +284,30 @@ class Ledger:
 
     def _publish(self, record: Record, artefacts: tuple[str, ...]) -> Record:
         target = self.ledger / record.id
-        with self.holding(record.id, record.kind), files.new_folder(self.ledger, record.id) as folder:
+        with self.holding(record.id, record.kind), new_run(target) as folder, writing(self.ledger):
             sources = {file: record for name in artefacts if (file := record.file(name))}
             old = self._look(target, locked=True)
             if old is not None and old.digest == record.digest:  # what it was published with stays
                 sources |= {file: old for file in old.artefacts if old.has(file)}
-            with files.writing(self.ledger):
-                files.write_file(folder / "record.json", (record.path / "record.json").read_bytes())
-                for file, source in sources.items():
-                    files.write_file(folder / file, source.read(file))
-                files.install(folder, target)
+            for file, source in sources.items():
+                (folder / file).write_bytes(source.read(file))
+            (folder / "record.json").write_bytes((record.path / "record.json").read_bytes())
         return dataclasses.replace(record, path=target)
-
-    def pack(self, out: Path | str, ids: Iterable[str] | None = None, *, max_mb: float | None = None) -> archive.Packed:
-        """Write a plain tar of `runs/` (or of the runs that `ids` or their first digits name), oldest first.
-
-        All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there.
-        With `max_mb` (10^6 bytes) a run that does not fit goes without its artefacts over 1 MB; when it
-        still does not fit, it and the later ones stay behind. The result says what did. Raises
-        `SatlibError` if nothing fits.
-        """
-        return archive.pack(self, Path(out), ids, max_mb)
-
-    def merge(self, files: Iterable[Path | str], limits: archive.Limits | None = None) -> archive.Merged:
-        """Take over the runs of archives that `pack` wrote elsewhere; a run that is here stays as it is.
-
-        Archives are not trusted: only plain files named `<id>/<file>` that their record lists are taken,
-        ids and hashes are checked before a run appears, and no artefact is opened. What breaks a rule is
-        refused by name; the rest is merged.
-        """
-        return archive.merge(self, map(Path, files), limits or archive.Limits())
 
     def status(self) -> dict:
         """Counts and bytes of runs and published records; failed, damaged, and unfinished or running runs."""
-
-        def size(folder: Path) -> int:
-            return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
         stores = {}
         for name, store in (("runs", self.runs), ("ledger", self.ledger)):
             folders = [path for path in store.glob("*") if RUN_ID.fullmatch(path.name)]
-            stores[name] = {"count": len(folders), "bytes": sum(map(size, folders))}
+            sizes = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+            stores[name] = {"count": len(folders), "bytes": sum(sizes)}
         begun = {path.name[:64] for part in (".tmp", ".work") for path in (self.runs / part).glob("*")}
-        begun = set(filter(RUN_ID.fullmatch, begun))
         return {
             "root": str(self.root),
             **stores,
             "failed": sorted(path.stem for path in (self.root / "failed").glob("*.txt")),
             "damaged": sorted(path.name for path in (self.root / "damaged").glob("*")),
-            "unfinished": [{"id": run_id, "running": self.busy(run_id)} for run_id in sorted(begun)],
+            "unfinished": [
+                {"id": run_id, "running": self.busy(run_id)} for run_id in sorted(filter(RUN_ID.fullmatch, begun))
+            ],
         }

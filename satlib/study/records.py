@@ -1,4 +1,4 @@
-"""Runs as records: what makes a run and its id, the form of `record.json`, and the checks on reading one."""
+"""Runs as records: what makes a run and its id, where it is written, the form of `record.json` and its checks."""
 
 import contextlib
 import errno
@@ -9,22 +9,25 @@ import json
 import math
 import re
 import reprlib
+import shutil
 import time
 import warnings
-from dataclasses import dataclass, field
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from satlib import files
 from satlib.errors import SatlibError
 
 RUN_ID = re.compile(r"[0-9a-f]{64}")
 ARTEFACT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,80}\.(safetensors|npz)")
+CHECKPOINT = "checkpoint"
 
 
 class Damage(Exception):
@@ -35,12 +38,7 @@ class DamageWarning(UserWarning):
     """A record, artefact or checkpoint failed its checks; the text names it and says what was done."""
 
 
-def warn_of_damage(text: str) -> None:
-    """A DamageWarning that points at the caller's caller."""
-    warnings.warn(text, DamageWarning, stacklevel=3)
-
-
-# Canonical JSON and the run's id
+# Canonical JSON, settings and the run's id
 
 
 def check_json(value: object, where: str) -> None:
@@ -64,28 +62,74 @@ def check_json(value: object, where: str) -> None:
         )
 
 
-def _integral(value: Any) -> Any:
-    """The same JSON value with floats such as 8.0 written as 8, so that both mean the same run."""
-    if isinstance(value, float) and value.is_integer():
+def _canonical(value: Any) -> Any:
+    """The same JSON value with 8.0 written as 8 and (8,) as [8], so that both mean the same run."""
+    if type(value) is float and value.is_integer():
         return int(value)
     if isinstance(value, dict):
-        return {key: _integral(item) for key, item in value.items()}
-    return [_integral(item) for item in value] if isinstance(value, list) else value
+        return {key: _canonical(item) for key, item in value.items()}
+    return [_canonical(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def digest_of(value: object) -> str:
     """SHA-256 (hex) of canonical JSON: keys sorted, no spaces, ASCII, integral floats as integers, no NaN."""
-    text = json.dumps(_integral(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_settings(settings: dict, defaults: dict) -> tuple[dict, dict]:
+    """(what differs from the defaults, the rest) of settings in JSON types; `merge_settings` puts them together.
+
+    A dict is split in turn where both have one; 8.0 equals 8, a tuple its list. A setting that the defaults lack
+    differs, and one that they alone have is noted among what differs, as `"-name": None`.
+    """
+    settings = _canonical(settings)
+    check_json(settings, "settings")
+    differing: dict[str, Any] = {f"-{name}": None for name in defaults if name not in settings}
+    equal: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name.startswith("-"):
+            raise SatlibError(f"the setting {name!r} starts with '-', which marks one that is left out; rename it")
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            changed, kept = split_settings(value, default)
+            differing |= {name: changed} if changed else {}
+            equal |= {name: kept} if kept or not changed else {}
+        else:
+            same = name in defaults and digest_of(value) == digest_of(default)
+            (equal if same else differing)[name] = value
+    return differing, equal
+
+
+def merge_settings(config: dict, defaults: dict) -> dict:
+    """All settings, from those that differ from the defaults and the rest, or all, of the defaults."""
+    settings = {name: value for name, value in defaults.items() if f"-{name}" not in config}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            below = settings.get(name)
+            settings[name] = merge_settings(value, below if isinstance(below, dict) else {})
+        elif not name.startswith("-"):
+            settings[name] = value
+    return settings
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types, of those that JSON has, that each field of a dataclass may be of."""
+    return {
+        name: tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+        for name, hint in get_type_hints(cls).items()
+    }
 
 
 @dataclass(frozen=True)
 class RunSpec:
     """What makes a run: equal specs have equal ids and are computed once.
 
-    `kind` names the computation and `version` is its hand-bumped version; `config` holds every setting as
-    plain JSON; `data` is the data set's fingerprint ("" for none); `parents` maps a role to the id of a run
-    it builds on.
+    `kind` names the computation and `version` is its hand-bumped version; `config` holds, as plain JSON, every
+    setting that differs from the frozen defaults of that version; `data` is the data set's fingerprint ("" for
+    none); `parents` maps a role to the id of a run it builds on. `defaults`, the other settings, are kept for
+    readers and not hashed: an option that is added later, with a default, leaves every id as it is.
     """
 
     kind: str
@@ -93,25 +137,24 @@ class RunSpec:
     version: int
     data: str = ""
     parents: dict[str, str] = field(default_factory=dict)
+    defaults: dict = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        expected = {"kind": str, "config": dict, "version": int, "data": str, "parents": dict}
-        for name, kind in expected.items():
+        for name, (kind,) in _types(RunSpec).items():
             value = getattr(self, name)
             if type(value) is not kind:
                 raise SatlibError(f"RunSpec.{name} is {reprlib.repr(value)}, expected {kind.__name__}")
             check_json(value, name)
+            # A snapshot, so that editing the caller's dict later cannot part the spec from its id.
+            object.__setattr__(self, name, _canonical(value))
         for role, run_id in self.parents.items():
             if not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
                 raise SatlibError(f"parents[{role!r}] is {run_id!r}, expected a run id such as RunSpec.id")
-        # A snapshot, so that editing the caller's dict later cannot part the spec from its id.
-        object.__setattr__(self, "config", _integral(self.config))
-        object.__setattr__(self, "parents", dict(self.parents))
 
     @functools.cached_property
     def id(self) -> str:
         """64 hex digits."""
-        return digest_of({f.name: getattr(self, f.name) for f in dataclass_fields(self)})
+        return digest_of({f.name: getattr(self, f.name) for f in fields(self) if f.compare})
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -126,19 +169,20 @@ class Record:
 
     `metrics` holds numbers as numbers (None where there is none); `artefacts` maps a file name to its
     `sha256` and `bytes`; `labels` (profile, titles, section ...) are not part of the id; `created` is UTC
-    in ISO 8601.
+    in ISO 8601. `settings` has all settings: `config`, which made the id, over `defaults`.
     """
 
     id: str
     kind: str
     version: int
     config: dict
+    defaults: dict
     data: str
     parents: dict[str, str]
     labels: dict
     metrics: dict
     artefacts: dict[str, dict]
-    wall_seconds: float
+    wall_seconds: int | float
     device: str
     versions: dict[str, str]
     commit: str | None
@@ -148,9 +192,9 @@ class Record:
     path: Path
 
     @property
-    def seed(self) -> int | None:
-        """The seed among the config or the labels, None where the run has none."""
-        return self.config.get("seed", self.labels.get("seed"))
+    def settings(self) -> dict:
+        """Every setting, whether it differs from the default or not."""
+        return merge_settings(self.config, self.defaults)
 
     def file(self, name: str) -> str | None:
         """File name of the artefact `name` (with or without its ending), None if the run has none such."""
@@ -188,16 +232,6 @@ class Record:
             return dict(archive)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "kind", "data", "device", "created", "digest"), (str,)),
-    **dict.fromkeys(("config", "parents", "labels", "metrics", "artefacts", "versions"), (dict,)),
-    "version": (int,),
-    "wall_seconds": (int, float),
-    "commit": (str, NoneType),
-    "dirty": (bool, NoneType),
-}
-
-
 def render_record(content: dict) -> bytes:
     """The one text of `record.json` for `content`, whose digest is filled in here."""
     content = {name: value for name, value in content.items() if name != "digest"}
@@ -210,22 +244,24 @@ def parse_record(text: bytes, folder: Path) -> Record:
     where = folder / "record.json"
     try:
         content = json.loads(text)
-        for name, kinds in _TYPES.items():
-            if type(content[name]) not in kinds:
-                raise Damage(f"{where}: {name} has the wrong type")
         # Byte for byte: not even a flip that leaves the JSON value alone (1e-05, 1E-05) goes unseen.
         if render_record(content) != text:
             raise Damage(f"{where}: its digest does not match its content")
-        spec = RunSpec(**{f.name: content[f.name] for f in dataclass_fields(RunSpec)})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content.setdefault("defaults", {})  # published records have none until they are keyed anew
+        record = Record(path=folder, **{f.name: content[f.name] for f in fields(Record) if f.name != "path"})
+        for name, kinds in _types(Record).items():
+            if name != "path" and type(getattr(record, name)) not in kinds:
+                raise Damage(f"{where}: {name} has the wrong type")
+        spec = RunSpec(**{f.name: content[f.name] for f in fields(RunSpec)})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{where}: not a record ({type(error).__name__})") from None
-    if not content["id"] == spec.id == folder.name:
+    if not record.id == spec.id == folder.name:
         raise Damage(f"{where}: its id is not that of its folder and content")
-    for name, entry in content["artefacts"].items():
+    for name, entry in record.artefacts.items():
         listed = type(entry) is dict and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
         if not (listed and ARTEFACT_NAME.fullmatch(name) and entry["bytes"] >= 0):
             raise Damage(f"{where}: the artefact {name!r} is not listed properly")
-    return Record(**{name: content[name] for name in _TYPES}, path=folder)
+    return record
 
 
 _seen: dict[Path, tuple[tuple[int, ...], str]] = {}  # file -> (stamp, SHA-256): a look-up hashes a file once
@@ -248,13 +284,15 @@ def file_digest(path: Path) -> str:
 def read_record(folder: Path, *, artefacts: bool = True) -> Record | None:
     """The record in `folder`, None if there is no folder. Raises `Damage`, naming the file, if unsound.
 
-    With `artefacts` the SHA-256 of each artefact that is here is checked too; one that is not here is no
-    damage, because records travel without their large artefacts.
+    With `artefacts` the size and SHA-256 of each artefact that is here are checked too; one that is not here
+    is no damage, because records travel without their large artefacts.
     """
     try:
         record = parse_record((folder / "record.json").read_bytes(), folder)
         for name, entry in record.artefacts.items() if artefacts else ():
             with contextlib.suppress(FileNotFoundError):
+                if (size := (folder / name).stat().st_size) != entry["bytes"]:
+                    raise Damage(f"{folder / name}: it has {size} bytes, the record says {entry['bytes']}")
                 if file_digest(folder / name) != entry["sha256"]:
                     raise Damage(f"{folder / name}: its SHA-256 is not the recorded one")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -266,3 +304,90 @@ def read_record(folder: Path, *, artefacts: bool = True) -> Record | None:
             raise Damage(f"{error.filename or folder}: {error.strerror}") from None
         raise SatlibError(f"{error.filename or folder} cannot be read ({error.strerror}); mend that") from error
     return record
+
+
+# Writing a run
+
+
+def _serialise(tensors: dict[str, Tensor], where: str) -> bytes:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise SatlibError(f"{where}[{name!r}] is {type(tensor).__name__}, expected a torch.Tensor")
+    plain = {
+        # Always a copy: safetensors refuses views that share memory and anything but contiguous memory.
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(plain)
+
+
+def is_checkpoint(content: bytes) -> bool:
+    """Whether these are the bytes of a sound checkpoint: the SHA-256 of the rest, a line of state, safetensors."""
+    return content[:65] == hashlib.sha256(memoryview(content)[65:]).hexdigest().encode() + b"\n"
+
+
+class Workspace:
+    """What a computation writes to while it runs; nothing of it is visible before the run is complete."""
+
+    def __init__(self, folder: Path, checkpoints: Path) -> None:
+        self.artefacts: dict[str, dict] = {}
+        self._folder = folder
+        self._checkpoint = checkpoints / CHECKPOINT
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, with that of the interrupted attempt whose checkpoint was loaded."""
+        return time.monotonic() - self._began
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep `tensors` as the artefact `name` (`name.safetensors`)."""
+        self._save(f"{name}.safetensors", _serialise(tensors, name))
+
+    def save_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Keep NumPy `arrays` of numbers as the artefact `name` (`name.npz`)."""
+        for key, array in arrays.items():
+            if not isinstance(array, np.ndarray) or array.dtype.hasobject:
+                raise SatlibError(f"{name}[{key!r}] is {type(array).__name__}, expected an array of numbers")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        self._save(f"{name}.npz", buffer.getvalue())
+
+    def _save(self, file: str, content: bytes) -> None:
+        if not ARTEFACT_NAME.fullmatch(file) or file in self.artefacts:
+            raise SatlibError(f"artefact {file!r}: expected a new name of letters, digits, '_', '-' and '.'")
+        with files.writing(self._folder):
+            (self._folder / file).write_bytes(content)
+        self.artefacts[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], info: dict) -> None:
+        """Replace the run's checkpoint atomically; `info` is plain JSON (epoch, metrics so far ...)."""
+        check_json(info, "info")
+        state = json.dumps({"info": info, "seconds": self.seconds}).encode() + b"\n"
+        content = _serialise(tensors, "checkpoint")
+        digest = hashlib.sha256(state)
+        digest.update(content)
+        with files.writing(self._checkpoint.parent):
+            self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(self._checkpoint) as new, new.open("xb") as file:
+                file.writelines((digest.hexdigest().encode() + b"\n", state, content))
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
+        """(tensors on the CPU, info) as last saved by this run, None if there is none or it is damaged."""
+        try:
+            content = self._checkpoint.read_bytes()
+        except FileNotFoundError:
+            return None
+        if not is_checkpoint(content):
+            text = f"damaged: {self._checkpoint}; dropped, the run starts anew"
+            warnings.warn(text, DamageWarning, stacklevel=2)
+            self.drop_checkpoint()
+            return None
+        _, line, tensors = content.split(b"\n", 2)
+        state = json.loads(line)
+        self._began -= state["seconds"]
+        return safetensors.torch.load(tensors), state["info"]
+
+    def drop_checkpoint(self) -> None:
+        """Forget the checkpoint, so that the run starts anew."""
+        shutil.rmtree(self._checkpoint.parent, ignore_errors=True)

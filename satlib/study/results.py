@@ -14,7 +14,8 @@ from satlib.study import costs, experiments, profiles
 from satlib.study.claims import Claim, Model, Records, cifar10_claims, domination, imagenet_claims, trained_models
 from satlib.study.claims import evaluation as trust
 from satlib.study.claims.scenes import SceneModel, cityscapes_claims, larger, matched, scene_models
-from satlib.study.ledger import Ledger, Record
+from satlib.study.ledger import Ledger
+from satlib.study.records import Record
 from satlib.study.runs import Run
 
 COSTS = {  # a reported time, and the way of training whose epoch it is

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from satlib.study import experiments
 from satlib.study.kinds import KINDS
-from satlib.study.ledger import Ledger, Record
-from satlib.study.records import digest_of
+from satlib.study.ledger import Ledger
+from satlib.study.records import Record, digest_of
 from satlib.study.runs import Run
 
 

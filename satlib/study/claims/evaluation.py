@@ -11,7 +11,7 @@ from satlib.data import Splits
 from satlib.evaluation_checks import FALLS, Check
 from satlib.robustness import LARGEST
 from satlib.study.claims import Claim
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 
 Found = Mapping[str, Mapping[str, Record]]  # searches by model and attack
 SPREAD = 0.1  # share by which eps_uni may differ between seeds

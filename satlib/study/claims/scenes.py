@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from satlib.study.claims import Claim, Records
 from satlib.study.experiments import ScenesPlan
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 from satlib.study.runs import Run
 
 NEAR = 3.0  # points of mean IoU within which two models count as equally good on clean images

@@ -18,7 +18,8 @@ from PIL import Image
 
 from satlib.errors import SatlibError
 from satlib.paths import project_root
-from satlib.study.ledger import Ledger, Record
+from satlib.study.ledger import Ledger
+from satlib.study.records import Record
 
 # The colour-blind-safe palette of seaborn 0.13.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc")

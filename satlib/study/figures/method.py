@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from satlib.study.figures import BY_SHAREDNESS, ERM, GREEN, PURPLE, RED
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 
 _ATTACKS = {  # attacks, where they are compared on one model: none of these is a model's colour
     "image-dependent": {"color": GREEN, "marker": "v", "linestyle": "-"},

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from satlib.study.figures import PALETTE, RED, as_picture, panel_grid, perturbation_picture
-from satlib.study.ledger import Record
+from satlib.study.records import Record
 
 
 @dataclass(frozen=True)
