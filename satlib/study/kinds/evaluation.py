@@ -14,7 +14,7 @@ from satlib.attacks import (
 )
 from satlib.data.imageset import ImageSet, Splits
 from satlib.deepfool import universal_deepfool
-from satlib.precision import autocast
+from satlib.device import autocast
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.segmentation import repeated, scene_target
 from satlib.study.ledger import Workspace
