@@ -154,12 +154,10 @@ def prepared(
 
 
 class Blueprint(pickle.Pickler):
-    """What makes a network compute what it does, apart from the values of its tensors on `device`.
+    """What makes a network compute what it does, but for the values of its tensors on `device`.
 
-    `content` (bytes) is equal for two networks only where these are of the same classes, with the same attributes,
-    whatever they are, hooks among them; `tensors` are the network's, whether parameters, buffers or attributes.
-    Classes and functions are known by their identity.
-
+    `content` (bytes) is equal for two networks only where they have the same attributes, hooks among them, and the same
+    classes and functions, which are known by identity; `tensors` are its parameters, buffers and others.
     Raises what pickle raises for attributes that it does not know.
     """
 
@@ -168,22 +166,26 @@ class Blueprint(pickle.Pickler):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.device = device
         self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
         self.dump(net)
         self.content = file.getvalue()
 
-    def persistent_id(self, value: Any) -> Any:
-        """Called by pickle for every object: what stands for it, or None for its content."""
-        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-            return id(value)
-        if not isinstance(value, Tensor):
-            return None
-        place = self._places.setdefault(id(value), len(self.tensors))  # the same one again is told from another
-        if place == len(self.tensors):
+    def reducer_override(self, value: Any) -> Any:
+        """Called by pickle for all but plain values: what is to stand for it, as a call that nobody will make."""
+        if isinstance(value, nn.Module):  # without the hooks that it has none of, which take most of the time
+            attributes = vars(value).items()
+            return _known, (type(value),), {k: v for k, v in attributes if type(v) is not OrderedDict or v}
+        if isinstance(value, Tensor):
             self.tensors.append(value)
-        layout = (value.shape, value.stride(), value.requires_grad, *map(str, (type(value), value.dtype, value.device)))
-        # A graph holds the values of what is on another device: a number, as CUDA sees it.
-        return place, tuple(layout), None if value.device == self.device else value.tolist()
+            layout = str((type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+            # A graph holds the value of what is on another device, a number as CUDA sees it.
+            return _known, (layout, None if value.device == self.device else value.tolist())
+        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and value is not _known:
+            return _known, (id(value),)
+        return NotImplemented
+
+
+def _known(*_: Any) -> None:
+    """Stands in a blueprint for what is not pickled."""
 
 
 class Recording:
