@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib import graphs
 from satlib.checks import (
     check_model,
     check_pair,
@@ -21,8 +20,8 @@ from satlib.checks import (
     per_step,
 )
 from satlib.data.imageset import IGNORE
+from satlib.device import autocast, prepared
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 from satlib.updates import UPDATES
 
 PIXELS_AT_ONCE = 2**22  # of images that are only classified
@@ -222,7 +221,7 @@ def heap_pgd(
     with attackable(model) as net:
         if not model.training:  # a training that attacks its own model at every step has no time for it
             check_model(net, images, labels)
-        step = graphs.prepared(_iteration, net, images, labels, xi, eps, alphas[0], sharedness=sharedness, **options)
+        step = prepared(_iteration, net, images, labels, xi, eps, alphas[0], sharedness=sharedness, **options)
         for alpha in alphas:
             previous = xi
             xi, losses = step(images, labels, xi, eps, alpha)
@@ -327,7 +326,7 @@ def universal_pgd(
     def prepare(options: dict[str, Any]) -> tuple[Gradients, Gradients]:
         """The gradients of a part of a mini-batch, and of what is left of it."""
         rest = functools.partial(heap_gradients, net, sharedness=batch_size % part, **options)
-        return graphs.prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options), rest
+        return prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options), rest
 
     with attackable(model) as net:
         check_model(net, images, labels)

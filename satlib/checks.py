@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from satlib.data.imageset import IGNORE
+from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 from satlib.updates import UPDATES
 
 LOSSES = ("cross-entropy", "margin")

@@ -10,8 +10,8 @@ from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb
 from satlib.checks import check_eps
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
+from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 from satlib.training import Training, mixed_loss
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib import precision
 from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb, random_start, success_rates, universal_pgd
+from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.robustness import Labelled
 
@@ -145,11 +145,11 @@ def measure(
             say(name)
         gradients, _ = heap_gradients(net, few, y, torch.zeros_like(few), sharedness=1)
         numbers["without gradient"] = (gradients.flatten(1).abs().amax(1) == 0).float().mean().item()
-        with precision.exact():
+        with exact():
             numbers["crafted in float32"] = rates(crafted())[0]
         numbers["noise"] = {name: rates(noise)[0] for name, noise in noises(xi, eps, seed).items()}
         say("noise")
-    with precision.exact(), torch.no_grad():
+    with exact(), torch.no_grad():
         plain = copy.deepcopy(model)
         for mode in ("eval", "train"):
             numbers[f"{mode} mode, float32"] = success_rates(getattr(plain, mode)(), x, y, xi).item()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from satlib.attacks import attack_loss, attackable, broadcast, heap_pgd, universal_pgd
 from satlib.checks import check_model, check_pair
-from satlib.precision import autocast
+from satlib.device import autocast
 
 
 @dataclass(frozen=True)

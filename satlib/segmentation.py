@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.data.imageset import Splits
+from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 from satlib.study.records import Record
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from satlib import parallel
 from satlib.attacks import heap_pgd, images_at_once, perturb
 from satlib.data.imageset import IGNORE
+from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 
 # What each optimizer keeps for every weight: its name in a checkpoint, and PyTorch's.
 OPTIMIZERS = {

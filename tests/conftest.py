@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib import precision
 from satlib.data import ImageSet, Splits
 from satlib.data.imageset import IGNORE
+from satlib.device import fastest_dtype
 from satlib.models import ResNet
 
 if "AVX512" not in torch.backends.cpu.get_cpu_capability():
@@ -50,9 +50,9 @@ def float32() -> Iterator[None]:
     """All arithmetic of the kernels in float32, whatever is fastest here; on one thread."""
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("SATLIB_PRECISION", "float32")
-        precision.fastest_dtype.cache_clear()
+        fastest_dtype.cache_clear()
         yield
-    precision.fastest_dtype.cache_clear()
+    fastest_dtype.cache_clear()
 
 
 @pytest.fixture(scope="session")

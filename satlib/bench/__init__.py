@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from satlib import files
 from satlib.data import Splits
+from satlib.device import autocast, fastest_dtype
 from satlib.errors import SatlibError
 from satlib.paper import Cifar10
-from satlib.precision import autocast, fastest_dtype
 from satlib.study import experiments
 from satlib.study.provenance import device_name, provenance
 from satlib.study.runs import Runner

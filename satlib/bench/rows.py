@@ -20,9 +20,9 @@ from satlib.bench import Bench, Row, peers
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile
 from satlib.data.streamed import StreamedSet, workers_here
+from satlib.device import autocast
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
-from satlib.precision import autocast
 from satlib.robustness import universal_robustness
 from satlib.training import Training, shared_adversarial_loss
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from satlib.attacks import annealed_step_sizes, heap_pgd, images_at_once, perturb, success_rates, universal_pgd
 from satlib.data import Splits
 from satlib.data.imageset import IGNORE
+from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.precision import autocast
 from satlib.risks import expected_risk, heap_risk, universal_risk
 from satlib.segmentation import repeated
 

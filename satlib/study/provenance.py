@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import satlib
+from satlib.device import used_dtype
 from satlib.paths import project_root
-from satlib.precision import used_dtype
 
 
 @functools.cache
