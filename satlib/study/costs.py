@@ -65,19 +65,13 @@ def write(path: Path, costs: Iterable[Cost]) -> None:
 
 def table(profile: str) -> pd.DataFrame:
     """The published estimates for a profile, `data/ledger/bench/costs-PROFILE-*.json`, by device and section."""
+    names = ["device", "section", "runs", "hours", "weights (GB)", "timed: attack passes a second"]
     rows = []
     for path in sorted((project_root() / "data" / "ledger" / "bench").glob(f"costs-{profile}-*.json")):
         costs = [Cost(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
         sums = (sum(getattr(cost, name) for cost in costs) for name in ("runs", "hours", "weights_mb"))
-        rows += [
-            {
-                "device": cost.device,
-                "section": cost.section,
-                "runs": f"{cost.runs:,}",
-                "hours": f"{cost.hours:,.1f}",
-                "weights (GB)": f"{cost.weights_mb / 1000:,.1f}",
-                "timed: attack passes a second": ", ".join(f"{speed:,g}" for speed in sorted(cost.speeds)),
-            }
-            for cost in (*costs, Cost("all", costs[0].device, *sums))
-        ]
-    return pd.DataFrame(rows)
+        for cost in (*costs, Cost("all", costs[0].device, *sums)):
+            speeds = ", ".join(f"{speed:,g}" for speed in sorted(cost.speeds))
+            sizes = (f"{cost.runs:,}", f"{cost.hours:,.1f}", f"{cost.weights_mb / 1000:,.1f}")
+            rows.append((cost.device, cost.section, *sizes, speeds))
+    return pd.DataFrame(rows, columns=names)

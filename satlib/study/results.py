@@ -86,7 +86,7 @@ class Section:
     table: Callable[[Any, list], pd.DataFrame]
 
 
-PAPER = {  # the paper's settings, and the notebook in whose name a profile changes them
+PAPER: dict[str, tuple[Any, str]] = {  # the paper's settings, and the notebook in whose name a profile changes them
     "6.1": (CIFAR10, "04_cifar10"),
     "6.2": (IMAGENET, "05_imagenet"),
     "6.3": (CITYSCAPES, "06_cityscapes"),
@@ -244,16 +244,22 @@ def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | N
     return max(kept, key=lambda model: model.eps_uni or 0.0, default=None)
 
 
-def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
+def _classifiers_numbers(key: str, models: list[Model], sharedness: int, accepted: Mapping[str, float]) -> Numbers:
+    """ERM's, and those of the most robust model of a sharedness that loses at most so many points, by name."""
     erm = models[0]
-    numbers = {f"cifar10/erm/{measure}": _measure_of(erm, measure) for measure in ("accuracy", "eps_uni")}
-    if any(m.sharedness == 64 for m in models):
-        accepted = _best(models, sharedness=64, accuracy=erm.accuracy - (93.25 - 90.0))
-        free = _best(models, sharedness=64, accuracy=erm.accuracy)
-        numbers["cifar10/no-loss/eps_uni"] = _beside_erm(free, erm)
-        numbers["cifar10/90/eps_uni"] = _beside_erm(accepted, erm)
-        if accepted is not None:
-            numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", erm, accepted)
+    numbers = {f"{key}/erm/{measure}": _measure_of(erm, measure) for measure in ("accuracy", "eps_uni")}
+    if any(m.sharedness == sharedness for m in models):
+        for name, points in accepted.items():
+            best = _best(models, sharedness=sharedness, accuracy=erm.accuracy - points)
+            numbers[f"{key}/{name}/eps_uni"] = _beside_erm(best, erm)
+    return numbers
+
+
+def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
+    erm, points = models[0], 93.25 - 90.0
+    numbers = _classifiers_numbers("cifar10", models, 64, {"no-loss": 0.0, "90": points})
+    if accepted := _best(models, sharedness=64, accuracy=erm.accuracy - points):
+        numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", erm, accepted)
     standard = [m for m in models if m.sharedness == 1 and m.eps_uni is not None]
     pairs = [(m, other) for m in standard if (other := _best(models, sharedness=64, accuracy=m.accuracy))]
     if pairs:
@@ -267,11 +273,7 @@ def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
 
 
 def _imagenet_numbers(models: list[Model], cost: None = None) -> Numbers:
-    erm = models[0]
-    numbers = {f"imagenet/erm/{measure}": _measure_of(erm, measure) for measure in ("accuracy", "eps_uni")}
-    if any(m.sharedness == 32 for m in models):
-        free = _best(models, sharedness=32, accuracy=erm.accuracy)
-        numbers["imagenet/no-loss/eps_uni"] = _beside_erm(free, erm)
+    erm, numbers = models[0], _classifiers_numbers("imagenet", models, 32, {"no-loss": 0.0})
     if good := next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None):
         lower = DIRECTION[claims.verdict(good.accuracy < erm.accuracy)]
         numbers["imagenet/good/accuracy"] = _measure_of(good, "accuracy", lower, [erm, good])
@@ -285,7 +287,9 @@ def _cityscapes_numbers(models: list[SceneModel], cost: None = None) -> Numbers:
     for key, (family, measure, order) in SCENES.items():
         if family in chosen:
             compared = [chosen[name] for name in order if name in chosen]
-            verdict = DIRECTION[scenes.larger(*compared, measure)] if len(compared) == 2 else "other setting"
+            verdict = "other setting"
+            if len(compared) == 2:
+                verdict = DIRECTION[scenes.larger(compared[0], compared[1], measure)]
             numbers[key] = _measure_of(chosen[family], measure, verdict, compared)
     return numbers
 

@@ -1,9 +1,9 @@
 """Models with what both attacks say of them, Pareto fronts, and the paper's claims evaluated on records."""
 
 import itertools
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 
 from satlib.robustness import LARGEST
 from satlib.study import experiments
@@ -131,7 +131,7 @@ def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
         *(([run], name, None, eps, None) for (name, eps), run in plan.baselines.items()),
     ]
     models = []
-    for runs, *point in described:
+    for runs, family, sharedness, eps, sigma in described:
         evaluated = [run for run in runs if records.of(run) and records.found(plan.robustness[run])]
         if not evaluated:
             continue
@@ -143,18 +143,29 @@ def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
             "eps_uni": [] if any(None in each for each in sizes) else sizes,
             "deepfool": [[100 * record.metrics["accuracy"]] for record in deepfools],
         }
-        means = [statistics.mean(map(statistics.mean, each)) if each else None for each in values.values()]
-        spreads = {name: spread for name, each in values.items() if (spread := _spread(each)) is not None}
-        used = (tuple(trainings), tuple(itertools.chain(*searches)), tuple(deepfools))
-        predictions = records.of(plan.predictions.get(runs[0]))
-        models.append(Model(runs[0].title, *point, *means, spreads, runs[0], *used, predictions))
+        models.append(
+            Model(
+                runs[0].title,
+                family,
+                sharedness,
+                eps,
+                sigma,
+                **{name: mean(map(mean, each)) if each else None for name, each in values.items()},
+                spreads={name: spread for name, each in values.items() if (spread := _spread(each)) is not None},
+                run=runs[0],
+                trainings=tuple(trainings),
+                searches=tuple(itertools.chain(*searches)),
+                deepfools=tuple(deepfools),
+                predictions=records.of(plan.predictions.get(runs[0])),
+            )
+        )
     return models
 
 
 def _spread(values: Sequence[Sequence[float]]) -> float | None:
     """Standard deviation over trainings, of each the mean over its searches; of a single training, over these."""
-    over = [statistics.mean(each) for each in values] if len(values) > 1 else [x for each in values for x in each]
-    return statistics.stdev(over) if len(over) > 1 else None
+    over = [mean(each) for each in values] if len(values) > 1 else [x for each in values for x in each]
+    return stdev(over) if len(over) > 1 else None
 
 
 def front(models: Iterable[Model], measure: str = "eps_uni", *, family: str | None = None) -> list[tuple[Model, float]]:
