@@ -170,7 +170,7 @@ def _results(arguments: argparse.Namespace) -> int:
     from satlib.study import results
 
     if arguments.json:
-        print(json.dumps(results.as_json(results.rows(arguments.profile)), indent=1))
+        print(json.dumps([vars(row) for row in results.rows(arguments.profile)], indent=1))
     else:
         print(results.table(arguments.profile))
     return 0

@@ -5,7 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-from satlib.study.claims import Claim, Model, cifar10_claims, domination, front, imagenet_claims
+from satlib import paper
+from satlib.study import results
+from satlib.study.claims import (
+    Claim,
+    Model,
+    cifar10_claims,
+    comparable,
+    domination,
+    front,
+    imagenet_claims,
+    most_robust,
+    size_text,
+    worst,
+)
 
 
 def model(family, accuracy, eps_uni, *, deepfool=None, spread=0.5, eps=8.0):
@@ -13,6 +26,12 @@ def model(family, accuracy, eps_uni, *, deepfool=None, spread=0.5, eps=8.0):
     title = f"{family}, {accuracy:g}"
     spreads = {} if spread is None else {"eps_uni": spread, "deepfool": spread}
     return Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, deepfool, spreads)
+
+
+def test_a_size_beyond_what_is_searched_is_told_as_such_and_counts_as_larger():
+    assert [size_text(None), size_text(3.14), size_text(3.14, 0.25)] == ["> 255", "3.1", "3.1 ± 0.2"]
+    assert comparable(None) > comparable(255.0) == 255.0
+    assert worst(["holds", "not decided"]) == "not decided" and worst(["not run", "does not hold"]) == "does not hold"
 
 
 def verdict_of(found: list[Claim], start: str) -> Claim:
@@ -30,6 +49,13 @@ def test_the_front_is_what_nobody_beats():
     assert front([model("s = 1", 90.0, None)]) == []
     both = [model("s = 1", 90.0, 5.0, deepfool=10.0), model("s = 1", 89.0, 9.0, deepfool=8.0)]
     assert len(front(both)) == 2 and len(front(both, "deepfool")) == 1
+    assert front([*both, ERM], family="s = 1") == front(both) and front(both, family="ERM") == []
+
+
+def test_the_most_robust_of_each_family_smallest_first():
+    models = [model("s = 8", 80.0, 40.0), model("s = 8", 85.0, 30.0), model("s = 1", 70.0, 35.0), ERM]
+    best = most_robust([*models, model("s = 64", 70.0, None)])
+    assert [(m.family, m.eps_uni) for m in best] == [("ERM", 15.0), ("s = 1", 35.0), ("s = 8", 40.0)]
 
 
 @pytest.mark.parametrize(
@@ -50,17 +76,16 @@ def test_the_front_is_what_nobody_beats():
 def test_domination_compares_at_equal_accuracy_or_more(strong, weak, spread, expected):
     models = [model("s = 64", a, r, spread=spread) for a, r in strong]
     models += [model("s = 1", a, r, spread=spread) for a, r in weak]
-    verdict, evidence = domination(models, "s = 64", "s = 1")
-    assert verdict == expected and bool(evidence) == (expected != "not run")
+    claim = domination(models, "s = 64", "s = 1")
+    assert claim.verdict == expected and bool(claim.evidence) == (expected != "not run")
 
 
 def test_domination_under_deepfool_looks_at_that_accuracy():
     models = [model("s = 64", 88, 1.0, deepfool=60.0), model("s = 1", 87, 99.0, deepfool=50.0)]
-    assert domination(models, "s = 64", "s = 1", "deepfool") == (
-        "holds",
-        "1 of 1 s = 1 models can be compared: +10.0 points",
+    assert domination(models, "s = 64", "s = 1", "DeepFool") == Claim(
+        "s = 64 dominates s = 1 (DeepFool)", "holds", "1 of 1 s = 1 models can be compared: +10.0 points"
     )
-    assert domination(models, "s = 64", "s = 1")[0] == "does not hold"
+    assert domination(models, "s = 64", "s = 1").verdict == "does not hold"
 
 
 def test_alike_is_that_neither_dominates():
@@ -119,6 +144,30 @@ def test_the_cost_of_other_defences(cheapest, verdict):
     seconds = {"s = 1": 100.0, "s = 64": 100.0, "DeepFool UAD": 400.0, "fictitious play": cheapest}
     claim = verdict_of(cifar10_claims([ERM], types.SimpleNamespace(metrics={"seconds": seconds})), "the other defences")
     assert claim.verdict == verdict and f"fictitious play takes {cheapest / 100:.2f} times" in claim.evidence
+
+
+def test_rows_of_sections_6_1_and_6_2_are_judged_beside_erm():
+    record = types.SimpleNamespace(id="t", labels={"dataset": "Made up"})
+
+    def rows(section, *models):
+        settings = {"6.1": replace(paper.CIFAR10, width=8), "6.2": replace(paper.IMAGENET, expansion=1)}[section]
+        found = results.section_rows(section, "p", settings, [replace(m, trainings=(record,)) for m in models])
+        return dict(zip([r.key for r in paper.REPORTED if r.section == section], found, strict=True))
+
+    shared = model("s = 64", 88.0, 40.0)
+    found = rows("6.1", ERM, shared, model("s = 1", 87.0, 30.0))
+    free, accepted, gain = (found[f"cifar10/{key}"] for key in ("no-loss/eps_uni", "90/eps_uni", "gain"))
+    assert (free.text, free.verdict) == ("no such model", "not reproduced")
+    assert (accepted.text, accepted.verdict) == ("40.0 ± 0.5", "same direction")
+    assert (gain.ours, gain.verdict, gain.runs) == (10.0, "same direction", ("t", "t"))
+    assert found["cifar10/90/loss"].ours == 2.0 and found["cifar10/cost/uad"].verdict == "not run"
+    weak = rows("6.1", ERM, replace(shared, eps_uni=12.0))["cifar10/90/eps_uni"]
+    assert (weak.ours, weak.verdict) == (12.0, "not reproduced")
+    unbroken = replace(model("s = 32", 85.0, None, eps=10), sigma=1)
+    found = rows("6.2", ERM, unbroken)
+    good = found["imagenet/good/eps_uni"]
+    assert (good.text, good.verdict) == ("> 255", "same direction")
+    assert found["imagenet/good/accuracy"].verdict == "same direction"
 
 
 def with_entropy(model, bits):

@@ -12,7 +12,7 @@ from satlib.data import ImageSet, Splits
 from satlib.errors import SatlibError
 from satlib.study import experiments
 from satlib.study import runs as lab_module
-from satlib.study.claims import evaluation as trust
+from satlib.study.claims import evaluation_checks as claims
 from satlib.study.experiments import with_parameters
 from satlib.study.experiments.trust import ATTACKS, attack_run
 from satlib.study.figures import trust as drawings
@@ -117,31 +117,31 @@ FOUND = {
 
 
 def test_the_ensemble_is_the_smallest_of_all():
-    frame = trust.bounds(FOUND, {"ERM": [20.0, 18.0, None], "s = 8": [None, None, None]})
+    frame = claims.bounds(FOUND, {"ERM": [20.0, 18.0, None], "s = 8": [None, None, None]})
     assert frame.columns.tolist() == ["attack", "ERM", "s = 8"]
     rows = {name: values for name, *values in frame.itertuples(index=False)}
     assert rows["smallest"] == ["17.0", "29.0"] and rows["by"] == ["margin", "momentum"]
     assert rows["lower than the paper's by"] == ["15 %", "–"] and rows["paper"] == ["20.0", "> 255"]
     assert rows["lower than its best of 3 seeds by"] == ["6 %", "–"]
-    assert trust.smallest(searches(paper=None)) == (None, "")
+    assert claims.smallest({"paper": None}) == (None, "")
 
 
 def test_what_fails_is_said_for_each_model():
     found = [audit.Check("one", "passes", ""), audit.Check("two", "fails", ""), audit.Check("three", "fails", "")]
-    assert trust.failed({"a": found, "b": found[:1]}) == "a: fails two; three\nb: passes all checks"
-    frame = trust.verdicts({"a": found, "b": found})
+    assert claims.failed({"a": found, "b": found[:1]}) == "a: fails two; three\nb: passes all checks"
+    frame = claims.verdicts({"a": found, "b": found})
     assert frame["check"].tolist() == ["one", "two", "three"] and frame["b"].tolist() == ["passes", "fails", "fails"]
 
 
 def test_claims_about_bounds():
     seeds = {"ERM": [20.0, 20.5], "s = 8": [40.0, 41.0]}
-    assert [claim.verdict for claim in trust.claims(FOUND, seeds)] == ["does not hold", "holds", "holds"]
+    assert [claim.verdict for claim in claims.bound_claims(FOUND, seeds)] == ["does not hold", "holds", "holds"]
     tight = {"ERM": searches(paper=20.0, margin=19.0), "s = 8": searches(paper=None, margin=None)}
     turned = {"ERM": searches(paper=20.0, margin=19.0), "s = 8": searches(paper=30.0, margin=10.0)}
-    assert trust.claims(tight, seeds)[0].verdict == "holds"
-    verdicts = [claim.verdict for claim in trust.claims(turned, {"ERM": [20.0, 24.0], "s = 8": [40.0]})]
+    assert claims.bound_claims(tight, seeds)[0].verdict == "holds"
+    verdicts = [claim.verdict for claim in claims.bound_claims(turned, {"ERM": [20.0, 24.0], "s = 8": [40.0]})]
     assert verdicts == ["does not hold", "does not hold", "does not hold"]
-    assert trust.claims(tight, {"ERM": [20.0, None]})[2].verdict == "does not hold"
+    assert claims.bound_claims(tight, {"ERM": [20.0, None]})[2].verdict == "does not hold"
 
 
 CARRIED = {
@@ -155,11 +155,11 @@ CARRIED = {
 
 
 def test_what_perturbations_are_worth_after_saving():
-    frame, claim = trust.saved(CARRIED)
+    frame, claim = claims.after_saving(CARRIED)
     assert frame.columns.tolist() == ["model", "eps", "no perturbation", "exact", "8 bits", "JPEG"]
     assert claim.verdict == "holds" and claim.evidence == "a: 75.0 % wrong before, 74.0 % after"
     lost = CARRIED | {"saved": [{"exact": 0.75, "8 bits": 0.4, "JPEG": 0.3}, CARRIED["saved"][1]]}
-    assert trust.saved(lost)[1].verdict == "does not hold"
+    assert claims.after_saving(lost)[1].verdict == "does not hold"
 
 
 def test_files_round_pixels_and_jpegs_lose_more():
@@ -170,12 +170,12 @@ def test_files_round_pixels_and_jpegs_lose_more():
 
 
 def test_claims_about_transfer():
-    assert [claim.verdict for claim in trust.carried(CARRIED)] == ["holds", "holds"]
+    assert [claim.verdict for claim in claims.transfer_claims(CARRIED)] == ["holds", "holds"]
     better = CARRIED | {"rates": [[0.75, 0.9], [0.5, 0.76]]}
-    found = trust.carried(better)
+    found = claims.transfer_claims(better)
     assert found[0].verdict == "does not hold" and found[0].evidence == "b: own 76 %, at most 90 % (from a)"
-    assert trust.carried(CARRIED | {"noise": [[0.8, 0.1], [0.1, 0.2]]})[1].verdict == "does not hold"
-    nothing = trust.carried(CARRIED | {"rates": [None, None]})
+    assert claims.transfer_claims(CARRIED | {"noise": [[0.8, 0.1], [0.1, 0.2]]})[1].verdict == "does not hold"
+    nothing = claims.transfer_claims(CARRIED | {"rates": [None, None]})
     assert [claim.verdict for claim in nothing] == ["not decided", "not decided"]
 
 
@@ -186,9 +186,9 @@ def test_common_images_are_counted_by_content():
         return ImageSet(images[part], torch.zeros(len(images[part]), dtype=torch.long), ("a", "b"), "x", "X", name)
 
     apart = Splits(split("train", slice(0, 5)), split("val", slice(5, 10)), split("test", slice(10, 20)))
-    assert not any(trust.common_images(apart, choose=4, report=4).values())
+    assert not any(claims.common_images(apart, choose=4, report=4).values())
     mixed = Splits(apart.train, split("val", slice(5, 12)), apart.test)
-    assert trust.common_images(mixed, choose=4, report=4) == {
+    assert claims.common_images(mixed, choose=4, report=4) == {
         "craft and choose": 2,
         "craft and report": 0,
         "choose and report": 0,

@@ -1,6 +1,7 @@
 """Section 6.3's models judged and drawn, on numbers made up so that the answer is known."""
 
 import types
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,29 +9,26 @@ import pytest
 
 from satlib import paper
 from satlib.study import results
-from satlib.study.claims.scenes import Looked, SceneModel, cityscapes_claims, matched
+from satlib.study.claims.scenes import Checkpoint, SceneModel, cityscapes_claims, matched
 from satlib.study.figures import scenes as drawings
 
 
-def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3), delta=0.95):
+def model(family, iou, eps_uni, *, eps_adv=8.0, untargeted=20.0, epochs=(1, 3)):
     sharedness = int(family.removeprefix("s = ")) if family != "ERM" else None
-    curve = tuple(Looked(epoch, iou - 3 + epoch, eps_uni, eps_adv, 0.5) for epoch in epochs)
+    curve = tuple(Checkpoint(epoch, iou - epochs[-1] + epoch, eps_uni, eps_adv, 0.5) for epoch in epochs)
     return SceneModel(
+        **vars(curve[-1]),
         title=family if family == "ERM" else f"{family}, {iou:g}",
         family=family,
         sharedness=sharedness,
-        iou=iou,
         validation_iou=iou + 10,
-        eps_uni=eps_uni,
-        eps_adv=eps_adv,
-        error=0.5,
         untargeted=untargeted,
         untargeted_adv=2.0,
         untargeted_error=0.1,
         curve=curve,
         run=None,
         training=types.SimpleNamespace(id="t", labels={"dataset": "Made up"}),
-        searches=(types.SimpleNamespace(id="u", config={"delta": delta}),),
+        searches=(types.SimpleNamespace(id="u"),),
     )
 
 
@@ -65,35 +63,40 @@ def test_claims_of_section_6_3():
 
 
 def test_rows_of_section_6_3_are_judged_as_the_paper_says():
-    def rows(*models):
-        found = results._Rows("cityscapes", "p", "Made up")
-        results._fill_cityscapes(found, list(models), None, None)
-        return {key: (row.ours, row.verdict) for key, row in found.rows.items()}
+    ours = replace(paper.CITYSCAPES, width=8)
 
-    found = rows(ERM, ONE, MANY)
+    def rows(*models, settings=ours):
+        found = results.section_rows("6.3", "p", settings, list(models))
+        keys = [reported.key for reported in paper.REPORTED if reported.section == "6.3"]
+        return dict(zip(keys, found, strict=True))
+
+    def judged(*models):
+        return {key: (row.ours, row.verdict) for key, row in rows(*models).items()}
+
+    found = judged(ERM, ONE, MANY)
     assert found["cityscapes/erm/iou"] == (49.0, "other setting")
     assert found["cityscapes/s5/eps_uni_targeted"] == (110.0, "same direction")
     assert found["cityscapes/s1/eps_adv"] == (11.0, "same direction")
-    exact = results._Rows("cityscapes", "p", "Made up", exact=True)
-    results._fill_cityscapes(exact, [ERM, ONE, model("s = 5", 44.0, 110.0, eps_adv=5.5)], None, None)
-    verdicts = {key: row.verdict for key, row in exact.rows.items()}
+    exact = rows(ERM, ONE, model("s = 5", 44.0, 110.0, eps_adv=5.5), settings=paper.CITYSCAPES)
+    verdicts = {key: row.verdict for key, row in exact.items()}
     assert verdicts["cityscapes/s1/eps_adv"] == "reproduced within spread"  # 11.0 with a spread of 0.5, as in the paper
     assert verdicts["cityscapes/s5/eps_adv"] == "reproduced within spread"  # 5.5 for 5.9
     assert verdicts["cityscapes/erm/eps_uni_targeted"] == "other setting"  # no spread is known
-    swapped = rows(ERM, model("s = 1", 45.0, None, eps_adv=3.0), MANY)
+    swapped = judged(ERM, model("s = 1", 45.0, None, eps_adv=3.0), MANY)
     assert swapped["cityscapes/s1/eps_adv"] == (3.0, "not reproduced")
     assert swapped["cityscapes/s5/eps_adv"] == (6.0, "not reproduced")  # the same comparison
     assert swapped["cityscapes/s1/eps_uni_targeted"] == (None, "same direction")
     assert swapped["cityscapes/s5/eps_uni_targeted"] == (110.0, "not reproduced")  # more than ERM, less than s = 1
-    alike = rows(ERM, model("s = 1", 45.0, 108.0, eps_adv=6.5), MANY)
+    alike = judged(ERM, model("s = 1", 45.0, 108.0, eps_adv=6.5), MANY)
     assert (
         alike["cityscapes/s5/eps_uni_targeted"] == (110.0, "not decided") == (110.0, alike["cityscapes/s5/eps_adv"][1])
     )
-    found = results._Rows("cityscapes", "p", "Made up")
-    results._fill_cityscapes(found, [model("ERM", 49.0, 20.0, delta=0.5), ONE, MANY], None, None)
-    assert found.rows["cityscapes/erm/iou"].dataset == "Made up"
-    assert found.rows["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
-    assert rows(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
+    found = rows(ERM, ONE, MANY, settings=replace(paper.CITYSCAPES, delta=0.5))
+    assert found["cityscapes/erm/iou"].dataset == "Made up"
+    assert found["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
+    assert found["cityscapes/s1/eps_uni"].runs == ("t", "u", "t", "u") and found["cityscapes/s1/eps_uni"].seeds == 1
+    assert judged(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
+    assert {row.verdict for row in rows(ONE, MANY).values()} == {"not run"}  # without ERM nothing is compared
 
 
 def test_figure_5_has_a_line_for_each_defence_and_what_nothing_reached_at_255():

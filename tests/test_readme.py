@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from satlib import paper
-from satlib.study import experiments, results
+from satlib.study import results
 from satlib.study.claims import Records
 from satlib.study.kinds import KINDS
 
@@ -62,14 +61,10 @@ def test_a_number_that_no_record_holds_is_replaced():
     assert rendered.startswith("before\n<!--") and rendered.endswith("<!-- end -->\nafter")
 
 
-@pytest.mark.parametrize("section", ["6.1", "6.2", "6.3", "trust"])
+@pytest.mark.parametrize("section", ["6.1", "6.2", "6.3", "checks"])
 def test_published_records_save_the_laptop_profile_its_hours(section):
     """All that notebooks 04 to 09 ask for, but for what is needed on demand, is published."""
-    if section == "trust":
-        choices = experiments.parameters("laptop", "09_can_we_trust_it")
-        plan = experiments.trust_plan("laptop", experiments.with_parameters(paper.TRUST, choices))
-    else:
-        plan = results.section_plan(section, "laptop")
+    plan = results.section_plan(section, "laptop")
     records = Records(published=True)
     for run in {id(r): r for planned in plan.runs for r in planned.ancestry()}.values():
         record, kind = records.of(run), KINDS[run.kind]

@@ -35,7 +35,7 @@ def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]
     Of a data set that is not here, noise of its geometry is timed, and nothing is looked up; a line says so.
     """
     runs = list(runs)
-    unique = {id(each): each for run in runs for each in run.ancestry()}.values()
+    unique = list(dict.fromkeys(each for run in runs for each in run.ancestry()))
     lines, costs = [], {}
     for dataset in dict.fromkeys(run.dataset for run in unique):
         if why := runner.stand_in(dataset):
@@ -68,13 +68,9 @@ def table(profile: str) -> pd.DataFrame:
     names = ["device", "section", "runs", "hours", "weights (GB)", "timed: attack passes a second"]
     rows = []
     for path in sorted((project_root() / "data" / "ledger" / "bench").glob(f"costs-{profile}-*.json")):
-        found = [Cost(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        everything = Cost("all", found[0].device)
-        for cost in found:
-            everything.runs += cost.runs
-            everything.hours += cost.hours
-            everything.weights_mb += cost.weights_mb
-        for cost in (*found, everything):
+        costs = [Cost(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        sums = (sum(getattr(cost, name) for cost in costs) for name in ("runs", "hours", "weights_mb"))
+        for cost in (*costs, Cost("all", costs[0].device, *sums)):
             speeds = ", ".join(f"{speed:,g}" for speed in sorted(cost.speeds))
             sizes = (f"{cost.runs:,}", f"{cost.hours:,.1f}", f"{cost.weights_mb / 1000:,.1f}")
             rows.append((cost.device, cost.section, *sizes, speeds))

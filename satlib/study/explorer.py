@@ -150,7 +150,7 @@ class Shelf:
             raise SatlibError(f"no trained model has its weights here: {'; '.join(self.missing)}")
 
     def _offer(self, profile: str, section: str, records: Records) -> None:
-        settings, plan = results.SECTIONS[section].settings(profile), results.section_plan(section, profile)
+        settings, plan = results.section_settings(section, profile), results.section_plan(section, profile)
         if not is_here(settings.dataset):
             self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
             return
@@ -159,7 +159,7 @@ class Shelf:
         for run in found:
             self._offered[f"{run.title} · {settings.dataset}"] = (run, getattr(settings, "target", ""))
         if not found:
-            call = f"./run_all.sh --profile {profile} --only {results.SECTIONS[section].stem[:2]}"
+            call = f"./run_all.sh --profile {profile} --only {results.PAPER[section][1][:2]}"
             self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
 
     @property
@@ -314,7 +314,7 @@ def tradeoff_panel(shelf: Shelf, profile: str, *, start: bool = True) -> Panel:
     for name in dict.fromkeys((profile, "laptop")):
         if models := trained_models(results.section_plan("6.1", name), records):
             found[f"{name}: {models[0].records[0].labels['dataset']}"] = (
-                results.SECTIONS["6.1"].settings(name),
+                results.section_settings("6.1", name),
                 models,
             )
     if not found:

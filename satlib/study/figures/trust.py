@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from satlib.robustness import LARGEST
-from satlib.study.claims.evaluation import Found
+from satlib.study.claims.evaluation_checks import Searches
 from satlib.study.figures import BY_SHAREDNESS, ERM, PURPLE
 
 
@@ -59,7 +59,7 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     return figure
 
 
-def bounds(found: Found, seeds: Mapping[str, Sequence[float | None]], *, delta: float, dataset: str) -> Figure:
+def bounds(found: Searches, seeds: Mapping[str, Sequence[float | None]], *, delta: float, dataset: str) -> Figure:
     """eps_uni of each model by each attack, and by the paper's from several seeds; what none reached stands at 255.
 
     found: searches by model and attack; seeds: eps_uni of the paper's attack by model.

@@ -1,0 +1,148 @@
+"""What stronger attacks, seeds, transfer and the sets of images say about an evaluation, from records."""
+
+import hashlib
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pandas as pd
+from torch import Tensor
+
+from satlib.data import Splits
+from satlib.evaluation_checks import FALLS, Check
+from satlib.study.claims import Claim, comparable, size_text, verdict
+from satlib.study.ledger import Record
+
+Searches = Mapping[str, Mapping[str, Record]]  # by model and attack
+Seeds = Mapping[str, Sequence[float | None]]  # by model, eps_uni that the paper's attack finds from each seed
+Name = TypeVar("Name", str, int)
+SPREAD = 0.1  # share by which eps_uni may differ between seeds
+
+
+def eps_uni(searches: Mapping[str, Record]) -> dict[str, float | None]:
+    """By attack."""
+    return {attack: record.metrics["eps_uni"] for attack, record in searches.items()}
+
+
+def smallest(sizes: Mapping[Name, float | None]) -> tuple[float | None, Name | str]:
+    """The ensemble: the smallest eps_uni of several attacks, and whose it is; (None, "") where none won."""
+    return min(((size, name) for name, size in sizes.items() if size is not None), default=(None, ""))
+
+
+def bounds(searches: Searches, seeds: Seeds) -> pd.DataFrame:
+    """A column for each model: eps_uni by every attack, the ensemble's, whose it is, and how far that is below the
+    paper's attack, and below the smallest that the paper's finds from several seeds: an ensemble of one attack."""
+
+    def below(size: float | None, other: float | None) -> str:
+        return "–" if size is None or other is None else f"{100 * (1 - size / other):.0f} %"
+
+    columns = {}
+    for model, sizes in ((model, eps_uni(records)) for model, records in searches.items()):
+        size, attack = smallest(sizes)
+        again, _ = smallest(dict(enumerate(seeds[model])))
+        columns[model] = {name: size_text(each) for name, each in sizes.items()} | {
+            "smallest": size_text(size),
+            "by": attack,
+            "lower than the paper's by": below(size, sizes["paper"]),
+            f"lower than its best of {len(seeds[model])} seeds by": below(size, again),
+        }
+    return pd.DataFrame(columns).rename_axis("attack").reset_index()
+
+
+def bound_claims(searches: Searches, seeds: Seeds) -> list[Claim]:
+    """How far the paper's attack is from the strongest, whether it orders the models alike, and how it repeats."""
+
+    def order(sizes: Mapping[str, float | None]) -> str:
+        return " < ".join(sorted(sizes, key=lambda model: comparable(sizes[model])))
+
+    def steady(sizes: Sequence[float | None]) -> bool:
+        known = [size for size in sizes if size is not None]
+        return len(known) == len(sizes) and max(known) - min(known) <= SPREAD * statistics.mean(known)
+
+    paper = {model: eps_uni(records)["paper"] for model, records in searches.items()}
+    best = {model: smallest(eps_uni(records))[0] for model, records in searches.items()}
+    tight = all(comparable(best[model]) >= (1 - SPREAD) * comparable(paper[model]) for model in searches)
+    return [
+        Claim(
+            f"no attack here lowers the paper's bound by more than {100 * SPREAD:g} %",
+            verdict(tight),
+            ", ".join(f"{model} {size_text(paper[model])} -> {size_text(best[model])}" for model in searches),
+        ),
+        Claim(
+            "the strongest attacks order the models as the paper's does",
+            verdict(order(paper) == order(best)),
+            f"paper's: {order(paper)}; strongest: {order(best)}",
+        ),
+        Claim(
+            f"the paper's attack finds the same from every seed, within {100 * SPREAD:g} %",
+            verdict(all(map(steady, seeds.values()))),
+            ", ".join(f"{model} {' '.join(map(size_text, sizes))}" for model, sizes in seeds.items()),
+        ),
+    ]
+
+
+def verdicts(audits: Mapping[str, Sequence[Check]]) -> pd.DataFrame:
+    """The checklist: a row for each check, a column with its verdict on each model."""
+    names = [check.check for check in next(iter(audits.values()), ())]
+    columns = {model: [check.verdict for check in checks] for model, checks in audits.items()}
+    return pd.DataFrame({"check": names} | columns)
+
+
+def failed(audits: Mapping[str, Sequence[Check]]) -> str:
+    """In words: what each audited model fails, one line for each."""
+    fails = {model: "; ".join(c.check for c in checks if c.verdict == "fails") for model, checks in audits.items()}
+    return "\n".join(f"{model}: {f'fails {names}' if names else 'passes all checks'}" for model, names in fails.items())
+
+
+def transfer_claims(metrics: Mapping[str, Any]) -> list[Claim]:
+    """Whether own perturbations beat strangers' of no larger size, from the metrics of a `transfer` record."""
+    titles, eps, rates, noise = (metrics[name] for name in ("titles", "eps", "rates", "noise"))
+    known = [i for i in range(len(titles)) if rates[i] is not None]
+    transfer = Claim("white box beats transfer at no larger eps", "not decided", "no two can be compared")
+    if margins := {(i, j): rates[j][j] - rates[i][j] for j in known for i in known if i != j and eps[i] <= eps[j]}:
+        i, j = min(margins, key=margins.__getitem__)
+        evidence = f"{titles[j]}: own {100 * rates[j][j]:.0f} %, at most {100 * rates[i][j]:.0f} % (from {titles[i]})"
+        transfer = Claim(transfer.claim, verdict(margins[i, j] >= -FALLS), evidence)
+    signs = Claim("own perturbations beat random signs of their size", "not decided")
+    if known:
+        j = min(known, key=lambda j: rates[j][j] - noise[j][j])
+        evidence = f"{titles[j]}: own {100 * rates[j][j]:.0f} %, random signs {100 * noise[j][j]:.0f} %"
+        signs = Claim(signs.claim, verdict(rates[j][j] - noise[j][j] > FALLS), evidence)
+    return [transfer, signs]
+
+
+def after_saving(metrics: Mapping[str, Any]) -> tuple[pd.DataFrame, Claim]:
+    """What universal perturbations are worth once the images with them went through a file: errors in %, from the
+    metrics of a `transfer` record, and whether 8 bits a channel keep them."""
+    rows = [
+        {"model": title, "eps": eps, "no perturbation": 100 * clean}
+        | {form: 100 * rate for form, rate in saved.items()}
+        for title, eps, clean, saved in zip(
+            *(metrics[name] for name in ("titles", "eps", "clean", "saved")), strict=True
+        )
+    ]
+    pairs = zip(metrics["titles"], metrics["saved"], strict=True)
+    title, rates = max(pairs, key=lambda pair: pair[1]["exact"] - pair[1]["8 bits"])
+    evidence = f"{title}: {100 * rates['exact']:.1f} % wrong before, {100 * rates['8 bits']:.1f} % after"
+    kept = verdict(rates["exact"] - rates["8 bits"] <= FALLS)
+    return pd.DataFrame(rows), Claim("perturbations survive being saved as 8-bit images", kept, evidence)
+
+
+def common_images(splits: Splits, *, choose: int, report: int) -> dict[str, int]:
+    """How many images, by their content, each two of the three sets of a search of section 6.1 have in common.
+
+    Crafting takes the validation images, the search decides on the first `choose` test images, and reports on the
+    `report` next ones.
+    """
+
+    def digests(images: Tensor) -> set[str]:
+        return {hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest() for image in images}
+
+    test = splits.test.images
+    sets = {
+        "craft": digests(splits.val.images[:]),
+        "choose": digests(test[:choose]),
+        "report": digests(test[choose : choose + report]),
+    }
+    return {f"{one} and {other}": len(sets[one] & sets[other]) for one, other in itertools.combinations(sets, 2)}
