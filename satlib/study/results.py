@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from satlib.evaluation_checks import checks
-from satlib.paper import CIFAR10, CITYSCAPES, IMAGENET, REPORTED, TRUST
-from satlib.study import claims, costs, experiments, profiles
+from satlib.paper import REPORTED
+from satlib.study import claims, costs, measurements
 from satlib.study.claims import BEYOND, Claim, Model, Records, evaluation_checks, scenes, size_text
 from satlib.study.claims.scenes import SceneModel
+from satlib.study.measurement import Run
 from satlib.study.records import Record
-from satlib.study.runs import Run
+from satlib.study.settings import SECTIONS as STATED
+from satlib.study.settings import profile_names, settings
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/shared": "s = 64",
@@ -86,32 +88,11 @@ class Section:
     table: Callable[[Any, list], pd.DataFrame]
 
 
-PAPER: dict[str, tuple[Any, str]] = {  # the paper's settings, and the notebook in whose name a profile changes them
-    "6.1": (CIFAR10, "04_cifar10"),
-    "6.2": (IMAGENET, "05_imagenet"),
-    "6.3": (CITYSCAPES, "06_cityscapes"),
-    "checks": (TRUST, "09_can_we_trust_it"),
-}
-
-
-def section_settings(section: str, profile: str) -> Any:
-    """The settings of section "6.1", "6.2", "6.3" or "checks" under a profile."""
-    paper, stem = PAPER[section]
-    given = experiments.parameters(profile, stem) if stem in profiles.notebook_paths() else {}
-    return experiments.with_parameters(paper, given)
-
-
-def section_plan(section: str, profile: str) -> Any:
-    """The plan of section "6.1", "6.2", "6.3" or "checks" under a profile."""
-    settings = section_settings(section, profile)
-    return experiments.trust_plan(profile, settings) if section == "checks" else SECTIONS[section].plan(settings)
-
-
 def evaluated(section: str, profile: str, records: Records) -> tuple[Any, list, Record | None]:
     """A section's settings under a profile, its models that have records, and the record of what training costs."""
-    plan = section_plan(section, profile)
+    plan = measurements.plan(section, profile)
     models = SECTIONS[section].models(plan, records)
-    return section_settings(section, profile), models, records.of(getattr(plan, "cost", None))
+    return settings(section, profile), models, records.of(getattr(plan, "cost", None))
 
 
 def published_claims(section: str, profile: str) -> list[Claim]:
@@ -138,7 +119,7 @@ class PublishedEvaluation(NamedTuple):
 
 def published_evaluation(profile: str) -> PublishedEvaluation:
     """The audits, the bounds by stronger attacks and the claims about them, from a profile's published records."""
-    plan, records = section_plan("checks", profile), Records(published=True)
+    plan, records = measurements.plan("checks", profile), Records(published=True)
 
     def known(runs: Mapping[str, Run]) -> dict[str, Record]:
         return {name: record for name, run in runs.items() if (record := records.of(run))}
@@ -295,17 +276,19 @@ def _cityscapes_numbers(models: list[SceneModel], cost: None = None) -> Numbers:
 
 
 SECTIONS = {
-    "6.1": Section(experiments.cifar10, claims.trained_models, claims.cifar10_claims, _cifar10_numbers, classifiers),
-    "6.2": Section(experiments.imagenet, claims.trained_models, claims.imagenet_claims, _imagenet_numbers, classifiers),
+    "6.1": Section(measurements.cifar10, claims.trained_models, claims.cifar10_claims, _cifar10_numbers, classifiers),
+    "6.2": Section(
+        measurements.imagenet, claims.trained_models, claims.imagenet_claims, _imagenet_numbers, classifiers
+    ),
     "6.3": Section(
-        experiments.cityscapes, scenes.scene_models, scenes.cityscapes_claims, _cityscapes_numbers, segmenters
+        measurements.cityscapes, scenes.scene_models, scenes.cityscapes_claims, _cityscapes_numbers, segmenters
     ),
 }
 
 
 def section_rows(section: str, profile: str, settings: Any, models: list, cost: Record | None = None) -> list[Row]:
     """The rows of a section for what `evaluated` gives under a profile; none of them was run where ERM was not."""
-    paper, _ = PAPER[section]
+    paper = STATED[section]
     numbers = SECTIONS[section].numbers(models, cost) if models and models[0].family == "ERM" else {}
     rows = []
     for reported in (each for each in REPORTED if each.section == section):
@@ -329,7 +312,7 @@ def section_rows(section: str, profile: str, settings: Any, models: list, cost: 
 def rows(profile: str | None = None, *, published: bool = False) -> list[Row]:
     """Every number of the paper with ours under `profile`; without one, for each the weightiest profile that has it."""
     records = Records(published=published)
-    names = [profile] if profile else [name for name in BY_WEIGHT if name in profiles.profile_paths()]
+    names = [profile] if profile else [name for name in BY_WEIGHT if name in profile_names()]
     by_profile = [
         [row for section in SECTIONS for row in section_rows(section, name, *evaluated(section, name, records))]
         for name in names

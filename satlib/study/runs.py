@@ -146,6 +146,7 @@ class Runner:
         labels = {
             "profile": self.profile,
             "title": run.title,
+            "data": run.dataset,
             "dataset": self.splits(run.dataset).train.title,
             **run.labels,
         }

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from satlib.robustness import LARGEST
-from satlib.study import experiments
-from satlib.study.kinds import KINDS
 from satlib.study.ledger import Ledger
+from satlib.study.measurement import Run
+from satlib.study.measurements import Plan
 from satlib.study.records import Record, digest_of
-from satlib.study.runs import Run
 
 ATTACKS = {"S-PGD": "eps_uni", "DeepFool": "deepfool"}  # the measure of robustness under each attack
 BEYOND = f"> {LARGEST:g}"  # of a size in pixel units: no perturbation of the interval that is searched was enough
@@ -29,15 +28,15 @@ def comparable(size: float | None) -> float:
 
 
 class Records:
-    """Finds the records of planned runs by their settings, so that nobody needs the data to look them up."""
+    """Finds the records of planned runs by their settings and the name of their data, so that nobody needs the data itself."""
 
     def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
         ledger = ledger or Ledger()
         known = ledger.records(published=published)
-        self._by_settings: dict[tuple[str, str], list[Record]] = {}
+        self._by_settings: dict[tuple, list[Record]] = {}
         for record in sorted(known, key=lambda record: record.created, reverse=True):
-            if record.kind in KINDS and record.version == KINDS[record.kind].version:
-                self._by_settings.setdefault((record.kind, digest_of(record.config)), []).append(record)
+            key = (record.kind, record.version, record.labels.get("data"), digest_of(record.config))
+            self._by_settings.setdefault(key, []).append(record)
 
     def of(self, run: Run | None) -> Record | None:
         """The newest record of the run's kind and settings that builds on records of its parents; None for no run."""
@@ -48,7 +47,8 @@ class Records:
         return [record for run in runs if (record := self.of(run))]
 
     def _all(self, run: Run) -> list[Record]:
-        alike = self._by_settings.get((run.kind, digest_of(run.config)), [])
+        key = (run.kind, run.measurement.version, run.dataset, digest_of(run.config))
+        alike = self._by_settings.get(key, [])
         parents = {role: {r.id for r in self._all(parent)} for role, parent in run.parents.items()} if alike else {}
         return [
             record
@@ -123,7 +123,7 @@ class Model:
         return self.predictions.metrics["entropy_bits"]["fooled"] if self.predictions else None
 
 
-def trained_models(plan: experiments.Plan, records: Records) -> list[Model]:
+def trained_models(plan: Plan, records: Records) -> list[Model]:
     """The models of a plan that have a record, the undefended one first."""
     described: list[tuple[list[Run], str, int | None, float | None, float | None]] = [
         ([plan.erm], "ERM", None, None, None),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from satlib.study.claims import Claim, Records, comparable, size_text, verdict, worst
-from satlib.study.experiments import ScenesPlan
+from satlib.study.measurements.scenes import ScenesPlan
 from satlib.study.records import Record
 from satlib.study.runs import Run
 
