@@ -16,9 +16,9 @@ from pandas.io.formats.style import Styler
 
 from satlib.attacks import perturb
 from satlib.data import ImageSet, StreamedSet
-from satlib.segmentation import perturbation_of
 from satlib.study import figures
 from satlib.study.claims import Model
+from satlib.study.kinds.evaluation import perturbation_of
 from satlib.study.ledger import Record
 from satlib.study.runs import Run, Runner
 

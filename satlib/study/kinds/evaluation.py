@@ -1,5 +1,6 @@
 """How attacks do on a trained model: sections 5 and 6."""
 
+import functools
 import math
 import time
 from dataclasses import asdict
@@ -7,17 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from satlib.attacks import (
-    attackable,
-    perturb,
-    success_rates,
-)
+from satlib.attacks import attackable, perturb, success_rates
 from satlib.data.imageset import ImageSet, Splits
 from satlib.deepfool import universal_deepfool
 from satlib.precision import autocast
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.segmentation import repeated, scene_target
-from satlib.study.ledger import Workspace
+from satlib.study.ledger import Record, Workspace
+from satlib.universal import extended_pgd
 
 if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner
@@ -50,7 +48,10 @@ def compute_universal_robustness(runner: "Runner", run: "Run", work: Workspace) 
         runner.report(run, text, done, began)
         runner.check_budget((time.monotonic() - began) * (1 - done) / done)  # a search is not resumed: all or nothing
 
+    restarts = config.get("restarts", 1)  # which the steps were divided by
+    steps = config["attack"]["steps"] * restarts
     found = universal_robustness(
+        functools.partial(extended_pgd, **config["attack"] | {"steps": steps, "restarts": restarts}),
         model,
         craft=(craft.images, aims(run, splits, craft)),
         choose=(choose.images, aims(run, splits, choose)),
@@ -61,8 +62,7 @@ def compute_universal_robustness(runner: "Runner", run: "Run", work: Workspace) 
         search=config["search"],
         generator=torch.Generator().manual_seed(config["seed"]),
         progress=progress,
-        **{name: config[name] for name in ("restarts", "warm_start") if name in config},
-        **config["attack"],
+        warm_start=config.get("warm_start", False),
     )
     for name, xi in (("perturbation", found.perturbation), ("closest", found.closest)):
         if xi is not None:
@@ -75,6 +75,12 @@ def compute_universal_robustness(runner: "Runner", run: "Run", work: Workspace) 
         "images": {"craft": len(craft), "choose": len(choose), "report": len(report)},
         "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
     }
+
+
+def perturbation_of(search: Record) -> torch.Tensor:
+    """The universal perturbation (1, C, H, W) in pixel units that a search found, or that came closest."""
+    name = "perturbation" if search.metrics["rate"] is not None else "closest"
+    return search.tensors(name)["perturbation"]
 
 
 def aims(run: "Run", splits: Splits, part: ImageSet) -> torch.Tensor:
@@ -100,7 +106,7 @@ def compute_predictions(runner: "Runner", run: "Run", work: Workspace) -> dict:
         for x, y in test.batches(512):
             with autocast(x.device):
                 clean = net(x).argmax(1)
-                perturbed = None if found is None else net(perturb(x, found, len(x))).argmax(1)
+                perturbed = None if found is None else net(perturb(x, found)).argmax(1)
             seen = {"clean": clean}
             if perturbed is not None:
                 seen |= {"perturbed": perturbed, "fooled": perturbed[(clean == y) & (perturbed != y)]}

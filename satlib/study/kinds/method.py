@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from satlib.attacks import (
-    ascend,
     attack_loss,
     attackable,
     broadcast,
     heap_gradients,
     heap_pgd,
     perturb,
+    pgd_step,
     success_rates,
     universal_pgd,
 )
@@ -66,7 +66,7 @@ def compute_gallery(runner: "Runner", run: "Run", work: Workspace) -> dict:
     model, generator = runner.model(run.parents["model"]), torch.Generator().manual_seed(config["seed"])
     own = heap_pgd(model, x, y, eps=eps, sharedness=1, generator=generator, **config["heap"])
     one = universal_pgd(model, craft.images, craft.labels, eps=eps, generator=generator, **config["universal"])
-    seen = {"clean": x, "own": perturb(x, own, 1), "universal": perturb(x, one, len(x))}
+    seen = {"clean": x, "own": perturb(x, own, 1), "universal": perturb(x, one)}
     with torch.no_grad():
         predicted = {name: model(pictures).argmax(1).tolist() for name, pictures in seen.items()}
     arrays = {"images": x, "own": own, "universal": one}
@@ -174,7 +174,7 @@ def compute_heap_trace(runner: "Runner", run: "Run", work: Workspace) -> dict:
         gradients, _ = heap_gradients(net, x, y, broadcast(xi, s, len(x)), sharedness=1, **options)
         steps = [xi]
         for _ in range(config["steps"]):
-            xi, _ = ascend(net, x, y, xi, eps=bound, alpha=alpha, sharedness=s, **options)
+            xi, _ = pgd_step(net, x, y, xi, bound, alpha, sharedness=s, **options)
             steps.append(xi)
         adversarial = perturb(x, xi, s)
         with torch.no_grad():

@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from satlib.attacks import annealed_step_sizes, attackable, heap_pgd, universal_pgd
-from satlib.data.imageset import IGNORE
+from satlib.attacks import annealed_step_sizes, attackable, decisions_won, heap_pgd, perturb, universal_pgd
 from satlib.segmentation import (
     class_index,
-    perturbation_of,
     repeated,
     scene_target,
     segment,
@@ -18,6 +16,7 @@ from satlib.segmentation import (
     weakening,
     without,
 )
+from satlib.study.kinds.evaluation import perturbation_of
 from satlib.study.ledger import Workspace
 
 if TYPE_CHECKING:
@@ -51,13 +50,14 @@ def compute_perturbation_structure(runner: "Runner", run: "Run", work: Workspace
             runner.report(run, "image-dependent perturbations", (start + len(x)) / len(part), began)
         found = {"own": torch.cat(own), "universal": one.expand(len(part), -1, -1, -1)}
         seen = {"clean": segment(net, images)} | {
-            name: segment(net, (images + xi).clamp(0, 255)) for name, xi in found.items()
+            name: segment(net, perturb(images, xi, 1)) for name, xi in found.items()
         }
     for name, xi in found.items():
+        won, counted = decisions_won(seen[name], aim, targeted=True)
         metrics[name] = {
             "weakening": weakening(images, xi).tolist(),
             "target_structure": target_structure(xi, target).tolist(),
-            "target_accuracy": (seen[name] == aim)[aim != IGNORE].float().mean().item(),
+            "target_accuracy": (won.sum() / counted.sum()).item(),
         }
     kept = {name: xi[0].half() for name, xi in found.items()} | {"target": target}
     kept |= {f"segmented_{name}": predicted[0] for name, predicted in seen.items()}
@@ -90,7 +90,7 @@ def compute_hiding(runner: "Runner", run: "Run", work: Workspace) -> dict:
         )
         test = splits.test.images[: config["images"]]
         clean = segment(net, test)
-        seen = [segment(net, (test.float() + xi).clamp(0, 255)) for xi in found]
+        seen = [segment(net, perturb(test.float(), xi)) for xi in found.split(1)]
     most = int((clean == hidden).flatten(1).sum(1).argmax())
     arrays = {"perturbation": found[-1].half(), "clean": clean[most], "perturbed": seen[-1][most]}
     work.save_arrays("example", {name: value.cpu().numpy() for name, value in arrays.items()})
@@ -115,6 +115,6 @@ def compute_segmentations(runner: "Runner", run: "Run", work: Workspace) -> dict
         seen = {"clean": segment(net, scene)[0]}
         for name in names:
             xi = perturbation_of(runner.record(run.parents[name])).to(runner.device)
-            seen[name] = segment(net, (scene + xi).clamp(0, 255))[0]
+            seen[name] = segment(net, perturb(scene, xi))[0]
     work.save_arrays("segmentations", {name: labels.cpu().numpy() for name, labels in seen.items()})
     return {"scene": 0}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from satlib import evaluation_checks as audit
 from satlib.attacks import attackable, perturb, success_rates
-from satlib.segmentation import perturbation_of
+from satlib.study.kinds.evaluation import perturbation_of
 from satlib.study.ledger import Workspace
 
 CRAFTED = 4096  # images to craft on, where they come from a large set
@@ -67,7 +67,7 @@ def compute_transfer(runner: "Runner", run: "Run", work: Workspace) -> dict:
     for model, xi in zip(models, found, strict=True):
         with attackable(runner.model(model)) as net:
             columns.append(success_rates(net, test.images, test.labels, stacked).tolist())
-            forms = after_saving(perturb(test.images.float(), xi, len(test)))
+            forms = after_saving(perturb(test.images.float(), xi))
             none = torch.zeros_like(signs)
             rates = {name: success_rates(net, x, test.labels, none).item() for name, x in forms.items()}
             saved.append(rates)
