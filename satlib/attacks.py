@@ -11,49 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.checks import (
+    check_annealing,
     check_model,
     check_pair,
     check_sharedness,
     check_threshold,
-    check_universal,
+    check_whole,
     per_heap,
     per_step,
 )
 from satlib.data.imageset import IGNORE
 from satlib.device import autocast, prepared
 from satlib.errors import SatlibError
-from satlib.updates import UPDATES
 
 PIXELS_AT_ONCE = 2**22  # of images that are only classified
-Gradients = Callable[..., tuple[Tensor, Tensor]]
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
 
 
 def attack_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    loss_threshold: float | None = None,
-    label_smoothing: float = 0.0,
-    loss: str = "cross-entropy",
+    logits: Tensor, labels: Tensor, *, loss_threshold: float | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """L_adv of section 4.3: min(L(theta, x, y), kappa) for each sample (each pixel, in segmentation).
 
     logits (d, classes) or (d, classes, H, W), labels (d,) or (d, H, W); returns losses shaped like labels.
     The cap acts on every sample by itself: a sample beyond kappa has zero gradient, the others keep theirs.
-
-    loss "margin" is the highest other logit minus that of the label (Carlini and Wagner 2017): above 0 where the
-    decision is another, whatever the scale of the logits. It knows no label smoothing.
     """
     ignored = IGNORE if labels.ndim > 1 else -100  # class 255 of a classifier is a class like any other
-    if loss == "margin":
-        counted, target = labels != ignored, labels.long().clamp(max=logits.shape[1] - 1)[:, None]
-        others = logits.float().scatter(1, target, -math.inf).amax(1)
-        losses = (others - logits.float().gather(1, target)[:, 0]) * counted
-    else:
-        losses = F.cross_entropy(
-            logits.float(), labels.long(), reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
-        )
+    losses = F.cross_entropy(
+        logits.float(), labels.long(), reduction="none", label_smoothing=label_smoothing, ignore_index=ignored
+    )
     return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
 
 
@@ -68,29 +54,24 @@ def broadcast(perturbations: Tensor, sharedness: int, count: int) -> Tensor:
     return perturbations.unsqueeze(1).expand(heaps, sharedness, *shape).reshape(-1, *shape)[:count]
 
 
-def perturb(images: Tensor, perturbations: Tensor, sharedness: int, *, straight_through: bool = False) -> Tensor:
+def perturb(images: Tensor, perturbations: Tensor, sharedness: int | None = None) -> Tensor:
     """x + xi as every model sees it, in training, attack and evaluation alike: clamped to [0, 255].
 
-    straight_through: pixels that xi drives out of range keep the gradient of the pixel that the model sees, as in
-    attacks that project x + xi itself; by the chain rule they have none.
+    images (d, C, H, W); perturbations (1, C, H, W) for all of them, or one for every `sharedness` consecutive ones.
     """
-    added = images + broadcast(perturbations, sharedness, len(images))
-    clamped = added.clamp(0, 255)
-    return added + (clamped - added).detach() if straight_through else clamped
+    sharedness = len(images) if sharedness is None else sharedness
+    return (images + broadcast(perturbations, sharedness, len(images))).clamp(0, 255)
 
 
-def annealed_step_sizes(
-    eps: float, steps: int, *, beta: float, gamma: float, schedule: str = "geometric"
-) -> list[float]:
+def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
     """alpha_k = beta * eps * gamma^k / sum_j gamma^j of section 5.2, k = 0 .. steps - 1; their sum is beta * eps.
 
-    schedule "cosine" has (1 + cos(pi k / steps)) / 2 in the place of gamma^k.
+    Raises SatlibError where steps is no whole number of at least 1, or beta or gamma no positive number.
     """
-    if schedule == "cosine":
-        weights = [(1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
-    else:
-        weights = [gamma**k for k in range(steps)]
-    return [beta * eps * weight / math.fsum(weights) for weight in weights]
+    check_annealing(steps, beta, gamma)
+    weights = [gamma**k for k in range(steps)]
+    total = math.fsum(weights)
+    return [beta * eps * weight / total for weight in weights]
 
 
 @contextlib.contextmanager
@@ -122,52 +103,45 @@ def heap_gradients(
     xi: Tensor,
     *,
     sharedness: int,
-    straight_through: bool = False,
-    **loss: Any,
+    loss: Callable[..., Tensor] = attack_loss,
+    seen: Callable[[Tensor, Tensor, int], Tensor] = perturb,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """grad_xi sum_{i in heap} L_adv(x_i + xi, y_i) of every heap, shaped like xi, and the losses (d,) or (d, H, W).
 
-    loss: what `attack_loss` takes; straight_through: see `perturb`.
+    L_adv is loss(logits, labels, **settings), and what the model sees is seen(images, xi, sharedness).
     """
     xi = xi.detach().requires_grad_()
     with autocast(images.device):
-        logits = model(perturb(images, xi, sharedness, straight_through=straight_through))
-    losses = attack_loss(logits, labels, **loss)
+        logits = model(seen(images, xi, sharedness))
+    losses = loss(logits, labels, **settings)
     return torch.autograd.grad(losses.sum(), xi)[0], losses.detach()
 
 
-def stepped(xi: Tensor, direction: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
+def projected_step(xi: Tensor, direction: Tensor, *, eps: Tensor, alpha: Tensor, targeted: bool) -> Tensor:
     """clip(xi + alpha * direction, -eps, eps); a targeted attack descends instead."""
     return torch.clamp(xi + (-alpha if targeted else alpha) * direction, -eps, eps)
 
 
-def ascend(
+def pgd_step(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     xi: Tensor,
-    *,
     eps: Tensor,
     alpha: Tensor,
+    *,
     sharedness: int,
     targeted: bool = False,
-    loss_threshold: float | None = None,
-    label_smoothing: float = 0.0,
+    **loss: Any,
 ) -> tuple[Tensor, Tensor]:
     """One PGD iteration for every heap at once (section 3.2, with L_uni of section 4.2 as each heap's loss).
 
-    eps and alpha are (heaps or 1, 1, 1, 1). Returns the new xi and the losses (d,) or (d, H, W) at the old.
+    eps and alpha are (heaps or 1, 1, 1, 1); loss: what `attack_loss` takes. Returns the new xi and the losses (d,) or
+    (d, H, W) at the old.
     """
-    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
-    gradients, losses = heap_gradients(model, images, labels, xi, sharedness=sharedness, **options)
-    return stepped(xi, gradients.sign(), eps=eps, alpha=alpha, targeted=targeted), losses
-
-
-def _iteration(
-    net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor, eps: Tensor, alpha: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """`ascend`, with all that may change from call to call in one row."""
-    return ascend(net, images, labels, xi, eps=eps, alpha=alpha, **options)
+    gradients, losses = heap_gradients(model, images, labels, xi, sharedness=sharedness, **loss)
+    return projected_step(xi, gradients.sign(), eps=eps, alpha=alpha, targeted=targeted), losses
 
 
 def heap_pgd(
@@ -206,33 +180,33 @@ def heap_pgd(
     check_threshold(loss_threshold, targeted)
     check_sharedness(sharedness, count)
     heaps = -(-count // sharedness)
-    eps = per_heap("eps", eps, heaps, images.device, top=255.0)
+    bound = per_heap(eps, heaps, images.device)
     alphas = per_step(step_size, steps, heaps, images.device)
-    xi = _start(start, (heaps, *images.shape[1:]), eps, generator)
-    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "targeted": targeted}
+    xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
+    loss: dict[str, Any] = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
     best, best_loss = xi, torch.full((heaps,), -math.inf, device=images.device)
 
     def better(xi: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        loss = heap_means(losses.flatten(1).mean(1) if losses.ndim > 1 else losses, sharedness)
-        loss = -loss if targeted else loss
-        won = loss > best_loss
-        return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, loss, best_loss)
+        means = heap_means(losses.flatten(1).mean(1) if losses.ndim > 1 else losses, sharedness)
+        means = -means if targeted else means
+        won = means > best_loss
+        return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, means, best_loss)
 
     with attackable(model) as net:
         if not model.training:  # a training that attacks its own model at every step has no time for it
             check_model(net, images, labels)
-        step = prepared(_iteration, net, images, labels, xi, eps, alphas[0], sharedness=sharedness, **options)
+        options = {"sharedness": sharedness, "targeted": targeted} | loss
+        step = prepared(pgd_step, net, images, labels, xi, bound, alphas[0], **options)
         for alpha in alphas:
             previous = xi
-            xi, losses = step(images, labels, xi, eps, alpha)
+            xi, losses = step(images, labels, xi, bound, alpha)
             if keep_best:
                 best, best_loss = better(previous, losses)
         if not keep_best:
             return xi
         with torch.no_grad(), autocast(images.device):
             logits = net(perturb(images, xi, sharedness))
-        losses = attack_loss(logits, labels, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
-        return better(xi, losses)[0]
+        return better(xi, attack_loss(logits, labels, **loss))[0]
 
 
 def universal_pgd(
@@ -253,18 +227,13 @@ def universal_pgd(
     snapshots: int = 4,
     score_images: int = 256,
     micro_batch: int | None = None,
-    update: str = "sign",
-    schedule: str = "geometric",
-    loss: str = "cross-entropy",
-    straight_through: bool = False,
-    dominant: bool = False,
 ) -> Tensor:
     """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
 
     images (n, C, H, W), uint8 or float32 in 0..255, from which every iteration takes a mini-batch of
     `batch_size`, without repetition until all have been seen; labels (n,) or (n, H, W). `eps` may be a
     sequence: every entry gets its own perturbation, all of them advanced by one pass over the same mini-batch
-    (repeat a value for restarts). Returns (number of eps, C, H, W), |xi| <= eps.
+    (repeat a value for restarts). Returns (number of eps, C, H, W), |xi| <= eps in pixel units.
 
     The last iterate is not always the best: `snapshots` iterates spread over the second half of the steps are
     scored on `score_images` of the crafting images, and for each eps the most successful one is returned.
@@ -273,100 +242,118 @@ def universal_pgd(
     summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000). Each image
     is there once for every eps. None: as many as make AT_ONCE values, all eps together.
 
-    What the paper does not do: `update` "momentum" or "adam" (`satlib.updates`), `schedule` "cosine", `loss` "margin",
-    `straight_through` gradients (see `perturb`). dominant: after a quarter of the steps each perturbation aims at the
-    class into which it has sent most of the crafting images that it fooled so far: universal perturbations end in
-    few classes anyway (classification only).
-
-    Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold, mismatched shapes, an
-    unknown update, schedule or loss, and where `dominant` meets a targeted attack or segmentation.
+    Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold and mismatched shapes.
+    What the paper does not do is in `satlib.universal`.
     """
-    epsilons = [float(e) for e in eps] if isinstance(eps, Sequence) else [float(eps)]
-    if not epsilons:
-        raise SatlibError(f"eps={eps!r}: expected a number, or at least one")
-    check_universal(
-        images,
-        labels,
-        steps=steps,
-        batch_size=batch_size,
-        beta=beta,
-        gamma=gamma,
-        targeted=targeted,
-        loss_threshold=loss_threshold,
-        label_smoothing=label_smoothing,
-        snapshots=snapshots,
-        score_images=score_images,
-        micro_batch=micro_batch,
-        update=update,
-        schedule=schedule,
-        loss=loss,
-        dominant=dominant,
-    )
-    heaps, device = len(epsilons), images.device
-    bound = per_heap("eps", epsilons, heaps, device, top=255.0)
-    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma, schedule=schedule))
-    alphas = per_step(relative, steps, 1, device)
-    xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
-    marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
-    kept = []
-    options: dict[str, Any] = {"straight_through": straight_through, "loss": loss}
-    capped = options | {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
-    order = _minibatches(len(images), batch_size, steps, generator).to(device)
-    part = min(micro_batch or max(1, AT_ONCE // (heaps * images.shape[1:].numel())), batch_size)
+    check_threshold(loss_threshold, targeted)
+    sizes = annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma)
+    path = functools.partial(stochastic_pgd, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
+    options = {"targeted": targeted, "generator": generator, "start": start, "micro_batch": micro_batch}
+    options |= {"batch_size": batch_size, "snapshots": snapshots, "score_images": score_images}
+    return craft_universal(model, images, labels, path, eps=eps, relative_step_sizes=sizes, **options)
 
-    aims: Tensor | None = None  # a class for each eps, once the attack is dominant
-    follow = UPDATES[update]()
+
+def stochastic_pgd(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    xi: Tensor,
+    minibatches: Tensor,
+    step_sizes: Tensor,
+    *,
+    eps: Tensor,
+    targeted: bool,
+    micro_batch: int | None = None,
+    direction: Callable[[Tensor], Tensor] = torch.sign,
+    **gradient: Any,
+) -> Iterator[Tensor]:
+    """The iterates of universal PGD: every mini-batch moves every perturbation of xi (heaps, C, H, W) by one step.
+
+    images (n, C, H, W); labels (heaps, n) or (heaps, n, H, W), a row for each perturbation; minibatches: indices
+    (steps, m); step_sizes (steps, heaps, 1, 1, 1) and eps (heaps, 1, 1, 1) in pixel units. direction: what a step
+    follows, from the gradients (heaps, C, H, W); gradient: what `heap_gradients` takes; micro_batch: see there.
+    """
+    heaps, size = len(xi), minibatches.shape[1]
+    part = min(micro_batch or max(1, AT_ONCE // xi.numel()), size)
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A mini-batch, or a part of one, once for each eps."""
-        x, y = images[chosen].float().repeat(heaps, 1, 1, 1), labels[chosen]
-        y = y.repeat(heaps, *[1] * (y.ndim - 1)) if aims is None else aims.repeat_interleave(len(chosen))
-        return x.contiguous(memory_format=torch.channels_last), y
+        x = images[chosen].float().repeat(heaps, 1, 1, 1)
+        return x.contiguous(memory_format=torch.channels_last), labels[:, chosen].flatten(0, 1)
 
-    def prepare(options: dict[str, Any]) -> tuple[Gradients, Gradients]:
-        """The gradients of a part of a mini-batch, and of what is left of it."""
-        rest = functools.partial(heap_gradients, net, sharedness=batch_size % part, **options)
-        return prepared(heap_gradients, net, *batch(order[0, :part]), xi, sharedness=part, **options), rest
+    whole = prepared(heap_gradients, net, *batch(minibatches[0, :part]), xi, sharedness=part, **gradient)
+    rest = functools.partial(heap_gradients, net, sharedness=size % part, **gradient)
+    for chosen, alpha in zip(minibatches, step_sizes, strict=True):
+        parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
+        gradients = functools.reduce(torch.add, parts)
+        xi = projected_step(xi, direction(gradients), eps=eps, alpha=alpha, targeted=targeted)
+        yield xi
 
+
+def craft_universal(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    path: Callable[..., Iterator[Tensor]],
+    *,
+    eps: float | Sequence[float],
+    relative_step_sizes: Sequence[float],
+    batch_size: int,
+    targeted: bool,
+    generator: torch.Generator | None,
+    start: Tensor | None,
+    snapshots: int,
+    score_images: int,
+    micro_batch: int | None,
+) -> Tensor:
+    """What universal attacks by mini-batches share: their checks, their start, and which of the iterates is kept.
+
+    path: called as `stochastic_pgd` is; relative_step_sizes: alpha_k / eps. All else as in `universal_pgd`.
+    """
+    steps = len(relative_step_sizes)
+    check_pair(images, labels)
+    check_whole(
+        steps=steps,
+        snapshots=snapshots,
+        score_images=score_images,
+        micro_batch=1 if micro_batch is None else micro_batch,
+    )
+    if not 1 <= batch_size <= len(images):
+        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
+    device, bound = images.device, per_heap(eps, None, images.device)
+    heaps = len(bound)
+    step_sizes = torch.tensor(relative_step_sizes, device=device).view(-1, 1, 1, 1, 1) * bound
+    xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
+    marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
+    minibatches = _minibatches(len(images), batch_size, steps, generator).to(device)
     with attackable(model) as net:
         check_model(net, images, labels)
-        whole, rest = prepare(capped)
-        for step, (chosen, alpha) in enumerate(zip(order, alphas, strict=True), start=1):
-            parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
-            direction = follow(functools.reduce(torch.add, parts))
-            xi = stepped(xi, direction, eps=bound, alpha=alpha * bound, targeted=targeted or aims is not None)
-            if dominant and aims is None and step >= steps / 4:
-                seen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
-                aims = torch.stack([_dominant(net, images[seen], labels[seen], each) for each in xi])
-                follow = UPDATES[update]()
-                whole, rest = prepare(options)
-            if step in marks:
-                kept.append(xi)
+        rows = labels.expand(heaps, *labels.shape)
+        options = {"eps": bound, "targeted": targeted, "micro_batch": micro_batch}
+        iterates = path(net, images, rows, xi, minibatches, step_sizes, **options)
+        kept = [xi for step, xi in enumerate(iterates, start=1) if step in marks]
         if len(kept) == 1:
-            return xi
+            return kept[0]
         chosen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
         scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
     best = scores.flip(0).argmax(0)  # of equal scores the latest
     return torch.stack(kept[::-1])[best, torch.arange(heaps, device=device)]
 
 
-@torch.no_grad()
-def _dominant(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) -> Tensor:
-    """The class () into which xi (C, H, W) sends most of the images that it fools; of all, where it fools none."""
-    predicted = []
-    for x in images.split(images_at_once(images)):
-        with autocast(images.device):
-            predicted.append(
-                net((x.float() + xi).clamp(0, 255).contiguous(memory_format=torch.channels_last)).argmax(1)
-            )
-    classes = torch.cat(predicted)
-    fooled = classes[classes != labels]
-    return (fooled if len(fooled) else classes).mode().values
-
-
 def images_at_once(images: Tensor) -> int:
     """How many of the images (n, C, H, W) are passed through a model together where no gradient is needed."""
     return max(1, PIXELS_AT_ONCE // images.shape[2:].numel())
+
+
+def decisions_won(predicted: Tensor, labels: Tensor, *, targeted: bool = False) -> tuple[Tensor, Tensor]:
+    """How many of each image's decisions an attack wins, and how many count: both (n,).
+
+    predicted: classes (n,) or (n, H, W). Untargeted, a decision is won that differs from its label; targeted, one that
+    is the label, which is then the target. Pixels whose label is 255 do not count.
+    """
+    counted = labels != IGNORE if labels.ndim > 1 else torch.ones_like(labels, dtype=torch.bool)
+    won = ((predicted == labels) if targeted else (predicted != labels)) & counted
+    return won.reshape(len(labels), -1).sum(1), counted.reshape(len(labels), -1).sum(1)
 
 
 @torch.no_grad()
@@ -390,13 +377,13 @@ def success_rates(
     total = torch.zeros((), device=images.device)
     count = min(batch_size, images_at_once(images))
     for x, y in zip(images.split(count), labels.split(count), strict=True):
-        counted = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
-        total += counted.sum()
         x = x.float().contiguous(memory_format=torch.channels_last)
-        for heap, xi in enumerate(perturbations):
+        for heap, xi in enumerate(perturbations.split(1)):
             with autocast(images.device):
-                predicted = model((x + xi).clamp(0, 255)).argmax(1)
-            wins[heap] += (((predicted == y) if targeted else (predicted != y)) & counted).sum()
+                predicted = model(perturb(x, xi)).argmax(1)
+            won, counted = decisions_won(predicted, y, targeted=targeted)
+            wins[heap] += won.sum()
+        total += counted.sum()
     return wins / total
 
 

@@ -1,7 +1,8 @@
 """What attacks are asked, checked before anything is computed: one line that names the bad value and its mend."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,10 +11,7 @@ from torch import Tensor, nn
 from satlib.data.imageset import IGNORE
 from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.updates import UPDATES
 
-LOSSES = ("cross-entropy", "margin")
-SCHEDULES = ("geometric", "cosine")
 TRIED = 4  # images that a model is tried on
 
 
@@ -23,8 +21,23 @@ def check_eps(eps: float) -> None:
         raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
 
 
-def check_annealing(beta: float, gamma: float) -> None:
-    """Raises SatlibError where beta or gamma of `annealed_step_sizes` is not a positive number."""
+def check_whole(*, least: int = 1, **values: Any) -> None:
+    """Raises SatlibError where one of the values is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if not (isinstance(value, Integral) and int(value) >= least):
+            raise SatlibError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
+def check_known(known: Collection[str], **values: str) -> None:
+    """Raises SatlibError where one of the values is not among the known ones."""
+    for name, value in values.items():
+        if value not in known:
+            raise SatlibError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def check_annealing(steps: int, beta: float, gamma: float) -> None:
+    """Raises SatlibError for what `annealed_step_sizes` cannot work with."""
+    check_whole(steps=steps)
     for name, value in (("beta", beta), ("gamma", gamma)):
         if not (math.isfinite(value) and value > 0):
             raise SatlibError(f"{name}={value!r}: expected a positive number")
@@ -66,61 +79,21 @@ def check_threshold(loss_threshold: float | None, targeted: bool) -> None:
         raise SatlibError(f"loss_threshold={loss_threshold!r}: expected a positive number, or None for no cap")
 
 
-def check_universal(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    steps: int = 1,
-    batch_size: int = 1,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    targeted: bool = False,
-    loss_threshold: float | None = None,
-    label_smoothing: float = 0.0,
-    snapshots: int = 1,
-    score_images: int = 1,
-    micro_batch: int | None = None,
-    update: str = "sign",
-    schedule: str = "geometric",
-    loss: str = "cross-entropy",
-    dominant: bool = False,
-    **other: Any,
-) -> None:
-    """Raises SatlibError for what `universal_pgd` cannot do; other: what it is not asked about here."""
-    check_pair(images, labels)
-    check_threshold(loss_threshold, targeted)
-    check_annealing(beta, gamma)
-    if steps < 1:
-        raise SatlibError(f"steps={steps!r}: expected at least 1")
-    if not 1 <= batch_size <= len(images):
-        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
-    if micro_batch is not None and micro_batch < 1:
-        raise SatlibError(f"micro_batch={micro_batch!r}: expected at least 1, or None to choose by their size")
-    for name, value, known in (("update", update, UPDATES), ("schedule", schedule, SCHEDULES), ("loss", loss, LOSSES)):
-        if value not in known:
-            raise SatlibError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    if loss == "margin" and label_smoothing:
-        raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
-    if dominant and (targeted or labels.ndim > 1):
-        raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
-    if snapshots < 1 or score_images < 1:
-        raise SatlibError(f"snapshots={snapshots!r}, score_images={score_images!r}: expected at least 1 each")
-
-
-def per_heap(name: str, value: Any, heaps: int, device: torch.device, *, top: float) -> Tensor:
-    """A number, or one for each heap, as a (heaps or 1, 1, 1, 1) tensor on the device; checked on the host."""
-    tensor = torch.as_tensor(value, dtype=torch.float32).reshape(-1)
-    if len(tensor) not in (1, heaps):
-        raise SatlibError(f"{name} has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
-    if not bool((right := (tensor >= 0) & (tensor <= top)).all()):
-        raise SatlibError(f"{name}={tensor[~right][0].item():g}: expected numbers from 0 to {top:g} (pixel units)")
+def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: torch.device) -> Tensor:
+    """eps for each heap, (heaps or 1, 1, 1, 1) on the device, checked on the host; heaps None: as many as eps has."""
+    tensor = torch.as_tensor(eps, dtype=torch.float32).reshape(-1)
+    if not len(tensor):
+        raise SatlibError(f"eps={eps!r}: expected a number, or at least one")
+    if heaps is not None and len(tensor) not in (1, heaps):
+        raise SatlibError(f"eps has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
+    if not bool((right := (tensor >= 0) & (tensor <= 255)).all()):
+        raise SatlibError(f"eps={tensor[~right][0].item():g}: expected numbers from 0 to 255 (pixel units)")
     return tensor.to(device).view(-1, 1, 1, 1)
 
 
-def per_step(value: Any, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
+def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
     """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
-    if steps < 1:
-        raise SatlibError(f"steps={steps!r}: expected at least 1")
+    check_whole(steps=steps)
     tensor = torch.as_tensor(value, dtype=torch.float32)
     if not bool((right := tensor.isfinite() & (tensor >= 0)).all()):
         wrong = tensor[~right].flatten()[0].item()

@@ -43,7 +43,7 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
-    from satlib.study import cluster, experiments
+    from satlib.study import cluster, measurements
     from satlib.study.runs import BudgetSpent, Runner
 
     options = cluster.Options(
@@ -62,7 +62,7 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
         )
     if arguments.json and not arguments.dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
-    runs = experiments.profile_runs(arguments.profile)
+    runs = measurements.profile_runs(arguments.profile)
     here = (
         arguments.device if arguments.on == "here" or arguments.dry_run else "cpu"
     )  # the driver of a cluster only looks after it
@@ -129,18 +129,17 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
 
 def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     from satlib import parallel
-    from satlib.study import experiments
-    from satlib.study.kinds import TRAININGS
+    from satlib.study import measurements
     from satlib.study.runs import BudgetSpent, Runner
 
-    planned = (each for run in experiments.profile_runs(arguments.profile) for each in run.ancestry())
-    chosen = [run for run in planned if run.kind in TRAININGS and arguments.only in run.title]
+    planned = (each for run in measurements.profile_runs(arguments.profile) for each in run.ancestry())
+    chosen = [run for run in planned if run.is_training and arguments.only in run.title]
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:
         ranks = parallel.here()
         if ranks.count > 1:
-            chosen = [run for run in chosen if "defense" not in run.config]
+            chosen = [run for run in chosen if not run.settings["defense"]]
         runner = Runner(profile=arguments.profile, device=device, deadline=deadline)
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:

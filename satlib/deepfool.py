@@ -1,12 +1,12 @@
 """DeepFool and the universal perturbation built on it (Moosavi-Dezfooli et al. 2016, 2017)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable
-from satlib.checks import check_eps
+from satlib.attacks import attackable, perturb
+from satlib.checks import check_whole, per_heap
 from satlib.errors import SatlibError
 
 
@@ -24,7 +24,7 @@ def deepfool(
     float32: the way to a boundary hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1
     or a negative overshoot.
     """
-    _check(classes=classes, steps=steps, overshoot=overshoot)
+    _check(classes, steps, overshoot)
     with attackable(model) as net:
         return _deepfool(net, images.float(), classes, steps, overshoot)
 
@@ -32,14 +32,14 @@ def deepfool(
 def _deepfool(net: nn.Module, images: Tensor, classes: int, steps: int, overshoot: float) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(images)
     with torch.no_grad():
-        logits = net(images.clamp(0, 255))
+        logits = net(perturb(images, total, 1))
     candidates = logits.topk(min(classes, logits.shape[1]), dim=1).indices
     label, going = candidates[:, 0], torch.arange(len(images), device=images.device)
     for _ in range(steps):
-        going = going[_predicted(net, images[going] + (1 + overshoot) * total[going]) == label[going]]
+        going = going[_predicted(net, images[going], (1 + overshoot) * total[going]) == label[going]]
         if not len(going):
             break
-        logits, gradients = _linearised(net, images[going] + (1 + overshoot) * total[going], candidates[going])
+        logits, gradients = _linearised(net, images[going], (1 + overshoot) * total[going], candidates[going])
         normals = gradients[:, 1:] - gradients[:, :1]
         lengths = normals.flatten(2).norm(dim=2).clamp(min=1e-12)
         distances, nearest = ((logits[:, :1] - logits[:, 1:]) / lengths).min(1)  # to the rivals' hyperplanes
@@ -47,14 +47,15 @@ def _deepfool(net: nn.Module, images: Tensor, classes: int, steps: int, overshoo
         way = (distances + 1e-4) / lengths[rows, nearest]  # a little beyond: 1e-4 pixel units, as its authors do
         total[going] += way.view(-1, 1, 1, 1) * normals[rows, nearest]
     total *= 1 + overshoot
-    return total, _predicted(net, images + total) != label
+    return total, _predicted(net, images, total) != label
 
 
 def universal_deepfool(
     model: nn.Module,
     images: Tensor,
+    labels: Tensor | None = None,
     *,
-    eps: float,
+    eps: float | Sequence[float],
     batch_size: int = 1,
     fooling_rate: float = 0.8,
     passes: int = 10,
@@ -64,7 +65,7 @@ def universal_deepfool(
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Tensor:
-    """The universal perturbation of Moosavi-Dezfooli et al. (2017), from DeepFool's steps: (1, C, H, W).
+    """The universal perturbation of Moosavi-Dezfooli et al. (2017), from DeepFool's steps, for each eps: (n, C, H, W).
 
     It walks the images in a fresh random order on every pass. Where v does not change an image's prediction yet, the
     step that DeepFool finds from x + v is added to v, which is then projected on [-eps, eps]. It stops when v fools a
@@ -76,48 +77,52 @@ def universal_deepfool(
     images (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) is called after every
     pass. Raises SatlibError on eps outside [0, 255], and on what else is out of range.
     """
-    check_eps(eps)
+    bounds = per_heap(eps, None, images.device).flatten().tolist()
     if not 0 < fooling_rate <= 1:
         raise SatlibError(f"fooling_rate={fooling_rate!r}: expected a share in (0, 1]")
-    options = {"classes": classes, "steps": steps, "overshoot": overshoot}
-    _check(batch_size=batch_size, passes=passes, **options)
-    v = torch.zeros_like(images[:1], dtype=torch.float32)
+    check_whole(batch_size=batch_size, passes=passes)
+    _check(classes, steps, overshoot)
+    found = []
     with attackable(model) as net:
-        clean = _predicted(net, images)
-        for done in range(passes):
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-            for chosen in order.split(batch_size):
-                x = images[chosen] + v
-                x = x[_predicted(net, x) == clean[chosen]]
-                if len(x):
-                    found, changed = _deepfool(net, x, **options)
-                    v = (v + found[changed].sum(0, keepdim=True)).clamp(-eps, eps)
-            rate = (_predicted(net, images, v) != clean).float().mean().item()
-            if progress:
-                progress(f"pass {done + 1}/{passes}: {rate:.1%} fooled", (done + 1) / passes)
-            if rate >= fooling_rate:
-                break
-    return v
+        nothing = torch.zeros_like(images[:1], dtype=torch.float32)
+        clean = _predicted(net, images, nothing)
+        for bound in bounds:
+            v = nothing
+            for done in range(passes):
+                order = torch.randperm(len(images), generator=generator).to(images.device)
+                for chosen in order.split(batch_size):
+                    going = chosen[_predicted(net, images[chosen], v) == clean[chosen]]
+                    if len(going):
+                        steps_found, changed = _deepfool(net, images[going] + v, classes, steps, overshoot)
+                        v = (v + steps_found[changed].sum(0, keepdim=True)).clamp(-bound, bound)
+                rate = (_predicted(net, images, v) != clean).float().mean().item()
+                if progress:
+                    share = (len(found) * passes + done + 1) / (len(bounds) * passes)
+                    progress(f"pass {done + 1}/{passes}: {rate:.1%} fooled", share)
+                if rate >= fooling_rate:
+                    break
+            found.append(v)
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def _predicted(net: nn.Module, images: Tensor, v: Tensor | float = 0.0, batch_size: int = 512) -> Tensor:
-    """Predicted classes (n,) of images + v, clamped."""
-    return torch.cat([net((part + v).clamp(0, 255)).argmax(1) for part in images.split(batch_size)])
+def _predicted(net: nn.Module, images: Tensor, v: Tensor, batch_size: int = 512) -> Tensor:
+    """Predicted classes (n,) of images + v, where v is one for all of them or one for each."""
+    pairs = zip(images.split(batch_size), v.expand(len(images), -1, -1, -1).split(batch_size), strict=True)
+    return torch.cat([net(perturb(x, xi, 1)).argmax(1) for x, xi in pairs])
 
 
 @torch.enable_grad()
-def _linearised(net: nn.Module, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (d, k) of each image's candidate classes, and their gradients (d, k, C, H, W)."""
-    x = x.detach().requires_grad_()
-    logits = net(x.clamp(0, 255)).float().gather(1, candidates)
-    gradients = [torch.autograd.grad(logits[:, k].sum(), x, retain_graph=True)[0] for k in range(logits.shape[1])]
+def _linearised(net: nn.Module, images: Tensor, v: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (d, k) of each image's candidate classes at x + v, and their gradients (d, k, C, H, W)."""
+    v = v.detach().requires_grad_()
+    logits = net(perturb(images, v, 1)).float().gather(1, candidates)
+    gradients = [torch.autograd.grad(logits[:, k].sum(), v, retain_graph=True)[0] for k in range(logits.shape[1])]
     return logits.detach(), torch.stack(gradients, 1)
 
 
-def _check(*, classes: int, steps: int, overshoot: float, batch_size: int = 1, passes: int = 1) -> None:
-    least = {"classes": 2, "steps": 1, "overshoot": 0, "batch_size": 1, "passes": 1}
-    given = {"classes": classes, "steps": steps, "overshoot": overshoot, "batch_size": batch_size, "passes": passes}
-    for name, value in given.items():
-        if not value >= least[name]:
-            raise SatlibError(f"{name}={value!r}: expected at least {least[name]}")
+def _check(classes: int, steps: int, overshoot: float) -> None:
+    check_whole(classes=classes, least=2)
+    check_whole(steps=steps)
+    if not overshoot >= 0:
+        raise SatlibError(f"overshoot={overshoot!r}: expected at least 0")

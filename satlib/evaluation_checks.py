@@ -5,6 +5,7 @@ attacked one by one, it is to see whether gradients lead anywhere at all.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb, random_start, success_rates, universal_pgd
-from satlib.device import exact
+from satlib import device
+from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb, random_start, success_rates
 from satlib.errors import SatlibError
 from satlib.robustness import Labelled
+from satlib.universal import extended_pgd
 
 LITTLE = 0.05  # by how much a stronger attack may raise the success rate before the attack counts as too weak
 FALLS = 0.03  # by how much a rate may fall where it should rise, before that is more than chance
@@ -26,6 +28,7 @@ ZERO = 0.05  # share of images without any gradient that is still no mask
 STRONGER = {  # changes to the attack that should change little
     "three times the steps": lambda attack: {"steps": 3 * attack["steps"]},
     "four times the mini-batch": lambda attack: {"batch_size": 4 * attack["batch_size"]},
+    "best of 4 restarts": lambda attack: {"restarts": 4, "steps": 4 * attack["steps"]},
 }
 OTHER_LOSSES = {
     "without the loss threshold": {"loss_threshold": None},
@@ -45,12 +48,8 @@ class Rounded(nn.Module):
         return self.model((x / 16).round() * 16)
 
 
-class Saturated(nn.Module):
+class Saturated(Rounded):
     """The model with logits times 10,000: the softmax saturates, and most gradients vanish. A mask, no defence."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x) * 1e4
@@ -69,22 +68,20 @@ def measure(
     attack: Mapping[str, Any],
     image_steps: int,
     sharedness: int = 8,
-    restarts: int = 4,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict:
     """Success rates, as shares of decisions on the `test` images, of the attack and of its relatives.
 
-    Universal perturbations are crafted on the `craft` images with `attack` (for `universal_pgd`: steps, batch_size,
-    beta, gamma, loss_threshold, label_smoothing) at `eps` in pixel units. epsilons: where the curve asks, rising.
-    image_steps: of the attacks on the test images themselves, one by one or in heaps of `sharedness`.
+    Universal perturbations are crafted on the `craft` images with `attack` (settings of `extended_pgd`, steps and
+    batch_size at least) at `eps` in pixel units. epsilons: where the curve asks, rising. image_steps: of the attacks on
+    the test images themselves, one by one or in heaps of `sharedness`.
 
     Raises SatlibError where the model's logits on the test images are not finite.
     """
-    parts = 7 + len(STRONGER) + len(OTHER_LOSSES)
-    done = iter(range(1, parts + 1))
+    parts, done = 6 + len(STRONGER) + len(OTHER_LOSSES), itertools.count(1)
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         if progress:
             progress(text, next(done) / parts)
 
@@ -93,74 +90,53 @@ def measure(
 
         def crafted(images: Labelled = craft, **changes: Any) -> Tensor:
             options = {"eps": eps, "generator": torch.Generator().manual_seed(seed)} | dict(attack) | changes
-            return universal_pgd(net, *images, **options)
+            return extended_pgd(net, *images, **options)
 
         def rates(xi: Tensor) -> list[float]:
             return success_rates(net, x, y, xi).tolist()
 
         def own(heap: int, size: float, steps: int) -> float:
             """Error under perturbations for heaps of the test images themselves, cross-entropy as it is."""
-            found = heap_pgd(
-                net,
-                few,
-                y,
-                eps=size,
-                sharedness=heap,
-                steps=steps,
-                step_size=size if steps == 1 else 2.5 * size / steps,
-                start=torch.zeros(-(-len(few) // heap), *few.shape[1:]) if steps == 1 else None,
-                generator=torch.Generator().manual_seed(seed),
-                keep_best=steps > 1,
-            )
-            return _errors(net, perturb(few, found, heap), y)
+            options: dict[str, Any] = {"step_size": 2.5 * size / steps, "keep_best": True}
+            if steps == 1:
+                options = {"step_size": size, "start": torch.zeros(-(-len(few) // heap), *few.shape[1:])}
+            options |= {"eps": size, "sharedness": heap, "generator": torch.Generator().manual_seed(seed)}
+            seen = perturb(few, heap_pgd(net, few, y, steps=steps, **options), heap)
+            return success_rates(net, seen, y, torch.zeros_like(few[:1])).item()
 
-        xi = crafted()
+        xi, nothing = crafted(), torch.zeros_like(few[:1])
         numbers: dict[str, Any] = {"eps": eps, "classes": _classes(net, few), "images": len(few)}
-        numbers |= {"clean": rates(torch.zeros_like(xi))[0], "universal": rates(xi)[0]}
-        say("the attack itself")
-        start = torch.zeros_like(xi)
-        numbers["universal, one step"] = rates(crafted(steps=1, beta=1.0, start=start, snapshots=1))[0]
-        say("one step")
+        numbers |= {"clean": rates(nothing)[0], "universal": rates(xi)[0]}
+        report("the attack itself")
+        numbers["universal, one step"] = rates(crafted(steps=1, beta=1.0, start=nothing, snapshots=1))[0]
+        report("one step")
         numbers["image-dependent"], numbers["shared"] = own(1, eps, image_steps), own(sharedness, eps, image_steps)
         numbers["image-dependent, one step"], numbers["sharedness"] = own(1, eps, 1), sharedness
-        say("images one by one")
+        report("images one by one")
         numbers["image-dependent, largest eps"] = own(1, max(epsilons), image_steps)
-        say("images one by one, at the largest eps")
-        curve = crafted(eps=list(epsilons))
-        numbers["curve"] = [{"eps": size, "rate": rate} for size, rate in zip(epsilons, rates(curve), strict=True)]
-        say("eps")
-        numbers["stronger"] = {}
-        for name, change in STRONGER.items():
-            numbers["stronger"][name] = rates(crafted(**change(attack)))[0]
-            say(name)
-        several = crafted(eps=[eps] * restarts)
-        best = success_rates(net, *craft, several).argmax()  # chosen without the test images
-        numbers["stronger"][f"best of {restarts} restarts"] = rates(several[best][None])[0]
+        report("images one by one, at the largest eps")
+        curve = zip(epsilons, rates(crafted(eps=list(epsilons))), strict=True)
+        numbers["curve"] = [{"eps": size, "rate": rate} for size, rate in curve]
+        report("eps")
         half = len(craft[0]) // 2
+        changed: dict[str, dict[str, Any]] = {name: change(attack) for name, change in STRONGER.items()}
+        for group, changes in (("stronger", changed), ("other losses", OTHER_LOSSES)):
+            numbers[group] = {}
+            for name, change in changes.items():
+                numbers[group][name] = rates(crafted(**change))[0]
+                report(name)
         numbers["half the crafting images"] = rates(crafted(images=(craft[0][:half], craft[1][:half])))[0]
-        say("restarts and crafting images")
-        numbers["other losses"] = {}
-        for name, changes in OTHER_LOSSES.items():
-            numbers["other losses"][name] = rates(crafted(**changes))[0]
-            say(name)
         gradients, _ = heap_gradients(net, few, y, torch.zeros_like(few), sharedness=1)
         numbers["without gradient"] = (gradients.flatten(1).abs().amax(1) == 0).float().mean().item()
-        with exact():
+        with device.exact():
             numbers["crafted in float32"] = rates(crafted())[0]
         numbers["noise"] = {name: rates(noise)[0] for name, noise in noises(xi, eps, seed).items()}
-        say("noise")
-    with exact(), torch.no_grad():
+        report("half the crafting images, float32 and noise")
+    with device.exact(), torch.no_grad():
         plain = copy.deepcopy(model)
         for mode in ("eval", "train"):
             numbers[f"{mode} mode, float32"] = success_rates(getattr(plain, mode)(), x, y, xi).item()
     return numbers
-
-
-@torch.no_grad()
-def _errors(net: nn.Module, perturbed: Tensor, labels: Tensor) -> float:
-    """Share of decisions that are wrong on images that were perturbed one by one."""
-    zero = torch.zeros_like(perturbed[:1])
-    return success_rates(net, perturbed, labels, zero).item()
 
 
 @torch.no_grad()
@@ -201,79 +177,74 @@ def checks(numbers: Mapping[str, Any]) -> list[Check]:
     def percent(value: float) -> str:
         return f"{100 * value:.1f} %"
 
-    def judged(text: str, passes: bool, evidence: str) -> Check:
-        return Check(text, "passes" if passes else "fails", evidence)
-
-    base, curve = numbers["universal"], numbers["curve"]
-    chance = 1 - 1 / numbers["classes"]
-    falls = max(
-        (curve[i]["rate"] - curve[j]["rate"] for i in range(len(curve)) for j in range(i + 1, len(curve))), default=0.0
+    base, clean, one = numbers["universal"], numbers["clean"], numbers["image-dependent"]
+    one_step, universal_step = numbers["image-dependent, one step"], numbers["universal, one step"]
+    half, shared, largest = (
+        numbers[name] for name in ("half the crafting images", "shared", "image-dependent, largest eps")
     )
-    stronger, losses = numbers["stronger"], numbers["other losses"]
-    most = max(stronger, key=stronger.__getitem__)
-    other = max(losses, key=losses.__getitem__)
-    noise = max(numbers["noise"], key=numbers["noise"].__getitem__)
-    order = [numbers["image-dependent"], numbers["shared"], base]
-    return [
-        judged(
+    as_it_is, exact, without = (
+        numbers[name] for name in ("eval mode, float32", "crafted in float32", "without gradient")
+    )
+    curve, chance = [(point["eps"], point["rate"]) for point in numbers["curve"]], 1 - 1 / numbers["classes"]
+    (_, first), (top, last) = curve[0], curve[-1]
+    falls = max((before - after for (_, before), (_, after) in itertools.combinations(curve, 2)), default=0.0)
+    (most, stronger), (other, loss), (kind, noise) = (
+        max(numbers[group].items(), key=lambda item: item[1]) for group in ("stronger", "other losses", "noise")
+    )
+    little = f"{100 * LITTLE:g} points"
+    judged = [
+        (
             "many steps do better than one, on single images and in the universal attack",
-            numbers["image-dependent"] > numbers["image-dependent, one step"] - FALLS
-            and numbers["image-dependent"] > numbers["clean"] + FALLS
-            and base > numbers["universal, one step"] - FALLS,
-            f"single images {percent(numbers['image-dependent'])}, one step "
-            f"{percent(numbers['image-dependent, one step'])}; universal {percent(base)}, one step "
-            f"{percent(numbers['universal, one step'])}",
+            one > one_step - FALLS and one > clean + FALLS and base > universal_step - FALLS,
+            f"single images {percent(one)}, one step {percent(one_step)}; universal {percent(base)}, one step "
+            f"{percent(universal_step)}",
         ),
-        judged(
+        (
             f"success rises with eps (up to {100 * FALLS:g} points of chance)",
-            falls <= FALLS and curve[-1]["rate"] > curve[0]["rate"],
-            ", ".join(f"eps {point['eps']:g}: {percent(point['rate'])}" for point in curve),
+            falls <= FALLS and last > first,
+            ", ".join(f"eps {size:g}: {percent(rate)}" for size, rate in curve),
         ),
-        judged(
+        (
             "at the largest eps the model is at chance, and single images are all lost",
-            curve[-1]["rate"] >= 0.9 * chance and numbers["image-dependent, largest eps"] >= CAUGHT,
-            f"eps {curve[-1]['eps']:g}: universal {percent(curve[-1]['rate'])} (chance {percent(chance)}), single ones "
-            f"{percent(numbers['image-dependent, largest eps'])}",
+            last >= 0.9 * chance and largest >= CAUGHT,
+            f"eps {top:g}: universal {percent(last)} (chance {percent(chance)}), single ones {percent(largest)}",
         ),
-        judged(
-            f"more steps, restarts and larger mini-batches gain at most {100 * LITTLE:g} points",
-            stronger[most] - base <= LITTLE,
-            f"{percent(base)}; {most}: {percent(stronger[most])}",
+        (
+            f"more steps, restarts and larger mini-batches gain at most {little}",
+            stronger - base <= LITTLE,
+            f"{percent(base)}; {most}: {percent(stronger)}",
         ),
-        judged(
-            f"half the crafting images lose at most {100 * LITTLE:g} points",
-            base - numbers["half the crafting images"] <= LITTLE,
-            f"{percent(base)}; half: {percent(numbers['half the crafting images'])}",
+        (
+            f"half the crafting images lose at most {little}",
+            base - half <= LITTLE,
+            f"{percent(base)}; half: {percent(half)}",
         ),
-        judged(
-            f"no other loss gains more than {100 * LITTLE:g} points: threshold and smoothing mask nothing",
-            losses[other] - base <= LITTLE,
-            f"{percent(base)}; {other}: {percent(losses[other])}",
+        (
+            f"no other loss gains more than {little}: threshold and smoothing mask nothing",
+            loss - base <= LITTLE,
+            f"{percent(base)}; {other}: {percent(loss)}",
         ),
-        judged(
+        (
             f"the model as it is in evaluation mode, in float32, is fooled alike (within {100 * SAME:g} point)",
-            abs(numbers["eval mode, float32"] - base) <= SAME,
-            f"{percent(base)}; as it is {percent(numbers['eval mode, float32'])} (in training mode it would be "
+            abs(as_it_is - base) <= SAME,
+            f"{percent(base)}; as it is {percent(as_it_is)} (in training mode it would be "
             f"{percent(numbers['train mode, float32'])})",
         ),
-        judged(
-            f"crafting in float32 changes at most {100 * LITTLE:g} points",
-            abs(numbers["crafted in float32"] - base) <= LITTLE,
-            f"{percent(base)}; float32: {percent(numbers['crafted in float32'])}",
+        (
+            f"crafting in float32 changes at most {little}",
+            abs(exact - base) <= LITTLE,
+            f"{percent(base)}; float32: {percent(exact)}",
         ),
-        judged(
-            "images have gradients",
-            numbers["without gradient"] <= ZERO,
-            f"{percent(numbers['without gradient'])} of the images have none",
-        ),
-        judged(
+        ("images have gradients", without <= ZERO, f"{percent(without)} of the images have none"),
+        (
             "at equal eps: image-dependent >= shared >= universal",
-            order[0] >= order[1] - FALLS and order[1] >= order[2] - FALLS,
-            f"{percent(order[0])}, {percent(order[1])} (s = {numbers['sharedness']}), {percent(order[2])}",
+            one >= shared - FALLS and shared >= base - FALLS,
+            f"{percent(one)}, {percent(shared)} (s = {numbers['sharedness']}), {percent(base)}",
         ),
-        judged(
+        (
             "the attack does better than noise of its size",
-            base > numbers["noise"][noise] + FALLS,
-            f"{percent(base)}; {noise} noise {percent(numbers['noise'][noise])}",
+            base > noise + FALLS,
+            f"{percent(base)}; {kind} noise {percent(noise)}",
         ),
     ]
+    return [Check(check, "passes" if passes else "fails", evidence) for check, passes, evidence in judged]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attack_loss, attackable, broadcast, heap_pgd, universal_pgd
+from satlib.attacks import attack_loss, attackable, broadcast, decisions_won, heap_pgd, perturb, universal_pgd
 from satlib.checks import check_model, check_pair
 from satlib.device import autocast
 
@@ -71,7 +71,7 @@ def risk_under(
         check_model(net, images, labels)
         for x, y, xi in zip(images.split(batch_size), labels.split(batch_size), added.split(batch_size), strict=True):
             with autocast(images.device):
-                logits = net((x + xi).clamp(0, 255).contiguous(memory_format=torch.channels_last))
+                logits = net(perturb(x, xi, 1).contiguous(memory_format=torch.channels_last))
             loss += attack_loss(logits, y).sum().item()
-            error += (logits.argmax(1) != y).sum().item()
+            error += decisions_won(logits.argmax(1), y)[0].sum().item()
     return Risk(loss / len(images), error / len(images))

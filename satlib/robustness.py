@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, heap_pgd, success_rates, universal_pgd
-from satlib.checks import check_model, check_pair, check_universal
-from satlib.data.imageset import IGNORE
+from satlib.attacks import annealed_step_sizes, attackable, decisions_won, heap_pgd, perturb, success_rates
+from satlib.checks import check_known, check_model, check_pair, check_threshold, check_whole
 from satlib.errors import SatlibError
+from satlib.universal import UniversalAttack, check_attack, name_of, options, takes
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
 ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
-SKETCHED = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
-COARSE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
+COARSE = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
+TOLERANCE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
 CHANCE = 0.05  # how far a success rate may fall, as eps grows, before it counts as more than chance
 Labelled = tuple[Tensor, Tensor]  # images (n, C, H, W) in 0..255, and their labels
 
@@ -27,15 +27,19 @@ Labelled = tuple[Tensor, Tensor]  # images (n, C, H, W) in 0..255, and their lab
 class Evaluation:
     """One question of the search: does a perturbation with |xi| <= eps win a share delta?
 
-    how: "crafted" for this eps by the attack at full length, "sketched" by a short attack that only says where to
-    look, or "clipped" to eps from a larger perturbation that won.
+    how: crafted for this eps by the attack at "full" length; by a "coarse", short attack that only says where to look;
+    or "rescaled", clipped to eps from a larger perturbation that won. attack: its name; "" for the clean images.
     """
 
     eps: float
     magnitude: float  # largest |xi| of the perturbation
     rate: float  # its success rate on the images that the search decides on
     success: bool
-    how: str = "crafted"
+    how: str = "full"
+    attack: str = ""
+
+
+Winner = tuple[Evaluation, Tensor]  # and its perturbation (1, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,14 @@ class Robustness:
 
         The verdicts alone cannot tell: a binary search asks neither above a success nor below a miss.
         """
-        crafted = [e for e in self.evaluations if e.how == "crafted"]
-        rates = [min(e.rate, self.delta) for e in sorted(crafted, key=lambda e: e.eps)]
-        return all(larger >= smaller - CHANCE for smaller, larger in itertools.combinations(rates, 2))
+        rates: dict[float, float] = {}  # of the best attack at each eps, no more than delta
+        for e in sorted((e for e in self.evaluations if e.how == "full"), key=lambda e: e.eps):
+            rates[e.eps] = max(rates.get(e.eps, 0.0), min(e.rate, self.delta))
+        return all(larger >= smaller - CHANCE for smaller, larger in itertools.combinations(rates.values(), 2))
 
 
 def universal_robustness(
+    attack: UniversalAttack | Sequence[UniversalAttack],
     model: nn.Module,
     *,
     craft: Labelled,
@@ -80,133 +86,153 @@ def universal_robustness(
     iterations: int = 10,
     search: str = "binary",
     targeted: bool = False,
-    restarts: int = 1,
     warm_start: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
-    **attack: Any,
 ) -> Robustness:
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
-    Perturbations are crafted with `universal_pgd` on the `craft` images, to which `attack` goes (steps, batch_size,
-    beta, gamma, loss_threshold, label_smoothing, ...). The smallest success of the whole search counts, and its
-    rate on the `report` images, which neither saw, is returned beside it. progress(text, done) follows every pass.
+    Perturbations are crafted with `attack` on the `craft` images: one of `satlib.universal.ATTACKS`, any other
+    `UniversalAttack`, or a sequence of them, all of which are asked at every eps. The smallest success of the search
+    counts, and its rate on the `report` images, which neither saw, is returned beside it. progress(text, done)
+    follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255], an attack for each. "k-ary" is ours: several eps
     are heaps of one pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations.
+    warm_start, beyond the paper: attacks start from the smallest success so far, clipped to their eps, if there is one.
 
-    Beyond the paper: `restarts` perturbations are crafted for each eps, and the best on the crafting images is asked
-    about; with warm_start an attack starts from the smallest success so far, clipped to its eps, where there is one.
-
-    Raises SatlibError on delta outside (0, 1), iterations < 1, restarts < 1, an unknown search, and what
-    `universal_pgd` raises.
+    Raises SatlibError on delta outside (0, 1), iterations < 1, an unknown search, attacks that take no `targeted` or
+    `start` where they get one, and what an attack raises on its arguments: all before the model is asked.
     """
     _check_search(delta, iterations)
-    if restarts < 1:
-        raise SatlibError(f"restarts={restarts!r}: expected at least 1")
-    if search not in SEARCHES:
-        raise SatlibError(f"search={search!r}: expected one of {', '.join(SEARCHES)}")
-    check_universal(*craft, targeted=targeted, **attack)
-    for pair in (choose, report):
+    check_known(SEARCHES, search=search)
+    for pair in (craft, choose, report):
         check_pair(*pair)
+    attacks = [attack] if callable(attack) else list(attack)
+    if not attacks or not all(map(callable, attacks)):
+        raise SatlibError(f"attack={attack!r}: expected one like those of satlib.universal.ATTACKS, or several")
+    for each in attacks:
+        for wanted, name, argument in ((targeted, "targeted", "targeted"), (warm_start, "warm_start", "start")):
+            if wanted and not takes(each, argument):
+                raise SatlibError(f"{name}=True: attack {name_of(each)!r} takes no {argument}; leave it out")
+        check_attack(each, model, *craft, eps=[LARGEST / 2], **({"targeted": True} if targeted else {}))
     with attackable(model) as net:
         check_model(net, *craft)
-        options = attack | {"targeted": targeted, "generator": generator}
-        hunt = Hunt(net, craft, choose, delta, options, progress, restarts=restarts, warm_start=warm_start)
-        if hunt.best is None:  # else the clean images do
-            SEARCHES[search](hunt, iterations)
+        asked = Search(net, attacks, craft, choose, delta, targeted, warm_start, generator, progress)
+        if asked.best is None:  # else the clean images do
+            SEARCHES[search](asked, iterations)
+        evaluation, xi = asked.best or (None, None)
         return Robustness(
             delta=delta,
-            epsilon=hunt.smallest if hunt.best is not None else None,
-            rate=hunt.best_rate,
-            report_rate=None if hunt.best is None else success_rates(net, *report, hunt.best, targeted=targeted).item(),
-            evaluations=hunt.evaluations,
-            perturbation=hunt.best,
-            closest=hunt.closest if hunt.best is None else None,
+            epsilon=evaluation and evaluation.magnitude,
+            rate=evaluation and evaluation.rate,
+            report_rate=None if xi is None else success_rates(net, *report, xi, targeted=targeted).item(),
+            evaluations=asked.evaluations,
+            perturbation=xi,
+            closest=asked.closest if xi is None else None,
         )
 
 
-class Hunt:
-    """What a search has asked so far, and the smallest perturbation that won a share delta of the `choose` images."""
+@dataclass
+class Search:
+    """What has been asked so far, and the smallest perturbation that won a share delta of the `choose` images."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        craft: Labelled,
-        choose: Labelled,
-        delta: float,
-        attack: dict[str, Any],
-        progress: Callable[[str, float], None] | None,
-        *,
-        restarts: int = 1,
-        warm_start: bool = False,
-    ) -> None:
-        self.restarts, self.warm_start = restarts, warm_start
-        self.net, self.images, self.choose, self.attack = net, craft, choose, attack
-        self.delta, self.progress = delta, progress
-        self.least = delta - 1e-7  # rates are float32, where 7 of 10 is a little less than 0.7
-        self.evaluations: list[Evaluation] = []
-        self.best: Tensor | None = None
-        self.best_rate: float | None = None
-        self.smallest = math.inf
-        self.closest: Tensor | None = None
-        self.judge(0.0, torch.zeros_like(craft[0][:1], dtype=torch.float32), "crafted")
+    net: nn.Module
+    attacks: Sequence[UniversalAttack]
+    images: Labelled  # to craft on
+    choose: Labelled
+    delta: float
+    targeted: bool
+    warm_start: bool
+    generator: torch.Generator | None
+    progress: Callable[[str, float], None] | None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: Winner | None = None
+    closest: Tensor | None = None
 
-    def judge(self, eps: float, xi: Tensor, how: str) -> bool:
+    def __post_init__(self) -> None:
+        self.evaluate(0.0, torch.zeros_like(self.images[0][:1], dtype=torch.float32), "full")
+
+    @property
+    def smallest(self) -> float:
+        """The magnitude of the smallest success so far, infinite where there is none."""
+        return self.best[0].magnitude if self.best else math.inf
+
+    def evaluate(self, eps: float, xi: Tensor, how: str, attack: str = "") -> Evaluation:
         """Whether xi (1, C, H, W) wins a share delta; the answer is noted, and the smallest success kept."""
-        rate = success_rates(self.net, *self.choose, xi, targeted=self.attack["targeted"]).item()
-        evaluation = Evaluation(eps, xi.abs().max().item(), rate, rate >= self.least, how)
+        rate = success_rates(self.net, *self.choose, xi, targeted=self.targeted).item()
+        success = rate >= self.delta - 1e-7  # rates are float32, where 7 of 10 is a little less than 0.7
+        evaluation = Evaluation(eps, xi.abs().max().item(), rate, success, how, attack)
         if all(rate > e.rate for e in self.evaluations):
             self.closest = xi
         self.evaluations.append(evaluation)
-        if evaluation.success and evaluation.magnitude < self.smallest:
-            self.best, self.best_rate, self.smallest = xi, rate, evaluation.magnitude
-        return evaluation.success
+        if success and evaluation.magnitude < self.smallest:
+            self.best = evaluation, xi
+        return evaluation
 
-    def craft(self, epsilons: Sequence[float], how: str = "crafted", **changes: Any) -> Iterator[tuple[float, Tensor]]:
-        """One pass of the attack for all `epsilons` at once; (eps, xi) of those that win, judged one by one."""
+    def craft(self, attack: UniversalAttack, epsilons: Sequence[float], how: str = "full") -> Iterator[Winner]:
+        """One pass of an attack for all `epsilons` at once; those that win, evaluated one by one.
+
+        A "coarse" pass has a fifth of the attack's steps and no snapshots, where it has such settings.
+        """
+        given: dict[str, Any] = {"targeted": True} if self.targeted else {}
         if self.warm_start and self.best is not None:
-            changes["start"] = torch.cat([self.best.clamp(-eps, eps) for eps in epsilons for _ in range(self.restarts)])
-        asked = [eps for eps in epsilons for _ in range(self.restarts)]
-        xis = universal_pgd(self.net, *self.images, eps=asked, **self.attack | changes)
-        found = xis.split(1)
-        if self.restarts > 1:
-            rates = success_rates(self.net, *self.images, xis, targeted=self.attack["targeted"])
-            best = rates.view(-1, self.restarts).argmax(1).tolist()
-            found = [found[i * self.restarts + which] for i, which in enumerate(best)]
-        return ((eps, xi) for eps, xi in zip(epsilons, found, strict=True) if self.judge(eps, xi, how))
+            given["start"] = torch.cat([self.best[1].clamp(-eps, eps) for eps in epsilons])
+        if how == "coarse":
+            own = options(attack)
+            short = {"steps": max(1, own.get("steps", 0) // 5), "snapshots": 1}
+            given |= {name: value for name, value in short.items() if name in own}
+        xis, name = (
+            attack(self.net, *self.images, eps=list(epsilons), generator=self.generator, **given),
+            name_of(attack),
+        )
+        if xis.shape != (expected := (len(epsilons), *self.images[0].shape[1:])):
+            raise SatlibError(f"attack {name!r} returns shape {tuple(xis.shape)}: expected {tuple(expected)}")
+        asked = ((self.evaluate(eps, xi, how, name), xi) for eps, xi in zip(epsilons, xis.split(1), strict=True))
+        return (winner for winner in asked if winner[0].success)
 
-    def clip(self, xi: Tensor, low: float, resolution: float) -> None:
+    def craft_all(self, epsilons: Sequence[float]) -> list[Winner]:
+        """A full pass of every attack; those that win."""
+        return [winner for attack in self.attacks for winner in self.craft(attack, epsilons)]
+
+    def rescale(self, winner: Winner, low: float, resolution: float) -> None:
         """Bisect how far a winner can be clipped, at most to `low`, and still win; only if it undercuts the best."""
-        high = min(self.smallest, xi.abs().max().item()) - resolution
-        if high <= low or not self.judge(high, xi.clamp(-high, high), "clipped"):
+        evaluation, xi = winner
+
+        def wins(eps: float) -> bool:
+            return self.evaluate(eps, xi.clamp(-eps, eps), "rescaled", evaluation.attack).success
+
+        high = min(self.smallest, evaluation.magnitude) - resolution
+        if high <= low or not wins(high):
             return
         while high - low > resolution:
             eps = (low + high) / 2
-            low, high = (low, eps) if self.judge(eps, xi.clamp(-eps, eps), "clipped") else (eps, high)
+            low, high = (low, eps) if wins(eps) else (eps, high)
 
-    def missed(self, eps: float) -> float:
-        """The largest eps below `eps` at which the attack at full length missed delta."""
-        return max(e.eps for e in self.evaluations if e.how == "crafted" and not e.success and e.eps < eps)
+    def largest_failure(self, eps: float) -> float:
+        """The largest eps below `eps` at which no attack at full length reached delta."""
+        full = [e for e in self.evaluations if e.how == "full" and e.eps < eps]
+        return max({e.eps for e in full} - {e.eps for e in full if e.success})
 
-    def say(self, done: float) -> None:
-        """Report the last question."""
+    def report(self, done: float) -> None:
+        """Report the last question, by the attack that did best."""
         if self.progress:
-            last = self.evaluations[-1]
-            verdict = "reached" if last.success else "missed"
-            self.progress(f"eps {last.eps:.1f} -> success {last.rate:.1%}, {self.delta:.0%} {verdict}", done)
+            eps = self.evaluations[-1].eps
+            best = max((e for e in self.evaluations if e.eps == eps), key=lambda e: e.rate)
+            verdict = "reached" if best.success else "missed"
+            self.progress(f"eps {eps:.1f} -> success {best.rate:.1%}, {self.delta:.0%} {verdict}", done)
 
 
-def binary_search(hunt: Hunt, iterations: int) -> None:
+def binary_search(search: Search, iterations: int) -> None:
     """The paper's search (section 5.2): below the middle of the interval after a success, else above."""
     low, high = 0.0, LARGEST
     for step in range(iterations):
         eps = (low + high) / 2
-        low, high = (low, eps) if list(hunt.craft([eps])) else (eps, high)
-        hunt.say((step + 1) / iterations)
+        low, high = (low, eps) if search.craft_all([eps]) else (eps, high)
+        search.report((step + 1) / iterations)
 
 
-def k_ary_search(hunt: Hunt, iterations: int) -> None:
+def k_ary_search(search: Search, iterations: int) -> None:
     """Our search: a short pass says where to look, a full one asks there, and clipping settles the last bits.
 
     All eps of a pass are heaps of one attack, so that the two passes take the time of little more than one. The
@@ -214,24 +240,24 @@ def k_ary_search(hunt: Hunt, iterations: int) -> None:
     attack then asks below that; as long as it wins even at the smallest eps asked, it asks again below.
     """
     resolution = LARGEST / 2**iterations
-    steps = max(1, hunt.attack.get("steps", 200) // 5)
-    sketches = hunt.craft([share * LARGEST for share in SKETCHED], "sketched", steps=steps, snapshots=1)
-    for eps, xi in itertools.islice(sketches, 2):
-        hunt.clip(xi, 0.0, max(resolution, COARSE * eps))
-    hunt.say(0.3)
-    winners: dict[float, Tensor] = {}
+    for attack in search.attacks:
+        coarse = search.craft(attack, [share * LARGEST for share in COARSE], "coarse")
+        for evaluation, xi in itertools.islice(coarse, 2):
+            search.rescale((evaluation, xi), 0.0, max(resolution, TOLERANCE * evaluation.eps))
+    search.report(0.3)
+    winners: list[Winner] = []
     for _ in range(iterations):
-        shares = ANYWHERE if hunt.best is None else BELOW
-        asked = [share * min(hunt.smallest, LARGEST) for share in shares]
-        winners = dict(hunt.craft(asked))
-        if winners:
-            eps = min(winners)
-            hunt.clip(winners[eps], hunt.missed(eps), resolution)
-        hunt.say(1.0)
-        if asked[0] not in winners:
+        asked = [share * min(search.smallest, LARGEST) for share in (BELOW if search.best else ANYWHERE)]
+        winners = search.craft_all(asked)
+        lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
+        for evaluation, xi in winners:
+            if evaluation.eps == lowest:
+                search.rescale((evaluation, xi), search.largest_failure(lowest), resolution)
+        search.report(1.0)
+        if lowest != asked[0]:
             break
-    if hunt.best is not None and not winners:
-        hunt.clip(hunt.best, hunt.missed(hunt.smallest), resolution)  # so far only coarsely
+    if search.best and not winners:
+        search.rescale(search.best, search.largest_failure(search.smallest), resolution)  # so far only coarsely
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
@@ -290,23 +316,15 @@ def adversarial_robustness(
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
     _check_search(delta, iterations)
-    check_universal(
-        images,
-        labels,
-        steps=steps,
-        beta=beta,
-        gamma=gamma,
-        targeted=targeted,
-        loss_threshold=loss_threshold,
-    )
-    relative = torch.tensor([gamma**k for k in range(steps)])
-    relative = beta * relative / relative.sum()
+    check_pair(images, labels)
+    check_threshold(loss_threshold, targeted)
+    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma))
     smallest = []
     with attackable(model) as net:
         check_model(net, images, labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x = x.float().contiguous(memory_format=torch.channels_last)
-            fooled = _wins(net, x, y, targeted, delta)
+            fooled = _fooled(net, x, y, targeted, delta)
             low = torch.zeros(len(x), device=x.device)
             high = torch.full_like(low, LARGEST)
             best = torch.where(fooled, 0.0, math.inf)
@@ -326,7 +344,7 @@ def adversarial_robustness(
                     generator=generator,
                     keep_best=True,
                 )
-                won = _wins(net, (x + xi).clamp(0, 255), y, targeted, delta)
+                won = _fooled(net, perturb(x, xi, 1), y, targeted, delta)
                 magnitude = xi.abs().flatten(1).amax(1)
                 best = torch.where(won, torch.minimum(best, magnitude), best)
                 low, high = torch.where(won, low, eps), torch.where(won, eps, high)
@@ -341,18 +359,13 @@ def adversarial_robustness(
 
 
 @torch.no_grad()
-def _wins(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, delta: float) -> Tensor:
+def _fooled(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, delta: float) -> Tensor:
     """Which of the images are fooled: their decision, or in segmentation a share delta of their labelled pixels."""
-    predicted = model(images).argmax(1)
-    won = predicted == labels if targeted else predicted != labels
-    if labels.ndim == 1:
-        return won
-    counted = labels != IGNORE
-    return (won & counted).flatten(1).sum(1) >= (delta - 1e-7) * counted.flatten(1).sum(1)
+    won, counted = decisions_won(model(images).argmax(1), labels, targeted=targeted)
+    return won >= (delta - 1e-7) * counted
 
 
 def _check_search(delta: float, iterations: int) -> None:
     if not 0 < delta < 1:
         raise SatlibError(f"delta={delta!r}: expected a share strictly between 0 and 1")
-    if iterations < 1:
-        raise SatlibError(f"iterations={iterations!r}: expected at least 1")
+    check_whole(iterations=iterations)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from satlib.data.imageset import Splits
 from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.study.records import Record
 
 
 def scene_target(splits: Splits, frame: str) -> Tensor:
@@ -79,12 +78,6 @@ def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, flo
         "hidden": gone / pixels if pixels else None,
         "kept": same / (there.numel() - pixels) if there.numel() > pixels else None,
     }
-
-
-def perturbation_of(search: Record) -> Tensor:
-    """The universal perturbation (1, C, H, W) in pixel units that a search found, or that came closest."""
-    name = "perturbation" if search.metrics["rate"] is not None else "closest"
-    return search.tensors(name)["perturbation"]
 
 
 def gradients(pictures: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from satlib.attacks import ascend, attackable, heap_pgd, perturb, success_rates, universal_pgd
+from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, success_rates, universal_pgd
 from satlib.bench import Bench, Row, peers
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile
@@ -25,6 +25,7 @@ from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
 from satlib.robustness import universal_robustness
 from satlib.training import Training, shared_adversarial_loss
+from satlib.universal import ATTACKS
 
 CAPPED = {"loss_threshold": CIFAR10.loss_threshold, "label_smoothing": CIFAR10.label_smoothing}
 EPOCH = 50_000  # images, as in the paper
@@ -63,7 +64,7 @@ def image_dependent(bench: Bench) -> list[Row]:
     bound = torch.full((1, 1, 1, 1), eps, device=a.device)
     with attackable(model) as net:
         share = bench.share_of_peak(
-            lambda: ascend(net, a, b, torch.zeros_like(a), eps=bound, alpha=bound / 4, sharedness=1),
+            lambda: pgd_step(net, a, b, torch.zeros_like(a), bound, bound / 4, sharedness=1),
             batch / statistics.median(rates["ours"]),
         )
     options = {"what": "PGD, eps 8, 10 steps", "unit": "images x steps / s", "more_is_better": True}
@@ -159,7 +160,7 @@ def training(bench: Bench) -> list[Row]:
             for x, y in batches:
                 xi = torch.zeros_like(x)
                 for _ in range(4):
-                    xi, _ = ascend(net, x, y, xi, eps=bound, alpha=bound * 0 + step, sharedness=1, **CAPPED)
+                    xi, _ = pgd_step(net, x, y, xi, bound, bound * 0 + step, sharedness=1, **CAPPED)
 
     def training_alone() -> None:
         for x, y in batches:
@@ -206,15 +207,8 @@ def search(bench: Bench) -> list[Row]:
     for seed in range(bench.repeats):
         for name in seconds:
             start = time.perf_counter()
-            found = universal_robustness(
-                bench.model,
-                search=name,
-                generator=torch.Generator().manual_seed(seed),
-                steps=200,
-                batch_size=16,
-                **sets,
-                **CAPPED,
-            )
+            generator = torch.Generator().manual_seed(seed)
+            found = universal_robustness(ATTACKS["paper"], bench.model, search=name, generator=generator, **sets)
             seconds[name].append(time.perf_counter() - start)
             answers[name].append(found.epsilon or float("nan"))
 
@@ -355,7 +349,7 @@ def segmentation(bench: Bench) -> list[Row]:
     with attackable(model) as net:
 
         def ours() -> None:
-            ascend(net, packed, y, zero, eps=bound, alpha=bound, sharedness=count, **CAPPED)
+            pgd_step(net, packed, y, zero, bound, bound, sharedness=count, **CAPPED)
 
         taken = bench.race({"ours": ours, "plain": plain})
         share = bench.share_of_peak(ours, statistics.median(taken["ours"]))

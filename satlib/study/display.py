@@ -16,9 +16,9 @@ from pandas.io.formats.style import Styler
 
 from satlib.attacks import perturb
 from satlib.data import ImageSet, StreamedSet
-from satlib.segmentation import perturbation_of
 from satlib.study import figures
 from satlib.study.claims import Model
+from satlib.study.measurements.scenes import perturbation_of
 from satlib.study.records import Record
 from satlib.study.runs import Run, Runner
 

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import annealed_step_sizes, heap_pgd, images_at_once, perturb, success_rates, universal_pgd
+from satlib.attacks import (
+    annealed_step_sizes,
+    decisions_won,
+    heap_pgd,
+    images_at_once,
+    perturb,
+    success_rates,
+    universal_pgd,
+)
 from satlib.data import Splits
-from satlib.data.imageset import IGNORE
 from satlib.device import autocast
 from satlib.errors import SatlibError
 from satlib.risks import expected_risk, heap_risk, universal_risk
@@ -150,9 +157,9 @@ def _attacked(subject: Subject, net: nn.Module, question: Attack, steps: int) ->
         found = _own(net, scored.images.float(), aim, question, steps)
     else:
         found = _universal(subject, net, question, [question.eps], steps)
-    won = _won(net, perturb(scored.images.float(), found, 1 if question.own else len(scored)), aim, targeted=targeted)
+    won = _won(net, perturb(scored.images.float(), found, 1 if question.own else None), aim, targeted=targeted)
     x, xi, rate = shown.images.float(), found[:SHOWN], won.mean().item()
-    before, after = (_predicted(net, images) for images in (x, perturb(x, xi, 1 if question.own else len(x))))
+    before, after = (_predicted(net, images) for images in (x, perturb(x, xi, 1 if question.own else None)))
     return Attacked(
         question=question,
         subject=subject,
@@ -207,11 +214,8 @@ def _own(net: nn.Module, x: Tensor, aim: Tensor, question: Attack, steps: int) -
 def _won(net: nn.Module, images: Tensor, aim: Tensor, *, targeted: bool) -> Tensor:
     """The share of each image's decisions (n,) that the attack wins; pixels without a class do not count."""
     predicted = torch.cat([_predicted(net, part)[0] for part in images.split(images_at_once(images))])
-    won = ((predicted == aim) if targeted else (predicted != aim)).flatten(1 if aim.ndim > 1 else 0)
-    if aim.ndim == 1:
-        return won.float()
-    counted = (aim != IGNORE).flatten(1)
-    return (won & counted).sum(1) / counted.sum(1).clamp(min=1)
+    won, counted = decisions_won(predicted, aim, targeted=targeted)
+    return won / counted.clamp(min=1)
 
 
 def _aim(subject: Subject, question: Attack, labels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def comparable(size: float | None) -> float:
 
 
 class Records:
-    """Finds the records of planned runs by their settings and the name of their data, so that nobody needs the data itself."""
+    """Finds the records of planned runs by their settings and the name of their data, which nobody needs to have."""
 
     def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
         ledger = ledger or Ledger()

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from satlib.attacks import perturb
 from satlib.study.claims import Model, front
 from satlib.study.figures import BY_FAMILY, PALETTE, RED, as_picture, perturbation_picture
 from satlib.study.figures.scenes import colour
@@ -71,7 +72,10 @@ def attack_figure(answer: Attacked) -> Figure:
     axis = _blank(figure, 0.005, 0.16, 0.20, 0.60)
     axis.imshow(perturbation_picture(xi[0], question.eps or 1.0), interpolation="nearest")
     axis.set_title(f"perturbation, {own}\nshown {factor:.1f} times as strong", fontsize=9)
-    clean, perturbed = answer.images.cpu().numpy(), (answer.images + answer.xi).clamp(0, 255).cpu().numpy()
+    clean, perturbed = (
+        answer.images.cpu().numpy(),
+        perturb(answer.images, answer.xi, 1 if question.own else None).cpu().numpy(),
+    )
     classes = subject.splits.test.classes
     if subject.scenes:
         before, after = ([colour(s.cpu().numpy(), classes) for s in each] for each in (answer.clean, answer.perturbed))

@@ -1,0 +1,343 @@
+"""Universal attacks as values: what the paper's attack leaves out, the attacks of others, and all of them by name.
+
+A universal attack is any callable like `UniversalAttack`. To add one, write the function and enter it in ATTACKS.
+"""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from satlib.attacks import (
+    annealed_step_sizes,
+    attack_loss,
+    attackable,
+    broadcast,
+    craft_universal,
+    heap_gradients,
+    images_at_once,
+    perturb,
+    projected_step,
+    random_start,
+    stochastic_pgd,
+    success_rates,
+    universal_pgd,
+)
+from satlib.checks import (
+    check_annealing,
+    check_known,
+    check_model,
+    check_pair,
+    check_threshold,
+    check_whole,
+    per_heap,
+)
+from satlib.data.imageset import IGNORE
+from satlib.deepfool import universal_deepfool
+from satlib.device import autocast
+from satlib.errors import SatlibError
+from satlib.paper import KAPPA, LABEL_SMOOTHING
+
+MOMENTUM = 0.9  # how much of the earlier gradients is kept (Dong et al. 2018 keep all, on one image)
+SQUARES = 0.99  # of their squares, in Adam; PyTorch's 0.999 forgets its start slower than an attack ends
+Generator: TypeAlias = torch.Generator | None
+GIVEN = ("model", "images", "labels", "eps", "generator", "targeted", "start", "progress")  # by whoever calls an attack
+
+
+class UniversalAttack(Protocol):
+    """Crafts on images (n, C, H, W) in 0..255 with their labels one perturbation for each eps: (len(eps), C, H, W).
+
+    |xi| <= eps, in pixel units; equal generators give equal perturbations, and the model is left as it was. The
+    attack's own settings are further keywords with defaults, which it checks before it first asks the model. It also
+    takes `targeted` (labels are targets) and `start` (len(eps), C, H, W) where it can use them.
+    """
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, eps: Sequence[float], generator: Generator = None
+    ) -> Tensor: ...
+
+
+def margin_loss(logits: Tensor, labels: Tensor, *, loss_threshold: float | None = None) -> Tensor:
+    """The highest other logit minus that of the label (Carlini and Wagner 2017), capped; shapes as in `attack_loss`.
+
+    Above 0 where the decision is another, whatever the scale of the logits. It knows no label smoothing.
+    """
+    counted = labels != (IGNORE if labels.ndim > 1 else -100)
+    target = labels.long().clamp(max=logits.shape[1] - 1)[:, None]
+    others = logits.float().scatter(1, target, -math.inf).amax(1)
+    losses = (others - logits.float().gather(1, target)[:, 0]) * counted
+    return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
+
+
+def perturb_straight_through(images: Tensor, perturbations: Tensor, sharedness: int) -> Tensor:
+    """`perturb`, but pixels that xi drives out of range keep the gradient of the pixel that the model sees.
+
+    As in attacks that project x + xi itself; by the chain rule they have none.
+    """
+    added = images + broadcast(perturbations, sharedness, len(images))
+    return added + (perturb(images, perturbations, sharedness) - added).detach()
+
+
+def cosine_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
+    """As `annealed_step_sizes`, with (1 + cos(pi k / steps)) / 2 in the place of gamma^k; gamma plays no part."""
+    check_annealing(steps, beta, gamma)
+    weights = [(1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
+    total = math.fsum(weights)
+    return [beta * eps * weight / total for weight in weights]
+
+
+class Momentum:
+    """The sign of a decaying mean of all gradients, each divided by its mean size (Dong et al. 2018).
+
+    In a universal attack it averages over mini-batches, too, which takes out part of their noise.
+    """
+
+    def __init__(self) -> None:
+        self.mean: Tensor | float = 0.0
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """What a step follows, from the gradients (heaps, C, H, W) of an iteration; entries of about 1."""
+        size = gradients.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradients / size
+        return self.mean.sign()
+
+
+class Adam:
+    """Mean over root mean square of the gradients, with both corrected for their start (Kingma and Ba 2015)."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
+        self.count = 0
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """See `Momentum`."""
+        self.count += 1
+        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradients
+        self.square = SQUARES * self.square + (1 - SQUARES) * gradients.square()
+        mean, square = self.mean / (1 - MOMENTUM**self.count), self.square / (1 - SQUARES**self.count)
+        return mean / torch.as_tensor(square).sqrt().clamp(min=1e-30)
+
+
+UPDATES: dict[str, Callable[[], Callable[[Tensor], Tensor]]]
+UPDATES = {"sign": lambda: torch.sign, "momentum": Momentum, "adam": Adam}
+SCHEDULES = {"geometric": annealed_step_sizes, "cosine": cosine_step_sizes}
+LOSSES = {"cross-entropy": attack_loss, "margin": margin_loss}
+
+
+def extended_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Sequence[float],
+    steps: int = 200,
+    batch_size: int = 16,
+    beta: float = 4.0,
+    gamma: float = 0.975,
+    targeted: bool = False,
+    loss_threshold: float | None = None,
+    label_smoothing: float = 0.0,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    snapshots: int = 4,
+    score_images: int = 256,
+    micro_batch: int | None = None,
+    update: str = "sign",
+    schedule: str = "geometric",
+    loss: str = "cross-entropy",
+    straight_through: bool = False,
+    dominant: bool = False,
+    larger: int = 1,
+    restarts: int = 1,
+) -> Tensor:
+    """`universal_pgd` with what the paper does not do; as it is by default, and always with as many gradients.
+
+    update "momentum" or "adam": see there; schedule "cosine": see `cosine_step_sizes`; loss "margin": `margin_loss`;
+    straight_through: see `perturb_straight_through`. dominant: after a quarter of the steps each perturbation aims,
+    without a cap, at the class into which it has sent most of the crafting images that it fooled so far: universal
+    perturbations end in few classes anyway (classification only). larger: mini-batches of so many times the images,
+    in so many times fewer steps. restarts: so many perturbations for each eps, in so many times fewer steps each, of
+    which the best on the crafting images is returned.
+
+    Raises SatlibError as `universal_pgd` does, on an unknown update, schedule or loss, on larger or restarts below 1,
+    and where `dominant` meets a targeted attack or segmentation.
+    """
+    check_threshold(loss_threshold, targeted)
+    check_known(UPDATES, update=update)
+    check_known(SCHEDULES, schedule=schedule)
+    check_known(LOSSES, loss=loss)
+    check_whole(steps=steps, batch_size=batch_size, larger=larger, restarts=restarts)
+    if loss == "margin" and label_smoothing:
+        raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
+    if dominant and (targeted or labels.ndim > 1):
+        raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
+    pgd = functools.partial(
+        stochastic_pgd, loss=LOSSES[loss], seen=perturb_straight_through if straight_through else perturb
+    )
+    capped = {"loss_threshold": loss_threshold} | ({} if loss == "margin" else {"label_smoothing": label_smoothing})
+    ascent = functools.partial(pgd, direction=UPDATES[update](), **capped)
+
+    def to_dominant(net: nn.Module, x: Tensor, rows: Tensor, *run: Tensor, **others: Any) -> Iterator[Tensor]:
+        """The iterates of a quarter of the steps, then of those towards the class that each of these sends most to."""
+        xi, minibatches, step_sizes = run
+        first = -(-len(minibatches) // 4)
+        for each in ascent(net, x, rows, xi, minibatches[:first], step_sizes[:first], **others):
+            yield (xi := each)
+        chosen = torch.randperm(len(x), generator=generator)[:score_images].to(x.device)
+        classes = torch.stack([_dominant_class(net, x[chosen], rows[0, chosen], each) for each in xi.split(1)])
+        if first < len(minibatches):
+            rest = (classes[:, None].expand(-1, len(x)), xi, minibatches[first:], step_sizes[first:])
+            yield from pgd(net, x, *rest, direction=UPDATES[update](), **others | {"targeted": True})
+
+    sizes = SCHEDULES[schedule](1.0, max(1, steps // (larger * restarts)), beta=beta, gamma=gamma)
+    options = {"targeted": targeted, "generator": generator, "micro_batch": micro_batch, "snapshots": snapshots}
+    options |= {"batch_size": batch_size * larger, "score_images": score_images, "relative_step_sizes": sizes}
+    options |= {"eps": per_heap(eps, None, torch.device("cpu")).flatten().repeat_interleave(restarts)}
+    options |= {"start": None if start is None else start.repeat_interleave(restarts, 0)}
+    found = craft_universal(model, images, labels, to_dominant if dominant else ascent, **options)
+    if restarts == 1:
+        return found
+    with attackable(model) as net:
+        best = success_rates(net, images, labels, found, targeted=targeted).view(-1, restarts).argmax(1)
+    return found.unflatten(0, (-1, restarts))[torch.arange(len(best), device=best.device), best]
+
+
+@torch.no_grad()
+def _dominant_class(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) -> Tensor:
+    """The class () into which xi (1, C, H, W) sends most of the images that it fools; of all, where it fools none."""
+    predicted = []
+    for x in images.split(images_at_once(images)):
+        with autocast(images.device):
+            predicted.append(net(perturb(x.float(), xi).contiguous(memory_format=torch.channels_last)).argmax(1))
+    classes = torch.cat(predicted)
+    fooled = classes[classes != labels]
+    return (fooled if len(fooled) else classes).mode().values
+
+
+def mean_of_signs(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Sequence[float],
+    steps: int = 100,
+    batch_size: int = 128,
+    relative_step_size: float = 0.25,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The best universal response of Perolat et al. (2018): a `UniversalAttack`.
+
+    xi <- project(xi + alpha * mean over the mini-batch of the *sign* of every sample's gradient): each image has one
+    vote a pixel, whatever its loss. alpha = relative_step_size * eps; the start is uniform in [-eps, eps].
+    """
+    check_pair(images, labels)
+    check_whole(steps=steps, batch_size=batch_size)
+    bound = per_heap(eps, None, images.device)
+    heaps, rows = len(bound), labels.expand(len(bound), *labels.shape)
+    xi = random_start((heaps, *images.shape[1:]), bound, generator)
+    with attackable(model) as net:
+        check_model(net, images, labels)
+        for _ in range(steps):
+            chosen = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+            x = images[chosen].float().repeat(heaps, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+            each = xi.repeat_interleave(batch_size, 0)
+            gradients, _ = heap_gradients(net, x, rows[:, chosen].flatten(0, 1), each, sharedness=1)
+            votes = gradients.sign().unflatten(0, (heaps, batch_size)).mean(1)
+            xi = projected_step(xi, votes, eps=bound, alpha=relative_step_size * bound, targeted=False)
+    return xi
+
+
+def _preset(name: str, attack: UniversalAttack, **changes: Any) -> UniversalAttack:
+    """The attack with other defaults, and a name as functions have one: which also keeps partials of it apart."""
+    preset = functools.partial(attack, **changes)
+    preset.__name__ = name
+    return preset
+
+
+_CAPPED = {"loss_threshold": KAPPA, "label_smoothing": LABEL_SMOOTHING}  # as in the paper (section 4.3)
+_PRESETS: dict[str, tuple[UniversalAttack, dict[str, Any]]] = {
+    "paper": (universal_pgd, _CAPPED),
+    "uncapped": (universal_pgd, {"label_smoothing": LABEL_SMOOTHING}),
+    "hard targets": (universal_pgd, {}),
+    "margin": (extended_pgd, {"loss": "margin"}),
+    "momentum": (extended_pgd, _CAPPED | {"update": "momentum"}),
+    "Adam": (extended_pgd, _CAPPED | {"update": "adam"}),
+    "cosine": (extended_pgd, _CAPPED | {"schedule": "cosine"}),
+    "straight-through": (extended_pgd, _CAPPED | {"straight_through": True}),
+    "dominant": (extended_pgd, _CAPPED | {"dominant": True}),
+    "large mini-batches": (extended_pgd, _CAPPED | {"larger": 4}),
+    "restarts": (extended_pgd, _CAPPED | {"restarts": 4}),
+    "momentum, uncapped, dominant": (extended_pgd, {"update": "momentum", "dominant": True}),
+    "mean of signs": (mean_of_signs, {}),
+    "DeepFool": (universal_deepfool, {}),
+}
+ATTACKS: dict[str, UniversalAttack] = {name: _preset(name, f, **changes) for name, (f, changes) in _PRESETS.items()}
+
+
+def name_of(attack: UniversalAttack) -> str:
+    """The name of an attack in ATTACKS, of one that it is a partial of, or else its function's."""
+    known = next((name for name, each in ATTACKS.items() if each is attack), getattr(attack, "__name__", None))
+    if known is None and isinstance(attack, functools.partial):
+        return name_of(attack.func)
+    return known or type(attack).__name__
+
+
+def takes(attack: UniversalAttack, name: str) -> bool:
+    """Whether an attack has an argument of that name."""
+    return name in inspect.signature(attack).parameters
+
+
+def options(attack: UniversalAttack) -> dict[str, Any]:
+    """The settings of an attack with their defaults: all that it does not get from whoever calls it.
+
+    Raises SatlibError where a setting has no default.
+    """
+    parameters = inspect.signature(attack).parameters.values()
+    own = {p.name: p.default for p in parameters if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD}
+    if missing := [name for name, default in own.items() if default is inspect.Parameter.empty]:
+        raise SatlibError(f"{missing[0]}: attack {name_of(attack)!r} needs a default for it")
+    return own
+
+
+def named(name: str, **changes: Any) -> UniversalAttack:
+    """The attack of that name in ATTACKS, with other settings. Raises SatlibError for an unknown name or setting."""
+    if name not in ATTACKS:
+        raise SatlibError(f"attack={name!r}: unknown; {_nearest(name, ATTACKS)}")
+    own = options(ATTACKS[name])
+    for setting, value in changes.items():
+        if setting not in own:
+            raise SatlibError(f"{setting}={value!r}: attack {name!r} has no such setting; {_nearest(setting, own)}")
+    return _preset(name, ATTACKS[name], **changes)
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+class _Asked(Exception):
+    """The model was asked."""
+
+
+class _Silent(nn.Module):
+    """The model, up to where something is asked of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise _Asked
+
+
+def check_attack(attack: UniversalAttack, model: nn.Module, images: Tensor, labels: Tensor, **given: Any) -> None:
+    """Let an attack check its arguments, up to where it first asks the model. Raises what it raises."""
+    with contextlib.suppress(_Asked):
+        attack(_Silent(model), images, labels, generator=torch.Generator(), **given)
