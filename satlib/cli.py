@@ -130,6 +130,7 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
 def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     from satlib import parallel
     from satlib.study import experiments
+    from satlib.study.followers import follow
     from satlib.study.kinds import TRAININGS
     from satlib.study.runs import BudgetSpent, Runner
 
@@ -138,13 +139,13 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:
-        ranks = parallel.here()
+        ranks = parallel.current_ranks()
         if ranks.count > 1:
             chosen = [run for run in chosen if "defense" not in run.config]
         runner = Runner(profile=arguments.profile, device=device, deadline=deadline)
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:
-            parallel.follow(runner, runs)
+            follow(runner, runs)
             return 0
         try:
             for run in runs.values():
@@ -153,7 +154,7 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
             print("budget spent; the same call goes on from here")
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
         finally:
-            ranks.told(None)
+            ranks.broadcast_object(None)
         print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
     return 0
 

@@ -16,7 +16,7 @@ from torch import nn
 from satlib import data
 from satlib.attacks import AT_ONCE, heap_pgd
 from satlib.errors import SatlibError
-from satlib.models import Fitted, build, load_pretrained, take_over
+from satlib.models import Fitted, build, load_matching, load_pretrained
 from satlib.paths import named_file
 from satlib.progress import Progress, duration
 from satlib.study.kinds import KINDS, TRAININGS
@@ -267,7 +267,7 @@ class Runner:
         if "init" in run.parents:
             parent = run.parents["init"]
             weights = self.record(parent, whole=True).tensors("weights")
-            fitted = take_over(model, weights, source=parent.title)
+            fitted = load_matching(model, weights, source=parent.title)
         elif digest := run.config.get("pretrained"):
             path = named_file(run.labels["pretrained"])
             if file_digest(path) != digest:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from satlib import parallel
 from satlib.defenses import DEFENSES
+from satlib.parallel import current_ranks
 from satlib.study.ledger import Workspace
 from satlib.training import Training, class_iou, confusion, share_right, train
 
@@ -23,12 +23,12 @@ def compute_train(runner: "Runner", run: "Run", work: Workspace) -> dict:
     With `until` in the settings it ends after so many of the epochs, and a run that has it as its parent `previous`
     goes on from there, as if it had never stopped: so that models can be looked at along the way (Figure 5).
 
-    On several ranks, rank 0 says which run it computes to the others, in `parallel.follow`, and all compute it alike;
+    On several ranks, rank 0 says which run it computes to the others, in `followers.follow`, and all compute it alike;
     only rank 0 looks anything up, and the others get what it found.
     """
-    splits, settings, ranks = runner.splits(run.dataset), Training.from_config(run.config["training"]), parallel.here()
+    splits, settings, ranks = runner.splits(run.dataset), Training.from_config(run.config["training"]), current_ranks()
     if ranks.rank == 0:
-        ranks.told(runner.spec(run).id)
+        ranks.broadcast_object(runner.spec(run).id)
     model, fitted = runner.initial_model(run) if ranks.rank == 0 else (runner.new_model(run), None)
     if fitted and (fitted.missing or fitted.other_shape or fitted.unused):
         runner.progress.line(f"[run] {run.title}: {fitted}")
