@@ -81,11 +81,11 @@ class Ranks:
             size = min(batch_size, images - step * batch_size)
             own = self.share(size, heap or 1)
             with self.drawing(size, heap or 1, x[0].numel() if heap else 0, generator):
-                yield x, y, self.weight(decisions(y) * (own.stop > own.start))
+                yield x, y, self.weight(y if own.stop > own.start else y[:0])
 
-    def weight(self, own: Tensor) -> Tensor | float:
-        """This rank's part of all ranks' decisions."""
-        return 1.0 if self.count == 1 else own / self.total(own.clone()).clamp(min=1)
+    def weight(self, labels: Tensor) -> Tensor | float:
+        """How much of what all ranks decide this one does, by its labels."""
+        return 1.0 if self.count == 1 else decisions(labels) / self.total(decisions(labels)).clamp(min=1)
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Give every rank the sum of all ranks' gradients, and rank 0's buffers: the next attack is on one model."""
