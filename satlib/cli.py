@@ -137,13 +137,13 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     if not chosen:
         raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
     with parallel.joined(arguments.device) as device:
-        ranks = parallel.here()
+        ranks = parallel.current_ranks()
         if ranks.count > 1:
             chosen = [run for run in chosen if not run.settings["defense"]]
         runner = Runner(profile=arguments.profile, device=device, deadline=deadline)
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:
-            parallel.follow(runner, runs)
+            runner.follow(runs)
             return 0
         try:
             for run in runs.values():
@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
             print("budget spent; the same call goes on from here")
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
         finally:
-            ranks.told(None)
+            ranks.broadcast_object(None)
         print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
     return 0
 

@@ -26,6 +26,13 @@ def conv_norm(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) ->
     )
 
 
+def check_positive(**values: int) -> None:
+    """Raises SatlibError for a value that is not positive, by its name."""
+    for name, value in values.items():
+        if value < 1:
+            raise SatlibError(f"{name}={value!r}: expected a positive whole number")
+
+
 def fold_batch_norm(module: nn.Module) -> None:
     """Merge every convolution below `module` with its batch norm, in place (evaluation only).
 
@@ -55,11 +62,10 @@ class BasicBlock(nn.Module):
         return (self.second(self.first(x).relu_()) + self.shortcut(x)).relu_()
 
 
-class Normalised(nn.Module):
-    """A network that takes pixels in 0..255 and normalises them by the training images' statistics, in pixel units.
+class Statistics(nn.Module):
+    """The training images' statistics as buffers, so that weights carry them: `mean` and `std`, one value a channel.
 
-    `mean` and `std` have one value a channel; they are buffers, so weights carry them. Raises SatlibError where they
-    do not fit.
+    Raises SatlibError where they do not fit.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -68,6 +74,10 @@ class Normalised(nn.Module):
             raise SatlibError(f"mean={tuple(mean)}, std={tuple(std)}: expected one of each a channel, and std positive")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+
+class Normalised(Statistics):
+    """A network that takes pixels in 0..255 and normalises them by its statistics, in pixel units."""
 
     def initialise(self) -> None:
         """Convolutions as in He et al. (2015); channels last, as all images are."""
@@ -83,7 +93,7 @@ class Normalised(nn.Module):
         return clone.to(memory_format=torch.channels_last)
 
 
-class UnitInputs(nn.Module):
+class UnitInputs(Statistics):
     """Any network whose inputs are in [0, 1], as everything here takes it: with pixels in 0..255.
 
     network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); of a mapping, as
@@ -92,12 +102,8 @@ class UnitInputs(nn.Module):
     """
 
     def __init__(self, network: nn.Module, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
-        super().__init__()
-        if not len(mean) == len(std) >= 1 or min(std) <= 0:
-            raise SatlibError(f"mean={tuple(mean)}, std={tuple(std)}: expected one of each a channel, and std positive")
+        super().__init__(mean, std)
         self.network = network
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.network((x / 255 - self.mean) / self.std)
@@ -107,8 +113,7 @@ class UnitInputs(nn.Module):
 class ResNet(Normalised):
     """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` feature maps (section 6.1: depth 20, width 64).
 
-    Input: (n, channels, H, W) float32 in 0..255. Output: logits (n, classes). `mean` and `std`: see
-    `Normalised`.
+    Input: (n, channels, H, W) float32 in 0..255. Output: logits (n, classes).
 
     Raises SatlibError where depth is not 6n + 2, width or classes is not positive, or mean and std do not fit.
     """
@@ -125,9 +130,7 @@ class ResNet(Normalised):
         super().__init__(mean, std)
         if depth < 8 or (depth - 2) % 6:
             raise SatlibError(f"depth={depth!r}: a CIFAR ResNet has depth 6n + 2; use 8, 14, 20, 26, ...")
-        for name, value in (("width", width), ("classes", classes)):
-            if value < 1:
-                raise SatlibError(f"{name}={value!r}: expected a positive whole number")
+        check_positive(width=width, classes=classes)
         self.stem = conv_norm(len(mean), width)
         blocks, inputs = [], width
         for stage in range(3):
@@ -173,9 +176,7 @@ class BottleneckResNet(Normalised):
         super().__init__(mean, std)
         if len(layers) != 4 or min(layers) < 1:
             raise SatlibError(f"layers={tuple(layers)}: expected the number of blocks of each of four stages")
-        for name, value in (("group_width", group_width), ("expansion", expansion), ("classes", classes)):
-            if value < 1:
-                raise SatlibError(f"{name}={value!r}: expected a positive whole number")
+        check_positive(group_width=group_width, expansion=expansion, classes=classes)
         if stem not in STEMS:
             raise SatlibError(f"stem={stem!r}: expected one of {', '.join(STEMS)}")
         block = type("Bottleneck", (resnet.Bottleneck,), {"expansion": expansion})
@@ -211,9 +212,7 @@ class FCN8s(Normalised):
         std: Sequence[float] = (64.0, 64.0, 64.0),
     ):
         super().__init__(mean, std)
-        for name, value in (("width", width), ("classes", classes)):
-            if value < 1:
-                raise SatlibError(f"{name}={value!r}: expected a positive whole number")
+        check_positive(width=width, classes=classes)
         stages, inputs = [], len(mean)
         for depth, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
             layers = []
@@ -259,17 +258,17 @@ class FCN8s(Normalised):
             for index, child in enumerate(layer)
             if isinstance(child, nn.Sequential)
         ]
-        found = {}
+        encoder = {}
         for theirs, ours in zip(convolutions, pairs, strict=True):
             start, _, number = theirs.rpartition(".")
             norm = f"{start}.{int(number) + 1}"
-            found[f"{ours}.0.weight"] = weights[f"{theirs}.weight"]
+            encoder[f"{ours}.0.weight"] = weights[f"{theirs}.weight"]
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
                 if f"{norm}.{name}" in weights:
-                    found[f"{ours}.1.{name}"] = weights[f"{norm}.{name}"]
-            if f"{ours}.1.running_mean" in found and f"{theirs}.bias" in weights:
-                found[f"{ours}.1.running_mean"] = found[f"{ours}.1.running_mean"] - weights[f"{theirs}.bias"]
-        return found
+                    encoder[f"{ours}.1.{name}"] = weights[f"{norm}.{name}"]
+            if f"{ours}.1.running_mean" in encoder and f"{theirs}.bias" in weights:
+                encoder[f"{ours}.1.running_mean"] = encoder[f"{ours}.1.running_mean"] - weights[f"{theirs}.bias"]
+        return encoder
 
 
 ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8s}
@@ -303,9 +302,7 @@ class Fitted:
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} tensors taken"]
         if self.other_shape:
-            listed = (
-                f"{name} {tuple(a)} in the file, {tuple(b)} here" for name, (a, b) in sorted(self.other_shape.items())
-            )
+            listed = (f"{name} {a} in the file, {b} here" for name, (a, b) in sorted(self.other_shape.items()))
             lines.append(f"other shapes, left as they were: {'; '.join(listed)}")
         for what, names in (("not in the file, left as they were", self.missing), ("of no use here", self.unused)):
             if names:
@@ -315,7 +312,7 @@ class Fitted:
 
 
 def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
-    """Take over the weights of a file as far as they fit; the result says what did, and what did not.
+    """Load the weights of a file as far as they fit; the result says what did, and what did not.
 
     path: a .safetensors file, or a state dict as torch.save writes it (read with weights_only, so that no code in it
     runs), on its own or below the key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the
@@ -323,30 +320,26 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
 
     Raises SatlibError where the file cannot be read, or nothing in it fits.
     """
-    path = Path(path)
+    path, expected = Path(path), "expected a .safetensors file or a state dict of torch.save"
     try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SatlibError(f"no weights at {path}; expected a .safetensors file or a state dict of torch.save") from None
+        raise SatlibError(f"no weights at {path}; {expected}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SatlibError(
-            f"cannot read weights from {path} ({reason}); expected a .safetensors file or a state dict of torch.save"
-        ) from None
+        raise SatlibError(f"cannot read weights from {path} ({reason}); {expected}") from None
     for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise SatlibError(f"{path} holds no state dict; expected tensors by name")
-    return take_over(model, found, source=str(path))
+    return load_matching(model, weights, source=str(path))
 
 
 @torch.no_grad()
-def take_over(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Fitted:
-    """Take over tensors by name as far as they fit; the rest of the model stays as it was. source: where they are from.
+def load_matching(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Fitted:
+    """Load tensors by name as far as they fit; the rest of the model stays as it was. source: where they are from.
 
     Raises SatlibError where none of them fits.
     """

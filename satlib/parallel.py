@@ -1,27 +1,28 @@
 """Training on several ranks (`torchrun`): how they share out a mini-batch, and what they must agree on."""
 
 import contextlib
-import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from satlib.attacks import random_start
-
-if TYPE_CHECKING:
-    from satlib.study.runs import Run, Runner
+from satlib.data.imageset import IGNORE
+from satlib.errors import SatlibError
 
 Plain = TypeVar("Plain")
 
 
 class Stopped(Exception):
     """Rank 0 has stopped the training, and says why; this is another rank."""
+
+
+def decisions(labels: Tensor) -> Tensor:
+    """How many decisions labels (n,) or (n, H, W) are about: images, or pixels that have a class."""
+    return (labels != IGNORE).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,73 @@ class Ranks:
     rank: int = 0
     count: int = 1
 
+    def check(self, batch_size: int, heap: int | None, adversary: object | None) -> None:
+        """Raises SatlibError for an adversary on several ranks, and for more ranks than heaps in a mini-batch."""
+        if adversary is not None and self.count > 1:
+            name = type(adversary).__name__
+            raise SatlibError(f"{name} trains on one rank, not {self.count}; run it without torchrun")
+        if self.count > (heaps := -(-batch_size // (heap or 1))):
+            raise SatlibError(f"{self.count} ranks for {heaps} heaps in a mini-batch: some would have none; use fewer")
+
     def share(self, images: int, sharedness: int) -> slice:
         """Which images of a mini-batch this rank takes: whole heaps, as evenly as that can be. It may be empty."""
-        first, last = self._heaps(images, sharedness)
+        first, last, _ = self._heaps(images, sharedness)
         return slice(min(first * sharedness, images), min(last * sharedness, images))
 
-    def _heaps(self, images: int, sharedness: int) -> tuple[int, int]:
+    def _heaps(self, images: int, sharedness: int) -> tuple[int, int, int]:
+        """The first of this rank's heaps, the first that is not, and how many there are."""
         heaps = -(-images // sharedness)
-        return -(-self.rank * heaps // self.count), -(-(self.rank + 1) * heaps // self.count)
+        return -(-self.rank * heaps // self.count), -(-(self.rank + 1) * heaps // self.count), heaps
 
-    def start(
-        self, images: int, sharedness: int, shape: tuple[int, ...], eps: float, generator: torch.Generator
-    ) -> Tensor:
-        """Initial perturbations of this rank's heaps: those that a process on its own would draw for them."""
-        heaps = -(-images // sharedness)
-        drawn = random_start((heaps, *shape), eps, generator)
-        return drawn[slice(*self._heaps(images, sharedness))]
+    @contextlib.contextmanager
+    def drawing(self, images: int, sharedness: int, numbers: int, generator: torch.Generator) -> Iterator[None]:
+        """What is drawn in this context, uniformly and so many `numbers` for each of this rank's heaps of a mini-batch,
+        is what a process on its own would draw for them; afterwards the generator is where that one's is."""
+        first, last, heaps = self._heaps(images, sharedness)
+        torch.rand(first * numbers, generator=generator)
+        yield
+        torch.rand((heaps - last) * numbers, generator=generator)
 
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained: its gradients are averaged over the ranks, its weights are rank 0's."""
-        return model if self.count == 1 else DistributedDataParallel(model)
+    def batches(
+        self, data: Any, batch_size: int, *, images: int, heap: int | None, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+        """An epoch of so many augmented images of an ImageSet: of each mini-batch this rank's images, their labels, and
+        how much their mean loss weighs in that of the mini-batch.
 
-    def agree(self, tensors: Iterable[Tensor]) -> None:
+        heap: how many images share a random start, which the loss draws; None where it draws nothing.
+        """
+
+        def some(size: int) -> slice:
+            own = self.share(size, heap or 1)
+            return own if own.stop > own.start else slice(0, 1)  # one that weighs nothing
+
+        passing = data.batches(batch_size, generator=generator, augment=True, limit=images, share=some)
+        for step, (x, y) in enumerate(passing):
+            size = min(batch_size, images - step * batch_size)
+            own = self.share(size, heap or 1)
+            with self.drawing(size, heap or 1, x[0].numel() if heap else 0, generator):
+                yield x, y, self.weight(y if own.stop > own.start else y[:0])
+
+    def weight(self, labels: Tensor) -> Tensor | float:
+        """How much of what all ranks decide this one does, by its labels."""
+        return 1.0 if self.count == 1 else decisions(labels) / self.total(decisions(labels)).clamp(min=1)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Give every rank the sum of all ranks' gradients, and rank 0's buffers: the next attack is on one model."""
+        if self.count > 1:
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            summed = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            self.sync(model.buffers())
+
+    def sync(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks the tensors of rank 0, in place."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)
 
-    def told(self, value: Plain) -> Plain:
+    def broadcast_object(self, value: Plain) -> Plain:
         """Rank 0's value (plain Python) on every rank."""
         if self.count == 1:
             return value
@@ -76,8 +116,19 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def on_first(self, function: Callable[[], None]) -> None:
+        """Call `function` on rank 0 alone; what it raises there stops the others, too, by `Stopped`."""
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        if self.broadcast_object(error is not None):
+            raise error or Stopped
 
-def here() -> Ranks:
+
+def current_ranks() -> Ranks:
     """The ranks that this process belongs to."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
@@ -101,25 +152,4 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         yield "cuda" if on_cuda else "cpu"
         dist.barrier()  # nobody leaves while another still waits for what was said last
     finally:
-        gc.collect()  # a wrapped model that outlives the process group can abort the process
         dist.destroy_process_group()
-
-
-def follow(runner: "Runner", runs: Mapping[str, "Run"]) -> None:
-    """Help rank 0 with whichever of the runs it computes, until it says None."""
-    while (key := here().told("")) is not None:
-        with contextlib.suppress(Stopped):
-            runner.help_with(runs[key], Follower())
-
-
-class Follower:
-    """The workspace of a rank that only helps: rank 0 loads, saves and records."""
-
-    def load_checkpoint(self) -> None:
-        return None
-
-    def save_checkpoint(self, tensors: dict[str, Tensor], info: dict) -> None:
-        pass
-
-    def save_tensors(self, name: str, tensors: dict[str, Tensor], metadata: Any = None) -> None:
-        pass

@@ -1,7 +1,7 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from satlib import parallel
 from satlib.attacks import heap_pgd, images_at_once, perturb
 from satlib.data.imageset import IGNORE
 from satlib.device import autocast
 from satlib.errors import SatlibError
+from satlib.parallel import current_ranks, decisions
 
-# What each optimizer keeps for every weight: its name in a checkpoint, and PyTorch's.
-OPTIMIZERS = {
-    "sgd": {"velocity": "momentum_buffer"},
-    "adam": {"mean": "exp_avg", "square": "exp_avg_sq"},
+# Each optimizer, and what it keeps for every weight: its name in a checkpoint, and PyTorch's.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, str]]] = {
+    "sgd": (torch.optim.SGD, {"velocity": "momentum_buffer"}),
+    "adam": (torch.optim.Adam, {"mean": "exp_avg", "square": "exp_avg_sq"}),
 }
 
 
@@ -55,37 +55,35 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(name: str, right: bool, expected: str) -> None:
-            if not right:
-                raise SatlibError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        def check(expected: str, right: Callable[[Any], bool], *names: str) -> None:
+            for name in names:
+                if not right(value := getattr(self, name)):
+                    raise SatlibError(f"{name}={value!r}: expected {expected}")
 
-        check("epochs", isinstance(self.epochs, int) and self.epochs >= 0, "a whole number of at least 0")
-        for name in ("batch_size", "sharedness", "steps"):
-            value = getattr(self, name)
-            check(name, isinstance(value, int) and value >= 1, "a whole number of at least 1")
-        for name in ("learning_rate", "relative_step_size"):
-            check(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("momentum", "label_smoothing", "warm_up"):
-            check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        check("sigma", 0 <= self.sigma <= 1, "a number in [0, 1]")
-        check("eps", 0 <= self.eps <= 255, "a number from 0 to 255 (pixel units)")
-        check("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
-        check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
-        check("schedule", self.schedule in ("step", "one-cycle"), "'step' or 'one-cycle'")
-        check("sharedness", self.sharedness <= self.batch_size, f"at most batch_size ({self.batch_size})")
-        whole = isinstance(self.epoch_images, int) and self.epoch_images >= 0
-        check("epoch_images", whole, "a whole number of at least 0 (0: all images)")
-        check("nesterov", not self.nesterov or self.momentum > 0, "False, or momentum > 0")
-        cap = self.loss_threshold
-        check("loss_threshold", cap is None or cap > 0, "a positive number, or None for no cap")
+        def whole(least: int) -> Callable[[Any], bool]:
+            return lambda value: isinstance(value, int) and value >= least
+
+        check("a whole number of at least 0", whole(0), "epochs")
+        check("a whole number of at least 1", whole(1), "batch_size", "sharedness", "steps")
+        check("a positive number", lambda value: 0 < value < math.inf, "learning_rate", "relative_step_size")
+        check("a number in [0, 1)", lambda value: 0 <= value < 1, "momentum", "label_smoothing", "warm_up")
+        check("a number in [0, 1]", lambda value: 0 <= value <= 1, "sigma")
+        check("a number from 0 to 255 (pixel units)", lambda value: 0 <= value <= 255, "eps")
+        check("a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay")
+        check(f"one of {', '.join(OPTIMIZERS)}", lambda value: value in OPTIMIZERS, "optimizer")
+        check("'step' or 'one-cycle'", lambda value: value in ("step", "one-cycle"), "schedule")
+        check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
+        check("a whole number of at least 0 (0: all images)", whole(0), "epoch_images")
+        check("False, or momentum > 0", lambda value: not value or self.momentum > 0, "nesterov")
+        check("a positive number, or None for no cap", lambda value: value is None or value > 0, "loss_threshold")
 
     def config(self) -> dict:
         """The settings as plain JSON types; those of the attack only where there is one (sigma > 0)."""
-        config = asdict(self) | {"milestones": list(self.milestones)}
         unused = {"milestones"} if self.schedule == "one-cycle" else {"warm_up"}
         unused |= {"optimizer"} if self.optimizer == "sgd" else {"momentum", "nesterov"}
         if self.sigma == 0:
             unused |= {"eps", "sharedness", "steps", "relative_step_size", "loss_threshold"}
+        config = asdict(self) | {"milestones": list(self.milestones)}
         return {name: value for name, value in config.items() if name not in unused}
 
     @classmethod
@@ -108,19 +106,12 @@ def learning_rate_at(settings: Training, epoch: float) -> float:
 
 
 def shared_adversarial_loss(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    settings: Training,
-    generator: torch.Generator,
-    *,
-    start: Tensor | None = None,
-    forward: nn.Module | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
 ) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
-    images (d, C, H, W) float32 in 0..255, labels (d,); `settings` are those of the attack and of the loss. start: the
-    heaps' initial perturbations, by default random. forward: the model as it is trained, where that is wrapped.
+    images (d, C, H, W) float32 in 0..255, labels (d,) or (d, H, W); `settings` are those of the attack and of the
+    loss. The heaps' initial perturbations are drawn from `generator`.
     """
     sharedness = min(settings.sharedness, len(images))
     xi = heap_pgd(
@@ -134,9 +125,8 @@ def shared_adversarial_loss(
         loss_threshold=settings.loss_threshold,
         label_smoothing=settings.label_smoothing,
         generator=generator,
-        start=start,
     )
-    return mixed_loss(forward or model, images, perturb(images, xi, sharedness), labels, settings)
+    return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
 
 
 def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
@@ -156,39 +146,42 @@ def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
     return F.cross_entropy(logits, labels, **options) / decisions(labels).clamp(min=1)
 
 
-def decisions(labels: Tensor) -> Tensor:
-    """How many decisions labels (n,) or (n, H, W) are about: images, or pixels that have a class."""
-    return (labels != IGNORE).sum() if labels.ndim > 1 else torch.tensor(len(labels), device=labels.device)
-
-
-def _optimizer(weights: Sequence[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(weights, **options)
-    return torch.optim.SGD(weights, momentum=settings.momentum, nesterov=settings.nesterov, **options)
-
-
-def _at_least_one(share: slice) -> slice:
-    """A rank without images of its own takes part in a step with one that does not count."""
-    return share if share.stop > share.start else slice(0, 1)
-
-
 class Adversary(Protocol):
-    """A defence that trains against perturbations of its own making, in place of the heap adversary."""
+    """What a training trains against. Only `loss` has to be there; the rest is for what goes on from epoch to epoch."""
 
     def start_epoch(self, model: nn.Module, epoch: int, generator: torch.Generator) -> None:
         """Called before each epoch; what it finds now is what `loss` trains against."""
+        return
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
     ) -> Tensor:
-        """The training loss of a mini-batch."""
+        """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs to go on after an epoch."""
+        return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
+        return
+
+
+class ERM(Adversary):
+    """Nothing: the loss of clean images."""
+
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
+    ) -> Tensor:
+        with autocast(images.device):
+            logits = model(images).float()
+        return training_loss(logits, labels, settings)
+
+
+class SharedAdversarialTraining(Adversary):
+    """Perturbations that the heap adversary finds for each mini-batch (section 4.2)."""
+
+    loss = staticmethod(shared_adversarial_loss)
 
 
 def train(
@@ -205,112 +198,101 @@ def train(
 ) -> list[dict]:
     """Train `model` in place on `data` (an ImageSet on the model's device); returns the history, an entry an epoch.
 
-    The loss is that of the `adversary` if one is given, else shared adversarial training's where sigma > 0, else ERM's.
-
+    adversary: by default SharedAdversarialTraining where sigma > 0, else ERM. until: stop after so many of the epochs.
     after_epoch(state, history) is called with everything that resuming needs; handed back as `state` and
-    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone. until: stop
-    after so many of the epochs.
+    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
     Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
-    its heaps of every mini-batch, the attack is on the bare model, gradients are averaged, and all go on from rank 0's
-    state and history. Only rank 0 calls `after_epoch` and `progress`; what the former raises there stops all of them.
+    its heaps of every mini-batch, gradients are summed, and all go on from rank 0's state and history. Only rank 0
+    calls `after_epoch` and `progress`; what the former raises there stops all of them.
 
     Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a mini-batch, and where the loss
     is not finite after an epoch, naming the epoch and the mend.
     """
-    names, weights = zip(*model.named_parameters(), strict=True)
-    kept = OPTIMIZERS[settings.optimizer]
-    memory = [{slot: torch.zeros_like(weight) for slot in kept} for weight in weights]
-    ranks = parallel.here()
-    if adversary is not None and ranks.count > 1:
-        raise SatlibError(f"{type(adversary).__name__} trains on one rank, not {ranks.count}; run it without torchrun")
-    sharedness = settings.sharedness if settings.sigma > 0 else 1
-    if ranks.count > (heaps := -(-settings.batch_size // sharedness)):
-        raise SatlibError(f"{ranks.count} ranks for {heaps} heaps in a mini-batch: some would have none; use fewer")
-    history = list(history or [])
+    heap = settings.sharedness if settings.sigma > 0 else None
+    ranks = current_ranks()
+    ranks.check(settings.batch_size, heap, adversary)
+    adversary = adversary or (SharedAdversarialTraining() if heap else ERM())
+    size = min(settings.epoch_images or len(data), len(data))
+    steps = math.ceil(size / settings.batch_size)
+    history = ranks.broadcast_object(list(history or []))
+    optimizer = new_optimizer(model, settings, steps=len(history) * steps)
     if state is not None:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        for name, slots in zip(names, memory, strict=True):
-            for slot, buffer in slots.items():
-                buffer.copy_(state[f"{slot}.{name}"])  # which stays in the weight's memory format, as on other ranks
-        if adversary is not None:
-            found = {k.removeprefix("adversary."): v for k, v in state.items() if k.startswith("adversary.")}
-            adversary.load({name: value.to(weights[0].device) for name, value in found.items()})
-    optimizer = _optimizer(weights, settings)
-    history = ranks.told(history)
-    ranks.agree([*model.state_dict().values(), *(buffer for slots in memory for buffer in slots.values())])
-    wrapped = ranks.wrapped(model)
-    images_each = min(settings.epoch_images or len(data), len(data))
-    batches_each = math.ceil(images_each / settings.batch_size)
-    for weight, slots in zip(weights, memory, strict=True):
-        optimizer.state[weight].update({kept[slot]: buffer for slot, buffer in slots.items()})
-        if settings.optimizer == "adam":
-            optimizer.state[weight]["step"] = torch.tensor(float(len(history) * batches_each))
+        load_state(state, model, optimizer, adversary)
+    ranks.sync([*model.parameters(), *model.buffers(), *momenta(model, optimizer).values()])
+
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-        total = torch.zeros((), device=weights[0].device)
-        if adversary is not None:
-            adversary.start_epoch(model, epoch, generator)
+        adversary.start_epoch(model, epoch, generator)
         model.train()
-        batches = data.batches(
-            settings.batch_size,
-            generator=generator,
-            augment=True,
-            limit=images_each,
-            share=lambda size: _at_least_one(ranks.share(size, sharedness)),
-        )
-        for batch, (x, y) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + batch / batches_each)
-            size = min(settings.batch_size, images_each - batch * settings.batch_size)
-            own = ranks.share(size, sharedness)
-            ranks.agree(model.buffers())  # the attack is on the same model on every rank
-            if adversary is not None:
-                loss = adversary.loss(model, x, y, settings, generator)
-            elif settings.sigma > 0:
-                start = ranks.start(size, sharedness, x.shape[1:], settings.eps, generator) if ranks.count > 1 else None
-                if own.start == own.stop:
-                    start = torch.zeros_like(x)  # not trained on
-                loss = shared_adversarial_loss(model, x, y, settings, generator, start=start, forward=wrapped)
-            else:
-                with autocast(x.device):
-                    logits = wrapped(x).float()
-                loss = training_loss(logits, y, settings)
-            if ranks.count > 1:  # gradients are averaged over ranks, losses are means over decisions
-                known = decisions(y).float() * (own.stop > own.start)
-                loss = loss * (known * ranks.count / ranks.total(known.clone()).clamp(min=1))
+        total = 0.0
+        batches = ranks.batches(data, settings.batch_size, images=size, heap=heap, generator=generator)
+        for step, (images, labels, weight) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + step / steps)
+            loss = weight * adversary.loss(model, images, labels, settings, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            ranks.sum_gradients(model)
             optimizer.step()
-            total += loss.detach() * (size / ranks.count)
+            total += loss.detach() * min(settings.batch_size, size - step * settings.batch_size)
             if progress and ranks.rank == 0:
-                progress(
-                    f"epoch {epoch + 1}/{settings.epochs}",
-                    (epoch + (batch + 1) / batches_each) / settings.epochs,
-                )
-        mean_loss = ranks.total(total).item() / images_each
-        if not math.isfinite(mean_loss):
-            raise SatlibError(
-                f"the loss is {mean_loss} in epoch {epoch + 1}: training diverged;"
-                f" lower learning_rate={settings.learning_rate!r}"
-            )
-        history.append({"epoch": epoch + 1, "loss": round(mean_loss, 6)})
-        stopped: Exception | None = None
-        if after_epoch and ranks.rank == 0:
-            momenta = {
-                f"{slot}.{n}": optimizer.state[w][name]
-                for n, w in zip(names, weights, strict=True)
-                for slot, name in kept.items()
-            }
-            found = {f"adversary.{k}": v for k, v in adversary.state().items()} if adversary is not None else {}
-            try:
-                after_epoch({f"model.{k}": v for k, v in model.state_dict().items()} | momenta | found, history)
-            except Exception as error:
-                stopped = error
-        if ranks.told(stopped is not None):
-            raise stopped or parallel.Stopped
+                progress(f"epoch {epoch + 1}/{settings.epochs}", (epoch + (step + 1) / steps) / settings.epochs)
+        mean = ranks.total(total).item() / size
+        if not math.isfinite(mean):
+            lower = f"lower learning_rate={settings.learning_rate!r}"
+            raise SatlibError(f"the loss is {mean} in epoch {epoch + 1}: training diverged; {lower}")
+        history.append({"epoch": epoch + 1, "loss": round(mean, 6)})
+        if after_epoch:
+            ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), history))
     model.eval()
     return history
+
+
+def new_optimizer(model: nn.Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
+    """The optimizer after so many steps, but for its momenta, which are zero."""
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    kind, kept = OPTIMIZERS[settings.optimizer]
+    optimizer = kind(model.parameters(), **options)
+    for weight in model.parameters():
+        optimizer.state[weight].update({theirs: torch.zeros_like(weight) for theirs in kept.values()})
+        if settings.optimizer == "adam":
+            optimizer.state[weight]["step"] = torch.tensor(float(steps))
+    return optimizer
+
+
+def momenta(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps for every weight, by its name in a checkpoint: `velocity.NAME`."""
+    return {
+        f"{ours}.{name}": optimizer.state[weight][theirs]
+        for name, weight in model.named_parameters()
+        for _, kept in OPTIMIZERS.values()
+        for ours, theirs in kept.items()
+        if theirs in optimizer.state[weight]
+    }
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:
+    """Everything that a training needs to go on after an epoch."""
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return weights | momenta(model, optimizer) | {f"adversary.{k}": v for k, v in adversary.state().items()}
+
+
+def load_state(
+    state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary
+) -> None:
+    """Go on from what `state_of` gave."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    for name, kept in momenta(model, optimizer).items():
+        kept.copy_(state[name])  # which stays in the weight's memory format, as on other ranks
+    device = next(model.parameters()).device
+    adversary.load({name: value.to(device) for name, value in part("adversary.").items()})
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_project import parameters, write_project
 
-from satlib.parallel import Ranks, here
+from satlib.attacks import random_start
+from satlib.parallel import Ranks, current_ranks
 from satlib.study.ledger import Ledger
 from satlib.study.records import CHECKPOINT, Record
 
@@ -126,16 +127,25 @@ def test_shares_are_whole_heaps_of_which_each_is_taken_once(images, sharedness, 
 
 @given(images=st.integers(1, 40), sharedness=st.integers(1, 40), count=st.integers(1, 5))
 def test_ranks_start_from_what_one_process_draws(images, sharedness, count):
-    def start(ranks):
-        return ranks.start(images, sharedness, (1, 2, 2), 8.0, torch.Generator().manual_seed(1))
+    """And go on from there: the next mini-batch's draws are those of one process, too."""
 
-    together = torch.cat([start(Ranks(rank, count)) for rank in range(count)])
-    assert torch.equal(together, start(Ranks()))
+    def start(ranks):
+        generator, own = torch.Generator().manual_seed(1), ranks.share(images, sharedness)
+        with ranks.drawing(images, sharedness, 1 * 2 * 2, generator):
+            drawn = random_start((-(-(own.stop - own.start) // sharedness), 1, 2, 2), 8.0, generator)
+        return drawn, torch.rand(3, generator=generator)
+
+    alone, after = start(Ranks())
+    parts, afterwards = zip(*(start(Ranks(rank, count)) for rank in range(count)), strict=True)
+    assert torch.equal(torch.cat(parts), alone)
+    assert all(torch.equal(each, after) for each in afterwards)
+    whole = random_start((-(-images // sharedness), 1, 2, 2), 8.0, torch.Generator().manual_seed(1))
+    assert torch.equal(alone, whole)
 
 
 def test_a_process_on_its_own_is_the_only_rank():
-    assert here() == Ranks(0, 1)
-    assert Ranks().share(7, 3) == slice(0, 7) and Ranks().told([1]) == [1]
+    assert current_ranks() == Ranks(0, 1)
+    assert Ranks().share(7, 3) == slice(0, 7) and Ranks().broadcast_object([1]) == [1]
 
 
 SMALL = """

@@ -12,7 +12,16 @@ from torch import nn
 from satlib.data import ImageSet
 from satlib.errors import SatlibError
 from satlib.risks import heap_risk
-from satlib.training import Training, accuracy, learning_rate_at, shared_adversarial_loss, train
+from satlib.training import (
+    ERM,
+    Adversary,
+    SharedAdversarialTraining,
+    Training,
+    accuracy,
+    learning_rate_at,
+    shared_adversarial_loss,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("float32")
 KAPPA = -math.log(0.2)
@@ -172,6 +181,32 @@ def test_shared_training_takes_the_steps_of_the_shared_loss(resnet, tiny):
     for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert len(history) == 2
+
+
+@pytest.mark.parametrize(("settings", "default"), [(SHORT, ERM), (SHARED, SharedAdversarialTraining)])
+def test_the_loss_is_that_of_the_adversary_that_sigma_asks_for(resnet, tiny, settings, default):
+    one, other, settings = resnet(), resnet(), replace(settings, epochs=1)
+    assert train(one, tiny.train, settings) == train(other, tiny.train, settings, adversary=default())
+    assert_equal_tensors(one.state_dict(), other.state_dict())
+
+
+def test_an_adversary_needs_nothing_but_a_loss(resnet, tiny):
+    """Training against it is training on what it makes; of it, nothing is kept."""
+
+    class Darker(Adversary):
+        def loss(self, model, images, labels, settings, generator):
+            return ERM().loss(model, images - 10, labels, settings, generator)
+
+    class Dark(Unaugmented):
+        def batches(self, *args, augment, **options):
+            return ((x - 10, y) for x, y in self.data.batches(*args, **options))
+
+    one, other, state = resnet(), resnet(), {}
+    keep = {"after_epoch": lambda found, _: state.update(found)}
+    train(one, Unaugmented(tiny.train), replace(SHORT, epochs=1), adversary=Darker(), **keep)
+    train(other, Dark(tiny.train), replace(SHORT, epochs=1))
+    assert_equal_tensors(one.state_dict(), other.state_dict())
+    assert {name.partition(".")[0] for name in state} == {"model", "velocity"}
 
 
 def test_shared_training_makes_a_model_more_robust(trained, tiny):

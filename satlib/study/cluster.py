@@ -188,14 +188,14 @@ def _rank(task: Task, parent: int) -> None:
     with parallel.joined(task.device) as device:
         runner = _lab(replace(task, device=device or task.device), Progress())
         runs = {task.key: task.run}
-        if parallel.here().rank > 0:
-            parallel.follow(runner, runs)
+        if parallel.current_ranks().rank > 0:
+            follow(runner, runs)
             return
         try:
             with contextlib.suppress(BudgetSpent):  # the task finds no record, and says so
                 runner.record(task.run, whole=task.whole)
         finally:
-            parallel.here().told(None)
+            parallel.current_ranks().broadcast_object(None)
 
 
 def _end_with(parent: int) -> None:
