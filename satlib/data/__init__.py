@@ -72,3 +72,10 @@ def download(name: str, *, root: str | Path | None = None) -> None:
 
 def _resolved(root: str | Path | None) -> Path:
     return data_root() if root is None else Path(root).resolve()
+
+
+def training_images(name: str) -> int:
+    base, _, option = name.partition(":")
+    known = {"cifar10": 45_000, "imagenet200": 90_000, "imagenet200-224": 234_000, "shapes32": 9_000, "shapes64": 8_000, "cityscapes": 2975, "camvid": 367, "streets128x64": 400, "streets256x128": 400}
+    images = known.get(base, 45_000)
+    return images * int(option) // 200 if option.isdecimal() else images
