@@ -5,6 +5,9 @@ import types
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from satlib.study.experiments import with_parameters
+from satlib.study.experiments.trust import ATTACKS, attack_run
+from satlib.study.kinds.trust import after_saving
 
 from satlib import evaluation_checks as audit
 from satlib import paper
@@ -13,10 +16,7 @@ from satlib.errors import SatlibError
 from satlib.study import experiments
 from satlib.study import runs as lab_module
 from satlib.study.claims import evaluation_checks as claims
-from satlib.study.experiments import with_parameters
-from satlib.study.experiments.trust import ATTACKS, attack_run
 from satlib.study.figures import trust as drawings
-from satlib.study.kinds.trust import after_saving
 from satlib.study.ledger import Ledger
 from satlib.study.runs import Runner
 

@@ -21,7 +21,13 @@ LEDGER = Path(__file__).resolve().parent.parent / "data" / "ledger"
 
 @measurement(version=1, nested={"attack": lambda given: {"steps": 5, "beta": 4.0}})
 def measured(
-    model: nn.Module, others: list[Record], data: Splits, *, eps: float, attack: dict = {}, seed: int = 0  # noqa: B006
+    model: nn.Module,
+    others: list[Record],
+    data: Splits,
+    *,
+    eps: float,
+    attack: dict = {},  # noqa: B006
+    seed: int = 0,  # noqa: B006
 ) -> dict:
     """A measurement that is only planned."""
     return {}
@@ -50,7 +56,9 @@ def test_a_run_knows_what_it_builds_on():
 
 @pytest.mark.parametrize("given", [{"epss": 1.0}, {"eps": 8.0, "sed": 1}])
 def test_settings_that_it_does_not_have_are_named(given):
-    with pytest.raises(SatlibError, match=r"measured: the setting '(epss|sed)' is unknown or missing; expected \['attack'"):
+    with pytest.raises(
+        SatlibError, match=r"measured: the setting '(epss|sed)' is unknown or missing; expected \['attack'"
+    ):
         plan(**given)
     with pytest.raises(SatlibError, match="measured: the setting 'eps' is unknown or missing"):
         measured.plan(CIFAR10, "a title")

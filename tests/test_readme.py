@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from satlib.study.kinds import KINDS
 from torch import nn
 
 from satlib.study import results
 from satlib.study.claims import Records
-from satlib.study.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
