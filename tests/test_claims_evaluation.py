@@ -15,7 +15,7 @@ from satlib.study import runs as lab_module
 from satlib.study.claims import evaluation as trust
 from satlib.study.experiments import with_parameters
 from satlib.study.experiments.trust import ATTACKS, attack_run
-from satlib.study.figures import trust as drawings
+from satlib.study.figures import evaluation_checks as drawings
 from satlib.study.kinds.trust import after_saving
 from satlib.study.ledger import Ledger
 from satlib.study.runs import Runner
