@@ -144,7 +144,7 @@ def explore(folder: Path, pictures: Path | None = None, *, times: int = 1) -> di
             took = attack.after(
                 partial(models.select_option, title), lambda title=title: f"{title}, eps".replace("\xa0", " ")
             )
-            seconds["model, taken for the first time" if "shapes" in title else "model of scenes, likewise"].append(
+            seconds["model, loaded for the first time" if "shapes" in title else "model of scenes, likewise"].append(
                 took
             )
         if pictures:

@@ -16,7 +16,7 @@ from satlib.errors import SatlibError
 from satlib.study import experiments
 from satlib.study import runs as lab_module
 from satlib.study.claims import evaluation_checks as claims
-from satlib.study.figures import trust as drawings
+from satlib.study.figures import evaluation_checks as drawings
 from satlib.study.ledger import Ledger
 from satlib.study.runs import Runner
 

@@ -14,7 +14,7 @@ from satlib.errors import SatlibError
 from satlib.models import build
 from satlib.study import explorer
 from satlib.study.claims import Model
-from satlib.study.live import Subject, Superseded
+from satlib.study.live import Superseded, Target
 
 
 def slider(value=1):
@@ -103,13 +103,13 @@ def test_a_panel_reads_as_text_where_there_are_no_widgets():
 
 
 class Few:
-    """A shelf of two untrained models, one of which labels pixels."""
+    """A zoo of two untrained models, one of which labels pixels."""
 
     titles = ("classifier", "segmenter")
 
     def __init__(self):
         torch.manual_seed(0)
-        self.taken = {}
+        self.loaded = {}
         for title, name, architecture in (
             ("classifier", "shapes32", {"name": "resnet", "depth": 8, "width": 4}),
             ("segmenter", "streets128x64", {"name": "fcn8s", "width": 2}),
@@ -118,20 +118,20 @@ class Few:
             train = splits.train
             model = build(architecture, classes=len(train.classes), mean=train.mean, std=train.std)
             scene = train.labels[0] if name.startswith("streets") else None
-            self.taken[title] = Subject(title, model.eval(), splits, scene)
+            self.loaded[title] = Target(title, model.eval(), splits, scene)
 
-    def scenes(self, title):
-        return self.taken[title].scenes
+    def segments(self, title):
+        return self.loaded[title].segments
 
-    def take(self, title):
-        return self.taken[title]
+    def load(self, title):
+        return self.loaded[title]
 
     def records(self, settings):
         return []
 
 
 @pytest.fixture(scope="module")
-def shelf():
+def zoo():
     return Few()
 
 
@@ -139,10 +139,10 @@ def text_of(figure):
     return " ".join(t.get_text() for axis in figure.axes for t in (axis.title, axis.xaxis.label, axis.yaxis.label))
 
 
-def test_attack_panel_offers_the_targets_of_its_model(shelf):
-    panel = explorer.attack_panel(shelf, eps=8.0, steps=10, start=False)
+def test_attack_panel_offers_the_targets_of_its_model(zoo):
+    panel = explorer.attack_panel(zoo, eps=8.0, steps=10, start=False)
     target = panel.controls["target"]
-    assert [name for name, _ in target.options] == ["any wrong answer", *shelf.take("classifier").splits.test.classes]
+    assert [name for name, _ in target.options] == ["any wrong answer", *zoo.load("classifier").splits.test.classes]
     assert target.label == "any wrong answer"
     target.value = 2
     figure = panel.figure()
@@ -154,15 +154,15 @@ def test_attack_panel_offers_the_targets_of_its_model(shelf):
     ] and target.label == "any wrong answer"
     target.value = explorer.SCENE
     assert "pixels of unseen scenes" in text_of(panel.figure())
-    panel.controls["kind"].value = explorer.EACH
+    panel.controls["own"].value = True
     assert "the first image's own" in text_of(panel.figure())
     panel.controls["eps"].value = 0.0
     panel.answer_once(lambda: False)
     assert "hit the target" in shown(panel)
 
 
-def test_sharedness_panel_offers_classifiers_alone(shelf):
-    panel = explorer.sharedness_panel(shelf, sharedness=64, eps=8.0, start=False)
+def test_sharedness_panel_offers_classifiers_alone(zoo):
+    panel = explorer.sharedness_panel(zoo, sharedness=64, eps=8.0, start=False)
     panel.controls["steps"].value = 5
     assert panel.controls["model"].options == ("classifier",)
     assert "1 heap of 64 images share" in text_of(panel.figure())
@@ -187,7 +187,7 @@ def test_the_nearest_model_is_one_that_was_run():
         explorer.nearest_model(models, "s = 8", 10.0, 0.5)
 
 
-def test_a_shelf_without_weights_says_what_makes_some(tmp_path, monkeypatch):
+def test_a_zoo_without_weights_says_what_makes_some(tmp_path, monkeypatch):
     from satlib.study.ledger import Ledger
     from satlib.study.runs import Runner
 
@@ -195,7 +195,7 @@ def test_a_shelf_without_weights_says_what_makes_some(tmp_path, monkeypatch):
     with pytest.raises(
         SatlibError, match=r"no trained model has its weights here: .*run_all.sh --profile quick --only"
     ):
-        explorer.Shelf(Runner(profile="quick", ledger=Ledger(tmp_path)), "quick")
+        explorer.ModelZoo(Runner(profile="quick", ledger=Ledger(tmp_path)), "quick")
 
 
 def test_embedded_data_is_always_here(tmp_path, monkeypatch):

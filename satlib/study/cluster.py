@@ -189,7 +189,7 @@ def _rank(task: Task, parent: int) -> None:
         runner = _lab(replace(task, device=device or task.device), Progress())
         runs = {task.key: task.run}
         if parallel.current_ranks().rank > 0:
-            follow(runner, runs)
+            runner.follow(runs)
             return
         try:
             with contextlib.suppress(BudgetSpent):  # the task finds no record, and says so

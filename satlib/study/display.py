@@ -44,7 +44,7 @@ def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable
 
 
 def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet | StreamedSet) -> list[dict]:
-    """Rows of `figures.cifar10.perturbation_gallery`: each model's universal perturbation, and what it predicts of the
+    """Rows of `classification.perturbation_gallery`: each model's universal perturbation, and what it predicts of the
     pictures, the first of the test set, under it. Weights are needed only where no `predictions` were recorded."""
     rows = []
     for model in models:

@@ -18,16 +18,17 @@ from matplotlib.figure import Figure
 from satlib import data
 from satlib.errors import SatlibError
 from satlib.segmentation import scene_target
-from satlib.study import profiles, results
+from satlib.study import measurements
 from satlib.study.claims import Model, Records, trained_models
 from satlib.study.display import broken_by
 from satlib.study.figures import explorer as drawings
-from satlib.study.live import Attack, Attacked, Shared, Sharing, Subject, Superseded, attack, share
+from satlib.study.live import Attack, Attacked, Shared, Sharing, Superseded, Target, attack, interval, share
+from satlib.study.measurement import Run
 from satlib.study.records import Record
-from satlib.study.runs import Run, Runner
+from satlib.study.runs import Runner
+from satlib.study.settings import NOTEBOOKS
+from satlib.study.settings import settings as settings_of
 
-WIDE = widgets.Layout(width="31em")
-NAMES = {"description_width": "7em"}
 Answers = Iterator[tuple[Figure, str]]  # each with what it shows, in words
 
 
@@ -130,7 +131,7 @@ def as_html(figure: Figure, words: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
 
 
-class Shelf:
+class ModelZoo:
     """The trained models whose weights are here, by title; each is loaded when it is first asked for.
 
     They are those of sections 6.1 and 6.3 under `profile` and under "laptop", of the latter's real images where these
@@ -140,7 +141,7 @@ class Shelf:
     def __init__(self, runner: Runner, profile: str):
         self.runner, self.missing = runner, []
         self._offered: dict[str, tuple[Run, str]] = {}  # run, and the scene at which targeted attacks aim
-        self._taken: dict[str, Subject] = {}
+        self._loaded: dict[str, Target] = {}
         self._lock = threading.Lock()
         records = Records(runner.ledger)
         for name in dict.fromkeys((profile, "laptop")):
@@ -150,16 +151,17 @@ class Shelf:
             raise SatlibError(f"no trained model has its weights here: {'; '.join(self.missing)}")
 
     def _offer(self, profile: str, section: str, records: Records) -> None:
-        settings, plan = results.section_settings(section, profile), results.section_plan(section, profile)
+        settings, plan = settings_of(section, profile), measurements.plan(section, profile)
         if not is_here(settings.dataset):
             self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
             return
         runs = [plan.erm, *(runs[-1 if section == "6.3" else 0] for runs in plan.models.values())]
-        found = [run for run in runs if (record := records.of(run)) and record.has("weights")]
-        for run in found:
+        trained = [run for run in runs if (record := records.of(run)) and record.has("weights")]
+        for run in trained:
             self._offered[f"{run.title} · {settings.dataset}"] = (run, getattr(settings, "target", ""))
-        if not found:
-            call = f"./run_all.sh --profile {profile} --only {results.PAPER[section][1][:2]}"
+        if not trained:
+            stem = next(stem for stem, sections in NOTEBOOKS.items() if section in sections)
+            call = f"./run_all.sh --profile {profile} --only {stem[:2]}"
             self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
 
     @property
@@ -171,176 +173,163 @@ class Shelf:
         """The record of the model that a panel's settings name."""
         return [self.runner.record(self._offered[settings["model"]][0])]
 
-    def scenes(self, title: str) -> bool:
+    def segments(self, title: str) -> bool:
         """Whether a model labels every pixel."""
         return bool(self._offered[title][1])
 
-    def take(self, title: str) -> Subject:
+    def load(self, title: str) -> Target:
         """A model, ready to be attacked."""
         with self._lock:
-            if title not in self._taken:
-                run, target = self._offered[title]
+            if title not in self._loaded:
+                run, frame = self._offered[title]
                 splits = self.runner.splits(run.dataset)
-                scene = scene_target(splits, target) if target else None
-                self._taken[title] = Subject(title, self.runner.model(run), splits, scene)
-            return self._taken[title]
+                scene = scene_target(splits, frame) if frame else None
+                self._loaded[title] = Target(title, self.runner.model(run), splits, scene)
+            return self._loaded[title]
 
 
 def is_here(dataset: str) -> bool:
     """Whether a data set can be loaded: embedded, or found in the data root."""
     name = dataset.partition(":")[0]
-    return name in profiles.EMBEDDED or data.place(name) is not None
+    return data.is_embedded(name) or data.find(name) is not None
 
 
-def _choice(name: str, options: Sequence, value: Any) -> widgets.Dropdown:
-    return widgets.Dropdown(options=options, value=value, description=name, layout=WIDE, style=NAMES)
+def _control(kind: type[widgets.Widget], name: str, **options: Any) -> widgets.Widget:
+    layout, style = widgets.Layout(width="31em"), {"description_width": "7em"}
+    return kind(description=name, layout=layout, style=style, **options)
 
 
-def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
-    limits = {"min": low, "max": high, "step": step}
-    return widgets.FloatSlider(value=value, description=name, layout=WIDE, style=NAMES, readout_format=".4g", **limits)
+def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.Widget:
+    limits = {"value": value, "min": low, "max": high, "step": step}
+    if isinstance(step, int):
+        return _control(widgets.IntSlider, name, **limits)
+    return _control(widgets.FloatSlider, name, readout_format=".4g", **limits)
 
 
-def _steps(value: int) -> widgets.IntSlider:
-    return widgets.IntSlider(value=value, min=5, max=200, step=5, description="steps", layout=WIDE, style=NAMES)
-
-
-def _seed() -> widgets.IntSlider:
-    return widgets.IntSlider(value=0, min=0, max=9, description="seed", layout=WIDE, style=NAMES)
-
-
-ALL, EACH = "one perturbation for all images", "one for each image"
-SCENE, ANY = -1, -2  # targets beside classes; a selection's None would be none of its options
+ANY, SCENE = -2, -1  # targets beside classes; a selection's None would be none of its options
 
 
 def attack_panel(
-    shelf: Shelf, *, model: str | None = None, eps: float = 16.0, steps: int = 100, start: bool = True
+    zoo: ModelZoo, *, model: str | None = None, eps: float = 16.0, steps: int = 100, start: bool = True
 ) -> Panel:
     """Attack a model: what a perturbation looks like, what it does, and how success grows with eps."""
-    chosen = _choice("model", shelf.titles, model or shelf.titles[0])
-    target = _choice("target", [("any wrong answer", ANY)], ANY)
+    anything = ("any wrong answer", ANY)
+    kinds = [("one perturbation for all images", False), ("one for each image", True)]
+    chosen = _control(widgets.Dropdown, "model", options=zoo.titles, value=model or zoo.titles[0])
+    aim = _control(widgets.Dropdown, "target", options=[anything], value=ANY)
 
-    def aims(change: object = None) -> None:
+    def offer_aims(change: object = None) -> None:
         """The targets of the chosen model; the old choice stays where there is one of its name."""
-        classes = shelf.take(chosen.value).splits.test.classes
-        named = [("the target scene", SCENE)] if shelf.scenes(chosen.value) else [(c, i) for i, c in enumerate(classes)]
-        kept = target.label
-        with target.hold_trait_notifications():
-            target.options = [("any wrong answer", ANY), *named]
-            target.value = dict(target.options).get(kept, ANY)
+        classes, kept = zoo.load(chosen.value).splits.test.classes, aim.label
+        named = [("the target scene", SCENE)] if zoo.segments(chosen.value) else [(c, i) for i, c in enumerate(classes)]
+        with aim.hold_trait_notifications():
+            aim.options = [anything, *named]
+            aim.value = dict(aim.options).get(kept, ANY)
 
-    aims()
-    chosen.observe(aims, names="value")  # before the panel, which then asks with targets that the model has
+    offer_aims()
+    chosen.observe(offer_aims, names="value")  # before the panel, which then asks with targets that the model has
     controls = {
         "model": chosen,
-        "kind": _choice("attack", [ALL, EACH], ALL),
-        "eps": _slider("eps", eps, 0, 64, 1),
-        "target": target,
-        "steps": _steps(steps),
-        "seed": _seed(),
+        "own": _control(widgets.Dropdown, "attack", options=kinds, value=False),
+        "eps": _slider("eps", eps, 0, 64, 1.0),
+        "target": aim,
+        "steps": _slider("steps", steps, 5, 200, 5),
+        "seed": _slider("seed", 0, 0, 9, 1),
     }
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
-        subject, own = shelf.take(settings["model"]), settings["kind"] == EACH
-        aim = None if settings["target"] == ANY else settings["target"]
-        question = Attack(settings["eps"], settings["steps"], aim, own, settings["seed"])
-        for found in attack(subject, question, superseded):
-            yield drawings.attack_figure(found), _attack_words(found)
+        target = zoo.load(settings.pop("model"))
+        settings["target"] = None if settings["target"] == ANY else settings["target"]
+        for each in attack(target, Attack(**settings), superseded):
+            yield drawings.attack_figure(each), _attack_words(each)
 
-    return Panel(controls, answer, shelf.records, start=start)
+    return Panel(controls, answer, zoo.records, start=start)
 
 
-def _attack_words(found: Attacked) -> str:
-    question, (low, high) = found.question, (f"{100 * value:.0f}" for value in found.interval)
-    what = "pixels" if found.subject.scenes else "predictions"
-    won = "hit the target" if question.target is not None else "are wrong"
+def _attack_words(answer: Attacked) -> str:
+    low, high = (f"{100 * bound:.0f}" for bound in interval(answer.won))
+    what = "pixels" if answer.target.segments else "predictions"
+    won = "hit the target" if answer.question.target is not None else "are wrong"
     return (
-        f"{found.subject.title}, eps = {question.eps:g}: on {found.scored} unseen images {100 * found.rate:.0f} % of"
-        f" the {what} {won} (95 % interval over images: {low} to {high} %)."
-        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
+        f"{answer.target.title}, eps = {answer.question.eps:g}: on {len(answer.won)} unseen images"
+        f" {100 * answer.won.mean().item():.0f} % of the {what} {won} (95 % interval over images: {low} to {high} %)."
+        f" {answer.steps} of {answer.question.steps} steps, {answer.seconds:.1f} s."
     )
 
 
 def sharedness_panel(
-    shelf: Shelf, *, model: str | None = None, sharedness: int = 8, eps: float = 16.0, start: bool = True
+    zoo: ModelZoo, *, model: str | None = None, sharedness: int = 8, eps: float = 16.0, start: bool = True
 ) -> Panel:
     """Share perturbations within a mini-batch: what they look like, whom they fool, and the four risks."""
-    titles = [title for title in shelf.titles if not shelf.scenes(title)]
-    options = [2**k for k in range(7)]
-    heaps = widgets.SelectionSlider(options=options, value=sharedness, description="s", layout=WIDE, style=NAMES)
+    titles = [title for title in zoo.titles if not zoo.segments(title)]
     controls = {
-        "model": _choice("model", titles, model or titles[0]),
-        "sharedness": heaps,
-        "eps": _slider("eps", eps, 0, 64, 1),
-        "steps": _steps(20),
-        "seed": _seed(),
+        "model": _control(widgets.Dropdown, "model", options=titles, value=model or titles[0]),
+        "sharedness": _control(widgets.SelectionSlider, "s", options=[2**k for k in range(7)], value=sharedness),
+        "eps": _slider("eps", eps, 0, 64, 1.0),
+        "steps": _slider("steps", 20, 5, 200, 5),
+        "seed": _slider("seed", 0, 0, 9, 1),
     }
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
-        question = Sharing(settings["sharedness"], settings["eps"], settings["steps"], settings["seed"])
-        for found in share(shelf.take(settings["model"]), question, superseded):
-            yield drawings.shared_figure(found), _shared_words(found)
+        for each in share(zoo.load(settings.pop("model")), Sharing(**settings), superseded):
+            yield drawings.shared_figure(each), _shared_words(each)
 
-    return Panel(controls, answer, shelf.records, start=start)
+    return Panel(controls, answer, zoo.records, start=start)
 
 
-def _shared_words(found: Shared) -> str:
-    question = found.question
+def _shared_words(answer: Shared) -> str:
+    question = answer.question
     return (
-        f"{found.subject.title}, eps = {question.eps:g}, shared by {question.sharedness}: wrong on"
-        f" {100 * found.own:.0f} % of their own heaps, on {100 * found.unseen:.0f} % of unseen images."
-        f" {found.steps} of {question.steps} steps, {found.seconds:.1f} s."
+        f"{answer.target.title}, eps = {question.eps:g}, shared by {question.sharedness}: wrong on"
+        f" {100 * answer.own:.0f} % of their own heaps, on {100 * answer.unseen:.0f} % of unseen images."
+        f" {answer.steps} of {question.steps} steps, {answer.seconds:.1f} s."
     )
 
 
 def nearest_model(models: Sequence[Model], family: str, eps: float, sigma: float) -> Model:
     """Of the models that were run, the one of the family that is nearest in eps (per 26) and sigma; the family's only
     one where it has neither. Raises SatlibError for a family of which none was run."""
-    those = [m for m in models if m.family == family]
-    if not those:
+
+    def distance(model: Model) -> float:
+        far = 0.0 if model.eps is None else abs(model.eps - eps) / 26
+        return far + (0.0 if model.sigma is None else abs(model.sigma - sigma))
+
+    members = [m for m in models if m.family == family]
+    if not members:
         raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
-    return min(
-        those,
-        key=lambda m: (
-            abs((m.eps if m.eps is not None else eps) - eps) / 26
-            + abs((m.sigma if m.sigma is not None else sigma) - sigma)
-        ),
-    )
+    return min(members, key=distance)
 
 
-def tradeoff_panel(shelf: Shelf, profile: str, *, start: bool = True) -> Panel:
+def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
     """Choose a point of section 6.1: the nearest model that was really run is shown, with its perturbation."""
-    records, found = Records(shelf.runner.ledger), {}
+    records, runs = Records(zoo.runner.ledger), {}
     for name in dict.fromkeys((profile, "laptop")):
-        if models := trained_models(results.section_plan("6.1", name), records):
-            found[f"{name}: {models[0].records[0].labels['dataset']}"] = (
-                results.section_settings("6.1", name),
-                models,
-            )
-    if not found:
+        if models := trained_models(measurements.plan("6.1", name), records):
+            runs[f"{name}: {models[0].records[0].labels['dataset']}"] = (settings_of("6.1", name).dataset, models)
+    if not runs:
         raise SatlibError("no model of section 6.1 has a record here; ./run_all.sh --only 04 makes some")
-    first = next(iter(found))
-    families = list(dict.fromkeys(m.family for _, models in found.values() for m in models))
+    families = list(dict.fromkeys(m.family for _, models in runs.values() for m in models))
+    family = "s = 64" if "s = 64" in families else families[0]
     controls = {
-        "runs": _choice("runs", list(found), first),
-        "family": _choice("defence", families, "s = 64" if "s = 64" in families else families[0]),
-        "eps": _slider("eps", 22.0, 2, 26, 2),
+        "runs": _control(widgets.Dropdown, "runs", options=list(runs), value=next(iter(runs))),
+        "family": _control(widgets.Dropdown, "defence", options=families, value=family),
+        "eps": _slider("eps", 22.0, 2, 26, 2.0),
         "sigma": _slider("sigma", 0.7, 0.1, 1.0, 0.1),
     }
 
     def nearest(settings: Mapping[str, Any]) -> Model:
-        _, models = found[settings["runs"]]
+        _, models = runs[settings["runs"]]
         return nearest_model(models, settings["family"], settings["eps"], settings["sigma"])
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
-        (plan, models), chosen = found[settings["runs"]], nearest(settings)
-        row, pictures, title = None, None, settings["runs"]
-        if is_here(plan.dataset) and chosen.searches[0].has("perturbation") and chosen.trainings[0].has("weights"):
-            test = shelf.runner.splits(plan.dataset).test.first(8)
-            (row,) = broken_by(shelf.runner, [chosen], test)
+        (dataset, models), chosen = runs[settings["runs"]], nearest(settings)
+        row, pictures = None, None
+        if is_here(dataset) and chosen.searches[0].has("perturbation") and chosen.trainings[0].has("weights"):
+            test = zoo.runner.splits(dataset).test.first(8)
+            (row,) = broken_by(zoo.runner, [chosen], test)
             pictures = test.images.float().cpu().numpy()
         words = f"You asked for {settings['family']}, eps = {settings['eps']:g}, sigma = {settings['sigma']:.1f};"
         words += f" the nearest model that was run is <b>{html.escape(chosen.title)}</b>."
-        yield drawings.trade_figure(models, chosen, row, pictures, dataset=title), words
+        yield drawings.trade_figure(models, chosen, row, pictures, dataset=settings["runs"]), words
 
     return Panel(controls, answer, lambda settings: list(nearest(settings).records), start=start)

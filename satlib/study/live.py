@@ -1,7 +1,7 @@
 """What the explorer computes while somebody watches: a first answer at once, better ones after it, and none too late.
 
-Each function here is a generator of answers, the later the better, and calls the network through `Watched`, so that a
-newer question ends it within one pass. No widgets, no files: `satlib.study.explorer` asks, and
+`attack` and `share` are generators of answers, the later the better, and call the network through `Cancellable`, so
+that a newer question ends them within one pass. No widgets, no files: `satlib.study.explorer` asks, and
 `satlib.study.figures.explorer` draws.
 """
 
@@ -24,7 +24,7 @@ from satlib.attacks import (
     success_rates,
     universal_pgd,
 )
-from satlib.data import Splits
+from satlib.data import ImageSet, Splits
 from satlib.device import autocast
 from satlib.errors import SatlibError
 from satlib.risks import expected_risk, heap_risk, universal_risk
@@ -39,13 +39,12 @@ class Superseded(Exception):
     """A newer question was asked: nobody waits for this answer any more."""
 
 
-class Watched(nn.Module):
+class Cancellable(nn.Module):
     """A network in eval mode that asks before every pass whether its answer is still wanted."""
 
     def __init__(self, net: nn.Module, superseded: Callable[[], bool]):
         super().__init__()
-        self.net = net
-        self._superseded = superseded
+        self.net, self._superseded = net, superseded
 
     def forward(self, x: Tensor) -> Tensor:
         if self._superseded():
@@ -54,18 +53,18 @@ class Watched(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """A trained model with the images that it is attacked on. target: the scene that targeted attacks aim at, labels
-    (H, W), for segmentation models only."""
+class Target:
+    """A trained model with the images that it is attacked on. scene: what targeted attacks want to see everywhere,
+    labels (H, W), for segmentation models only."""
 
     title: str
     model: nn.Module
     splits: Splits
-    target: Tensor | None = None
+    scene: Tensor | None = None
     known: dict = field(default_factory=dict)  # answers that do not change while some settings stay
 
     @property
-    def scenes(self) -> bool:
+    def segments(self) -> bool:
         """Whether the model labels every pixel."""
         return self.splits.test.labels.ndim > 1
 
@@ -78,21 +77,27 @@ class Subject:
     @property
     def batch_size(self) -> int:
         """Images in a mini-batch of the universal attack."""
-        return 4 if self.scenes else 16
+        return 4 if self.segments else 16
 
-    def scored(self, *, own: bool = False) -> int:
-        """Unseen images that an attack is scored on; fewer where each needs a perturbation of its own."""
-        return (8 if self.scenes else 32) if own else (16 if self.scenes else UNSEEN)
+    def scored(self, *, own: bool = False) -> ImageSet:
+        """The test images that an attack is scored on; fewer where each needs a perturbation of its own."""
+        return self.splits.test.subset(slice((8 if own else 16) if self.segments else (32 if own else UNSEEN)))
 
     def steps_at_once(self, images: int) -> int:
         """Steps on so many images that a first answer has time for; segmentation does more pixels in that time."""
         pixels = self.splits.test.images.shape[2:].numel()
-        return max(4, int(QUICK_PASSES * 1024 / pixels / images * (1.25 if self.scenes else 1.0)))
+        return max(4, int(QUICK_PASSES * 1024 / pixels / images * (1.25 if self.segments else 1.0)))
+
+    def remembered(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        """What was computed for these settings before, or is now."""
+        if key not in self.known:
+            self.known[key] = compute()
+        return self.known[key]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A question: how does this attack do? eps in pixel units; target: a class, -1 for the subject's scene, or None.
+    """A question: how does this attack do? eps in pixel units; target: a class, -1 for the target scene, or None.
 
     own: an image-dependent perturbation for every image, instead of one for all.
     """
@@ -103,112 +108,118 @@ class Attack:
     own: bool = False
     seed: int = 0
 
+    def sharedness(self, images: int) -> int:
+        """How many of so many images share a perturbation."""
+        return 1 if self.own else images
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
+class Sharing:
+    """A question: what do heaps of this size share? eps in pixel units."""
+
+    sharedness: int = 8
+    eps: float = 16.0
+    steps: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Attacked:
-    """An answer. images (n, C, H, W), xi likewise or (1, C, H, W), in pixel units; clean, perturbed: predictions
-    (n,) with their confidence (n,), or segmentations (n, H, W) with the mean over their pixels.
+    """An answer. images (n, C, H, W), xi likewise or (1, C, H, W), in pixel units; clean, perturbed: predictions (n,)
+    and their confidence (n,), or segmentations (n, H, W) and the mean over their pixels.
 
-    rate: share of decisions won on `scored` unseen images; interval: 95 % of it, over images. curve: (eps, rate) where
-    it is known. steps: those that were made; final: whether no better answer follows.
+    won: the share of its decisions that the attack wins on each unseen image; curve: (eps, share of all of them) where
+    it is known. steps: those that were made.
     """
 
     question: Attack
-    subject: Subject
+    target: Target
     images: Tensor
     labels: Tensor
     xi: Tensor
-    clean: Tensor
-    perturbed: Tensor
-    confidence: tuple[Tensor, Tensor]
-    rate: float
-    scored: int
-    interval: tuple[float, float]
-    curve: tuple[tuple[float, float], ...]
+    clean: tuple[Tensor, Tensor]
+    perturbed: tuple[Tensor, Tensor]
+    won: Tensor
+    curve: tuple[tuple[float, float], ...] = ()
     steps: int
     seconds: float
-    final: bool = False
 
 
-def attack(subject: Subject, question: Attack, superseded: Callable[[], bool] = lambda: False) -> Iterator[Attacked]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shared:
+    """An answer, for a mini-batch of BATCH images. xi: the perturbations of its heaps (heaps, C, H, W), pixel units.
+
+    own, unseen: share of images that they fool, of their own heap and of images that they never saw (a mean over some
+    of them); risks: mean 0-1 loss by the risk's name, in the order of section 4.2. steps: those that were made.
+    """
+
+    question: Sharing
+    target: Target
+    xi: Tensor
+    own: float
+    unseen: float
+    risks: dict[str, float]
+    steps: int
+    seconds: float
+
+
+def attack(target: Target, question: Attack, superseded: Callable[[], bool] = lambda: False) -> Iterator[Attacked]:
     """Answers: after a few steps, after all of them, and with the curve over eps.
 
     One perturbation for all is crafted on validation images; what is shown and scored are test images. Raises
     SatlibError on settings that the attack cannot work with, and Superseded.
     """
-    net = Watched(subject.net, superseded)
-    quick = min(question.steps, subject.steps_at_once(subject.batch_size))
-    if quick < question.steps:
-        yield _attacked(subject, net, question, quick)
-    found = _attacked(subject, net, question, question.steps)
-    if question.own:
-        yield replace(found, final=True)
-    else:
-        yield found
-        yield replace(found, curve=_curve(subject, net, question), final=True)
+    net = Cancellable(target.net, superseded)
+    for steps in sorted({min(question.steps, target.steps_at_once(target.batch_size)), question.steps}):
+        answer = _attacked(target, net, question, steps)
+        yield answer
+    if not question.own:
+        yield replace(answer, curve=_curve(target, net, question))
 
 
-def _attacked(subject: Subject, net: nn.Module, question: Attack, steps: int) -> Attacked:
-    began = time.perf_counter()
-    test = subject.splits.test
-    shown, scored = test.first(SHOWN), test.first(min(subject.scored(own=question.own), len(test)))
-    aim, targeted = _aim(subject, question, scored.labels), question.target is not None
-    if question.own:
-        found = _own(net, scored.images.float(), aim, question, steps)
+def _attacked(target: Target, net: nn.Module, question: Attack, steps: int) -> Attacked:
+    began, scored = time.perf_counter(), target.scored(own=question.own)
+    x, aim, targeted = scored.images.float(), _aim(target, question, scored.labels), question.target is not None
+    if question.own:  # an image by itself needs fewer steps
+        xi = heap_pgd(net, x, aim, sharedness=1, targeted=targeted, **_heap_settings(question, max(4, steps // 4)))
     else:
-        found = _universal(subject, net, question, [question.eps], steps)
-    won = _won(net, perturb(scored.images.float(), found, 1 if question.own else None), aim, targeted=targeted)
-    x, xi, rate = shown.images.float(), found[:SHOWN], won.mean().item()
-    before, after = (_predicted(net, images) for images in (x, perturb(x, xi, 1 if question.own else None)))
+        xi = _universal(target, net, question, [question.eps], steps)
+    won = _won(net, perturb(x, xi, question.sharedness(len(x))), aim, targeted=targeted)
+    x, xi = x[:SHOWN], xi[:SHOWN]
     return Attacked(
         question=question,
-        subject=subject,
+        target=target,
         images=x,
-        labels=shown.labels,
+        labels=scored.labels[:SHOWN],
         xi=xi,
-        clean=before[0],
-        perturbed=after[0],
-        confidence=(before[1], after[1]),
-        rate=rate,
-        scored=len(scored),
-        interval=interval(won),
-        curve=(),
+        clean=_predicted(net, x),
+        perturbed=_predicted(net, perturb(x, xi, question.sharedness(len(x)))),
+        won=won,
         steps=steps,
         seconds=time.perf_counter() - began,
     )
 
 
-def _universal(subject: Subject, net: nn.Module, question: Attack, epsilons: list[float], steps: int) -> Tensor:
-    craft = subject.splits.val
+def _universal(target: Target, net: nn.Module, question: Attack, epsilons: list[float], steps: int) -> Tensor:
+    craft = target.splits.val
     return universal_pgd(
         net,
         craft.images,
-        _aim(subject, question, craft.labels),
+        _aim(target, question, craft.labels),
         eps=epsilons,
         steps=steps,
-        batch_size=min(subject.batch_size, len(craft)),
+        batch_size=min(target.batch_size, len(craft)),
         targeted=question.target is not None,
         generator=torch.Generator().manual_seed(question.seed),
         snapshots=1,
     )
 
 
-def _own(net: nn.Module, x: Tensor, aim: Tensor, question: Attack, steps: int) -> Tensor:
-    steps = max(4, steps // 4)  # an image by itself needs fewer
+def _heap_settings(question: Attack | Sharing, steps: int) -> dict[str, Any]:
+    """What `heap_pgd` takes from a question."""
     sizes = annealed_step_sizes(question.eps, steps, beta=4.0, gamma=0.95)
     generator = torch.Generator().manual_seed(question.seed)
-    targeted = question.target is not None
-    return heap_pgd(
-        net,
-        x,
-        aim,
-        eps=question.eps,
-        sharedness=1,
-        steps=steps,
-        step_size=sizes,
-        targeted=targeted,
-        generator=generator,
-    )
+    return {"eps": question.eps, "steps": steps, "step_size": sizes, "generator": generator}
 
 
 def _won(net: nn.Module, images: Tensor, aim: Tensor, *, targeted: bool) -> Tensor:
@@ -218,16 +229,16 @@ def _won(net: nn.Module, images: Tensor, aim: Tensor, *, targeted: bool) -> Tens
     return won / counted.clamp(min=1)
 
 
-def _aim(subject: Subject, question: Attack, labels: Tensor) -> Tensor:
+def _aim(target: Target, question: Attack, labels: Tensor) -> Tensor:
     """What an attack works on: the labels, or its targets for as many images."""
     if question.target is None:
         return labels
-    if subject.scenes:
-        if subject.target is None:
-            raise SatlibError(f"target={question.target}: {subject.title} has no target scene; attack it without one")
-        return repeated(subject.target, len(labels))
-    if not 0 <= question.target < len(subject.splits.test.classes):
-        raise SatlibError(f"target={question.target}: expected 0 to {len(subject.splits.test.classes) - 1}, or None")
+    if target.segments:
+        if target.scene is None:
+            raise SatlibError(f"target={question.target}: {target.title} has no target scene; attack it without one")
+        return repeated(target.scene, len(labels))
+    if not 0 <= question.target < len(target.splits.test.classes):
+        raise SatlibError(f"target={question.target}: expected 0 to {len(target.splits.test.classes) - 1}, or None")
     return torch.full_like(labels, question.target)
 
 
@@ -240,25 +251,17 @@ def _predicted(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return classes, confidence.flatten(1).mean(1) if confidence.ndim > 1 else confidence
 
 
-def _curve(subject: Subject, net: nn.Module, question: Attack) -> tuple[tuple[float, float], ...]:
+def _curve(target: Target, net: nn.Module, question: Attack) -> tuple[tuple[float, float], ...]:
     """Success against eps, with few steps: one pass for all eps, remembered while only eps changes."""
-    steps = min(question.steps, 2 * subject.steps_at_once(subject.batch_size))
+    steps = min(question.steps, 2 * target.steps_at_once(target.batch_size))
 
     def compute() -> tuple[tuple[float, float], ...]:
-        xi = _universal(subject, net, question, list(GRID), steps)
-        scored = subject.splits.test.first(min(subject.scored(), len(subject.splits.test)))
-        aim = _aim(subject, question, scored.labels)
+        xi, scored = _universal(target, net, question, list(GRID), steps), target.scored()
+        aim = _aim(target, question, scored.labels)
         rates = success_rates(net, scored.images, aim, xi, targeted=question.target is not None)
         return tuple(zip(GRID, rates.tolist(), strict=True))
 
-    return _remembered(subject, ("curve", steps, question.target, question.seed), compute)
-
-
-def _remembered(subject: Subject, key: tuple, compute: Callable[[], Any]) -> Any:
-    """What was computed for these settings before, or is now."""
-    if key not in subject.known:
-        subject.known[key] = compute()
-    return subject.known[key]
+    return target.remembered(("curve", steps, question.target, question.seed), compute)
 
 
 def interval(won: Tensor) -> tuple[float, float]:
@@ -273,81 +276,38 @@ def interval(won: Tensor) -> tuple[float, float]:
     return max(0.0, (centre - spread) / shrunk), min(1.0, (centre + spread) / shrunk)
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """A question: what do heaps of this size share? eps in pixel units."""
-
-    sharedness: int = 8
-    eps: float = 16.0
-    steps: int = 20
-    seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """An answer, for a mini-batch of BATCH images. xi: the perturbations of its heaps (heaps, C, H, W), pixel units.
-
-    own, unseen: share of images that they fool, of their own heap and of images that they never saw (a mean over some
-    of them); clean: share that is wrong anyway. risks: mean 0-1 loss by the risk's name, in the order of section 4.2.
-    """
-
-    question: Sharing
-    subject: Subject
-    xi: Tensor
-    own: float
-    unseen: float
-    clean: float
-    risks: dict[str, float]
-    steps: int
-    seconds: float
-    final: bool = False
-
-
-def share(subject: Subject, question: Sharing, superseded: Callable[[], bool] = lambda: False) -> Iterator[Shared]:
+def share(target: Target, question: Sharing, superseded: Callable[[], bool] = lambda: False) -> Iterator[Shared]:
     """Answers: after a few steps, then after all of them. The four risks are those of the mini-batch; the universal
     perturbation for it is crafted on validation images. Raises SatlibError, and Superseded."""
-    if subject.scenes:
-        raise SatlibError(f"{subject.title} labels pixels: sharedness is explored on classifiers; choose one")
-    net = Watched(subject.net, superseded)
-    for steps in sorted({min(question.steps, subject.steps_at_once(BATCH)), question.steps}):
-        yield replace(_shared(subject, net, question, steps), final=steps == question.steps)
+    if target.segments:
+        raise SatlibError(f"{target.title} labels pixels: sharedness is explored on classifiers; choose one")
+    net = Cancellable(target.net, superseded)
+    for steps in sorted({min(question.steps, target.steps_at_once(BATCH)), question.steps}):
+        yield _shared(target, net, question, steps)
 
 
-def _shared(subject: Subject, net: nn.Module, question: Sharing, steps: int) -> Shared:
-    began, test = time.perf_counter(), subject.splits.test
-    own = test.first(min(BATCH, len(test)))
-    unseen = test.subset(slice(len(own), len(own) + UNSEEN // 2))
-    x, y = own.images.float(), own.labels
-
-    def heaps(sharedness: int) -> dict:
-        sizes = annealed_step_sizes(question.eps, steps, beta=4.0, gamma=0.95)
-        generator = torch.Generator().manual_seed(question.seed)
-        options = {"eps": question.eps, "sharedness": sharedness, "steps": steps, "step_size": sizes}
-        return options | {"generator": generator}
+def _shared(target: Target, net: nn.Module, question: Sharing, steps: int) -> Shared:
+    began, test, craft = time.perf_counter(), target.splits.test, target.splits.val
+    batch = test.subset(slice(BATCH))
+    unseen = test.subset(slice(len(batch), len(batch) + UNSEEN // 2))
+    x, y, own = batch.images.float(), batch.labels, f"heap, s = {question.sharedness}"
 
     def universal() -> float:
-        craft, generator = subject.splits.val, torch.Generator().manual_seed(question.seed)
-        options = {"eps": question.eps, "steps": 2 * steps, "batch_size": subject.batch_size, "generator": generator}
-        return universal_risk(net, x, y, craft=(craft.images, craft.labels), snapshots=1, **options).error
+        options = {"eps": question.eps, "steps": 2 * steps, "batch_size": target.batch_size, "snapshots": 1}
+        options["generator"] = torch.Generator().manual_seed(question.seed)
+        return universal_risk(net, x, y, craft=(craft.images, craft.labels), **options).error
 
+    def adversarial() -> float:
+        return heap_risk(net, x, y, sharedness=1, **_heap_settings(question, steps)).error
+
+    xi = heap_pgd(net, x, y, sharedness=question.sharedness, keep_best=True, **_heap_settings(question, steps))
     settings = (question.eps, steps, question.seed)
-    xi = heap_pgd(net, x, y, keep_best=True, **heaps(question.sharedness))
-    predicted = _predicted(net, perturb(x, xi, question.sharedness))[0]
-    error = (predicted != y).float().mean().item()
-    clean = _remembered(subject, ("expected",), lambda: expected_risk(net, x, y).error)
-    risks = {"expected": clean, "universal": _remembered(subject, ("universal", *settings), universal)}
-    risks[f"heap, s = {question.sharedness}"] = error
-    risks["adversarial"] = _remembered(
-        subject, ("adversarial", *settings), lambda: heap_risk(net, x, y, **heaps(1)).error
-    )
-    return Shared(
-        question=question,
-        subject=subject,
-        xi=xi,
-        own=error,
-        unseen=success_rates(net, unseen.images, unseen.labels, xi[:4]).mean().item(),
-        clean=clean,
-        risks=risks,
-        steps=steps,
-        seconds=time.perf_counter() - began,
-    )
+    risks = {
+        "expected": target.remembered(("expected",), lambda: expected_risk(net, x, y).error),
+        "universal": target.remembered(("universal", *settings), universal),
+        own: _won(net, perturb(x, xi, question.sharedness), y, targeted=False).mean().item(),
+        "adversarial": target.remembered(("adversarial", *settings), adversarial),
+    }
+    fooled = success_rates(net, unseen.images, unseen.labels, xi[:4]).mean().item()
+    numbers = {"own": risks[own], "unseen": fooled, "risks": risks, "steps": steps}
+    return Shared(question=question, target=target, xi=xi, seconds=time.perf_counter() - began, **numbers)

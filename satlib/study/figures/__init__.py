@@ -1,23 +1,29 @@
-"""Figures from records alone: one function for each figure or table, provenance in every file.
+"""Figures from records alone: one function for each figure, provenance in every file.
 
-This module holds what all of them share. `pictures` and `method` draw sections 3 to 5, `cifar10` section 6.1,
-`imagenet` section 6.2, `scenes` sections 6.3 and 6.4 and Figure 1.
+This module holds what all of them share. `method` draws sections 3 to 5, with `pictures` for what is made of images;
+`classification` sections 6.1 and 6.2, `scenes` sections 6.3 and 6.4 and Figure 1, `evaluation_checks` notebook 09.
 Every function takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, NullLocator, PercentFormatter
 from PIL import Image
 
 from satlib.errors import SatlibError
 from satlib.paths import project_root
+from satlib.robustness import LARGEST
 from satlib.study.ledger import Ledger
 from satlib.study.records import Record
 
@@ -27,19 +33,23 @@ RED = "#b2182b"  # a wrong prediction, a failed attack
 
 # One colour and one marker for each kind of model wherever it appears.
 ERM = {"color": "black", "marker": "*"}
-BY_SHAREDNESS = {
-    1: {"color": VERMILION, "marker": "o"},
-    8: {"color": ORANGE, "marker": "s"},
-    32: {"color": BLUE, "marker": "D"},  # the large sharedness of section 6.2
-    64: {"color": BLUE, "marker": "D"},
-}
-BY_FAMILY = {"ERM": ERM} | {f"s = {s}": look for s, look in BY_SHAREDNESS.items()}
-BY_FAMILY |= {
+LARGE_SHAREDNESS = {"color": BLUE, "marker": "D"}  # the sharedness that the paper proposes: 5, 32 or 64
+BY_FAMILY = {
+    "ERM": ERM,
+    "s = 1": {"color": VERMILION, "marker": "o"},
+    "s = 5": LARGE_SHAREDNESS,
+    "s = 8": {"color": ORANGE, "marker": "s"},
+    "s = 32": LARGE_SHAREDNESS,
+    "s = 64": LARGE_SHAREDNESS,
     "DeepFool UAD": {"color": GREEN, "marker": "^"},
     "fictitious play": {"color": PURPLE, "marker": "v"},
     "universal adversarial training": {"color": "#949494", "marker": "P"},
 }
+OTHER = {"color": "tab:brown", "marker": "h"}  # a sharedness that the paper does not use
 REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x", "markeredgewidth": 2}  # the paper's own numbers
+
+ACCURACY = "accuracy on clean test images (%)"
+EPS = "eps (pixel units of 255)"
 
 
 def use_style() -> None:
@@ -59,6 +69,46 @@ def use_style() -> None:
     )
 
 
+def look(model: str | int | None) -> dict[str, str]:
+    """Colour and marker of a model: by family, by a title that begins with it, or by sharedness (None: undefended)."""
+    name = "ERM" if model is None else f"s = {model}" if isinstance(model, int) else model.partition(",")[0]
+    return BY_FAMILY.get(name.replace("s=", "s = "), OTHER)
+
+
+def robustness_label(kind: str, delta: float) -> str:
+    """What an axis says for the robustness of `kind` "uni" or "adv" at a success rate delta."""
+    return rf"$\varepsilon_{{{kind}}}(\delta={delta:g})$ (pixel units of 255)"
+
+
+def height_of(eps: float | None) -> float:
+    """Where a robustness is drawn: what nothing reached stands at the end of the interval that was searched."""
+    return LARGEST if eps is None else eps
+
+
+def percent(axis: Axes, label: str) -> None:
+    """Shares from 0 to 1 on the vertical axis, written in percent."""
+    axis.set(ylim=(-0.03, 1.03), ylabel=label)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def plain_ticks(scale: Axis, ticks: Sequence[float] | Locator) -> None:
+    """Ticks of a logarithmic scale where they are wanted, written as plain numbers."""
+    scale.set_major_locator(ticks if isinstance(ticks, Locator) else FixedLocator(ticks))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_locator(NullLocator())
+
+
+def finish(
+    figure: Figure, title: str, *, legend: Axes | Sequence[Artist] = (), size: float = 12, **options: Any
+) -> Figure:
+    """The figure with its title and, below it, one legend: of what is drawn on those axes, or of labelled artists."""
+    handles = legend.get_legend_handles_labels()[0] if isinstance(legend, Axes) else legend
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", **{"ncols": 4} | options)
+    figure.suptitle(title, fontsize=size)
+    return figure
+
+
 def as_picture(image: np.ndarray) -> np.ndarray:
     """(C, H, W) in 0..255 -> (H, W, C) uint8, as imshow takes it."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -68,6 +118,28 @@ def perturbation_picture(perturbation: np.ndarray, eps: float | None = None) -> 
     """A perturbation (C, H, W) in pixel units, shown around mid-grey and stretched so that +-eps fills 0..255."""
     eps = float(np.abs(perturbation).max()) if eps is None else eps
     return as_picture(127.5 + perturbation * (127.5 / eps if eps else 0.0))
+
+
+def picture_panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure (inches) of picture panels without ticks or frames, and its axes (rows, columns)."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
+def show_picture(axis: Axes, picture: np.ndarray, caption: str = "", **style: Any) -> None:
+    """A picture (H, W, C), with a caption below it."""
+    axis.imshow(picture)
+    if caption:
+        axis.set_xlabel(caption, **{"fontsize": 9, "labelpad": 2} | style)
+
+
+def name_row(axis: Axes, name: str, *, fontsize: float = 9, labelpad: float = 6) -> None:
+    """The name of a row of pictures, to the left of its first."""
+    axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=fontsize, labelpad=labelpad)
 
 
 def save(
@@ -93,18 +165,14 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-        figure.savefig(
-            png.with_suffix(".png.new"),
-            format="png",
-            metadata={"satlib": provenance, "Description": alt, "Software": None},
-        )
-        with PdfPages(
-            pdf.with_suffix(".pdf.new"),
-            metadata={"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None},
-        ) as pages:
+        new_png, new_pdf = (path.with_name(f"{path.name}.new") for path in (png, pdf))
+        text = {"satlib": provenance, "Description": alt, "Software": None}
+        figure.savefig(new_png, format="png", metadata=text)
+        about = {"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None}
+        with PdfPages(new_pdf, metadata=about) as pages:
             pages.savefig(figure)
-        png.with_suffix(".png.new").replace(png)
-        pdf.with_suffix(".pdf.new").replace(pdf)
+        new_png.replace(png)
+        new_pdf.replace(pdf)
     except OSError as error:
         raise SatlibError(f"cannot write {folder}: {error.strerror}; make it writable, or free some space") from None
     return png
@@ -112,8 +180,13 @@ def save(
 
 def alt_text(picture: Path) -> str:
     """What a PNG that `save` wrote says it shows; empty where it says nothing."""
+    return _texts(picture).get("Description", "")
+
+
+def _texts(picture: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
     with Image.open(picture) as image:
-        return getattr(image, "text", {}).get("Description", "")
+        return getattr(image, "text", {})
 
 
 def verify(folder: Path, ledger: Ledger | None = None) -> tuple[int, list[str]]:
@@ -124,8 +197,7 @@ def verify(folder: Path, ledger: Ledger | None = None) -> tuple[int, list[str]]:
     if not files:
         raise SatlibError(f"{folder}: no figures (*.png) to verify; draw some with ./run_all.sh first")
     for file in files:
-        with Image.open(file) as image:
-            text = getattr(image, "text", {}).get("satlib")
+        text = _texts(file).get("satlib")
         if text is None:
             problems.append(f"{file}: names no records; draw it again")
             continue
@@ -135,14 +207,3 @@ def verify(folder: Path, ledger: Ledger | None = None) -> tuple[int, list[str]]:
             elif digests[run_id] != digest:
                 problems.append(f"{file}: its record {run_id[:12]} has changed since; draw it again")
     return len(files), problems
-
-
-def panel_grid(rows: int, columns: int, *, size: float = 1.1) -> tuple[Figure, np.ndarray]:
-    """A figure of small square picture panels without ticks; axes (rows, columns)."""
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    return figure, axes

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from satlib.study.figures import BY_SHAREDNESS, ERM, GREEN, PURPLE, RED
+from satlib.study.figures import GREEN, PURPLE, RED, finish, look, percent, plain_ticks
 from satlib.study.records import Record
 
 _ATTACKS = {  # attacks, where they are compared on one model: none of these is a model's colour
@@ -19,7 +18,6 @@ _ATTACKS = {  # attacks, where they are compared on one model: none of these is 
     "universal": {"color": PURPLE, "marker": "P", "linestyle": "-"},
     "random noise": {"color": "0.5", "marker": ".", "linestyle": "--"},
 }
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def model_name(sharedness: int | None) -> str:
@@ -27,17 +25,9 @@ def model_name(sharedness: int | None) -> str:
     return "undefended (ERM)" if sharedness is None else f"defended (s = {sharedness})"
 
 
-def _style(sharedness: int | None) -> dict:
-    return ERM if sharedness is None else BY_SHAREDNESS.get(sharedness, {"color": PURPLE, "marker": "P"})
-
-
-def _dataset(records: Mapping[int | None, Record]) -> str:
-    return next(iter(records.values())).labels["dataset"]
-
-
-def _percent(axis: Axes, label: str) -> None:
-    axis.set(ylim=(-0.03, 1.03), ylabel=label)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+def _first(records: Mapping[int | None, Record]) -> Record:
+    """One of several records that have their data set and the settings of the measurement in common."""
+    return next(iter(records.values()))
 
 
 # --- sections 3 and 4: risks
@@ -51,7 +41,7 @@ def error_curves(record: Record) -> Figure:
         axis.plot(epsilons, [metrics["clean_error"], *errors], label=name, **_ATTACKS[name])
     title = f"Undefended model · {record.labels['dataset']}"
     axis.set(xlabel="eps: largest change of a pixel value (pixel units, 0..255)", title=title)
-    _percent(axis, "misclassified images")
+    percent(axis, "misclassified images")
     axis.legend(title="perturbation")
     return figure
 
@@ -74,8 +64,7 @@ def three_risks(record: Record) -> Figure:
     axes[1].set(xlabel="misclassified images", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6))
     axes[1].xaxis.set_major_formatter(PercentFormatter(1.0))
     eps = record.config["eps"]
-    figure.suptitle(f"Undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}", fontsize=12)
-    return figure
+    return finish(figure, f"Undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}")
 
 
 def risk_chain(records: Mapping[int | None, Record]) -> Figure:
@@ -86,24 +75,21 @@ def risk_chain(records: Mapping[int | None, Record]) -> Figure:
         chain = [metrics["expected"], metrics["universal"], *metrics["heap"]]
         for axis, quantity in zip(axes, ("loss", "error"), strict=True):
             values = [risk[quantity] for risk in chain]
-            axis.plot(range(len(chain)), values, label=model_name(sharedness), markersize=8, **_style(sharedness))
-    sizes = [row["sharedness"] for row in next(iter(records.values())).metrics["heap"]]
+            axis.plot(range(len(chain)), values, label=model_name(sharedness), markersize=8, **look(sharedness))
+    sizes = [row["sharedness"] for row in _first(records).metrics["heap"]]
     ticks = ["$\\rho_{exp}$", "$\\rho_{uni}$", *(f"$\\rho_{{heap}}^{{({s})}}$" for s in sizes)]
     if sizes[-1] == 1:
         ticks[-1] = "$\\rho_{adv}$"
-    eps = next(iter(records.values())).config["eps"]
+    eps = _first(records).config["eps"]
     for axis in axes:
         axis.set(xlabel="risk, from its lower bound to its upper bounds")
         axis.set_xticks(range(len(ticks)), ticks)
     axes[0].set(yscale="log", ylabel="mean cross-entropy (log scale)", title="loss")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    axes[0].yaxis.set_minor_locator(NullLocator())
-    axes[0].yaxis.set_major_formatter(_PLAIN)
+    plain_ticks(axes[0].yaxis, LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes[1].set(title="0-1 loss")
-    _percent(axes[1], "misclassified images")
+    percent(axes[1], "misclassified images")
     axes[1].legend(loc="lower right")
-    figure.suptitle(f"Risks at eps = {eps:g} pixel units · {_dataset(records)}", fontsize=12)
-    return figure
+    return finish(figure, f"Risks at eps = {eps:g} pixel units · {_first(records).labels['dataset']}")
 
 
 def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
@@ -113,22 +99,17 @@ def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
         rows = sorted(record.metrics["rows"], key=lambda row: row["sharedness"])
         sizes = [row["sharedness"] for row in rows]
         own, unseen = ([row[key] for row in rows] for key in ("own_error", "unseen_error"))
-        style = _style(sharedness)
+        style = look(sharedness)
         axis.plot(sizes, own, label="its own heap", **style)
         axis.plot(sizes, unseen, label="unseen images", linestyle="--", markerfacecolor="white", **style)
         axis.fill_between(sizes, own, unseen, color=style["color"], alpha=0.12, label="overfit to the heap")
         axis.axhline(record.metrics["clean_error"], color="0.5", linestyle=":", label="unseen images, no perturbation")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.xaxis.set_minor_locator(NullLocator())
+        plain_ticks(axis.xaxis, sizes)
         axis.set(xlabel="sharedness s (images in the heap, log scale)", title=model_name(sharedness))
-        _percent(axis, "misclassified images" if axis is axes[0][0] else "")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    eps = next(iter(records.values())).config["eps"]
-    figure.suptitle(
-        f"A shared perturbation fits its heap, eps = {eps:g} pixel units · {_dataset(records)}", fontsize=12
-    )
-    return figure
+        percent(axis, "misclassified images" if axis is axes[0][0] else "")
+    title = f"A shared perturbation fits its heap, eps = {_first(records).config['eps']:g} pixel units"
+    return finish(figure, f"{title} · {_first(records).labels['dataset']}", legend=axes[0][0], fontsize=9)
 
 
 def loss_threshold(record: Record) -> Figure:
@@ -148,19 +129,13 @@ def loss_threshold(record: Record) -> Figure:
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
     left.set(title="where the attack's loss goes")
     left.legend()
-    right.set_xticks(
-        range(3),
-        ["misclassified:\nown heap", "misclassified:\nunseen images", "loss held by\nthe top tenth"],
-        fontsize=9,
-    )
+    counted = ["misclassified:\nown heap", "misclassified:\nunseen images", "loss held by\nthe top tenth"]
+    right.set_xticks(range(3), counted, fontsize=9)
     right.set(title="what it buys", xlabel="what the share counts")
-    _percent(right, "share")
+    percent(right, "share")
     right.set_ylim(0, 1.12)
     s, eps = record.config["sharedness"], record.config["eps"]
-    figure.suptitle(
-        f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units · {record.labels['dataset']}", fontsize=12
-    )
-    return figure
+    return finish(figure, f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units · {record.labels['dataset']}")
 
 
 # --- section 5: robustness
@@ -178,55 +153,46 @@ def step_schedule(schedules: Mapping[str, Sequence[float]], *, total: float, tit
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].legend(loc="lower right")
-    figure.suptitle(title, fontsize=12)
-    return figure
+    return finish(figure, title)
 
 
 def search_trace(records: Mapping[int | None, Record]) -> Figure:
     """Every question of each binary search (kind `universal_robustness`): its interval, and its success rate."""
     figure, axes = plt.subplots(2, len(records), figsize=(4.8 * len(records), 6.4), sharey="row", squeeze=False)
     for (upper, lower), (sharedness, record) in zip(axes.T, records.items(), strict=True):
-        asked, found = record.metrics["evaluations"][1:], record.metrics["eps_uni"]
-        delta = record.config["delta"]
+        asked, eps_uni = record.metrics["evaluations"][1:], record.metrics["eps_uni"]
+        delta, color = record.config["delta"], look(sharedness)["color"]
         low, high = 0.0, 255.0
         for step, question in enumerate(asked, start=1):
             upper.plot([step, step], [low, high], color="0.75", linewidth=5, solid_capstyle="butt", zorder=1)
             low, high = (low, question["eps"]) if question["success"] else (question["eps"], high)
-        for success, color, marker, label in (
-            (True, GREEN, "v", f"{delta:.0%} reached: go lower"),
-            (False, RED, "^", f"{delta:.0%} missed: go higher"),
+        for success, style in (
+            (True, {"color": GREEN, "marker": "v", "label": f"{delta:.0%} reached: go lower"}),
+            (False, {"color": RED, "marker": "^", "label": f"{delta:.0%} missed: go higher"}),
         ):
-            of_kind = [(i, q) for i, q in enumerate(asked, start=1) if q["success"] == success]
-            style = {
-                "color": color,
-                "marker": marker,
-                "linestyle": "none",
-                "label": label,
-                "zorder": 3,
-                "clip_on": False,
-            }
-            upper.plot([i for i, _ in of_kind], [q["eps"] for _, q in of_kind], **style)
-            lower.plot([q["eps"] for _, q in of_kind], [q["rate"] for _, q in of_kind], **style)
+            answered = [(step, q["eps"], q["rate"]) for step, q in enumerate(asked, 1) if q["success"] == success]
+            steps, epsilons, rates = zip(*answered, strict=True) if answered else ((), (), ())
+            style |= {"linestyle": "none", "zorder": 3, "clip_on": False}
+            upper.plot(steps, epsilons, **style)
+            lower.plot(epsilons, rates, **style)
         lower.axhline(delta, color="0.4", linestyle=":", label=f"delta = {delta:g}")
-        if found is not None:
-            upper.axhline(found, color=_style(sharedness)["color"], linewidth=1.2, label=f"eps_uni = {found:.1f}")
-            lower.axvline(found, color=_style(sharedness)["color"], linewidth=1.2)
+        if eps_uni is not None:
+            upper.axhline(eps_uni, color=color, linewidth=1.2, label=f"eps_uni = {eps_uni:.1f}")
+            lower.axvline(eps_uni, color=color, linewidth=1.2)
         upper.set(xlabel="iteration of the search", title=model_name(sharedness))
         upper.set_yscale("symlog", linthresh=8, base=2)
         upper.set_ylim(0, 290)
         lower.set_xscale("symlog", linthresh=8, base=2)
         lower.set(xlabel="eps that was asked (pixel units, log scale)", xlim=(0, 290))
         for scale in (upper.yaxis, lower.xaxis):
-            scale.set_ticks([0, 4, 8, 16, 32, 64, 128, 255])
-            scale.set_major_formatter(_PLAIN)
-            scale.set_minor_locator(NullLocator())
+            plain_ticks(scale, [0, 4, 8, 16, 32, 64, 128, 255])
         upper.set_xticks(range(1, len(asked) + 1))
         upper.set_ylabel("eps (pixel units, log scale)" if upper is axes[0][0] else "")
-        _percent(lower, "success rate" if lower is axes[1][0] else "")
+        percent(lower, "success rate" if lower is axes[1][0] else "")
         upper.legend(fontsize=9, loc="upper right")
     axes[1][0].legend(fontsize=9, loc="lower right")
-    figure.suptitle(f"Binary search for the smallest universal perturbation · {_dataset(records)}", fontsize=12)
-    return figure
+    title = "Binary search for the smallest universal perturbation"
+    return finish(figure, f"{title} · {_first(records).labels['dataset']}")
 
 
 def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mapping[int | None, Record]) -> Figure:
@@ -234,7 +200,7 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
     figure, axis = plt.subplots(figsize=(8.2, 4.4))
     smallest = 0.25  # where the logarithmic axis begins; what is fooled at eps = 0 is drawn there
     for sharedness, record in adversarial.items():
-        style = {"color": _style(sharedness)["color"], "linewidth": 2}
+        style = {"color": look(sharedness)["color"], "linewidth": 2}
         epsilons = np.sort(record.arrays("epsilons")["epsilons"])
         share = np.arange(1, len(epsilons) + 1) / len(epsilons)
         reached = np.isfinite(epsilons)
@@ -243,22 +209,19 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
         y = np.concatenate([[np.mean(epsilons <= smallest)], share[later], [reached.mean()]])
         axis.step(x, y, where="post", label=f"{model_name(sharedness)}: image-dependent", **style)
         # Without the question eps = 0: a line from there would cross what nobody asked.
-        found = sorted(universal[sharedness].metrics["evaluations"][1:], key=lambda q: q["eps"])
-        x, y = [q["eps"] for q in found], [q["rate"] for q in found]
+        asked = sorted(universal[sharedness].metrics["evaluations"][1:], key=lambda q: q["eps"])
+        x, y = [q["eps"] for q in asked], [q["rate"] for q in asked]
         axis.plot(x, y, linestyle="--", marker=".", label=f"{model_name(sharedness)}: universal", **style)
         for value, marker in ((record.metrics["eps_adv"], "o"), (universal[sharedness].metrics["eps_uni"], "D")):
             if value is not None:
                 axis.plot(max(value, smallest), record.config["delta"], marker, markersize=8, **style)
-    delta = next(iter(adversarial.values())).config["delta"]
+    delta = _first(adversarial).config["delta"]
     axis.axhline(delta, color="0.4", linestyle=":", zorder=1, label=f"delta = {delta:g}")
     axis.set_xscale("log", base=2)
-    axis.set_xticks([0.25, 1, 4, 16, 64, 255])
-    axis.xaxis.set_major_formatter(_PLAIN)
-    axis.xaxis.set_minor_locator(NullLocator())
+    plain_ticks(axis.xaxis, [smallest, 1, 4, 16, 64, 255])
     axis.set(xlabel="eps (pixel units, log scale)", xlim=(smallest, 260))
     for name, marker in (("$\\varepsilon_{adv}(\\delta)$", "o"), ("$\\varepsilon_{uni}(\\delta)$", "D")):
         axis.plot([], [], marker, color="0.4", markersize=8, label=name)
-    figure.suptitle(f"Robustness to both kinds of perturbation · {_dataset(adversarial)}", fontsize=12)
-    _percent(axis, "images fooled within eps")
+    percent(axis, "images fooled within eps")
     axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return figure
+    return finish(figure, f"Robustness to both kinds of perturbation · {_first(adversarial).labels['dataset']}")

@@ -1,5 +1,6 @@
 """Figures made of images: galleries of attacked images, and the paper's Figure 2."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from satlib.study.figures import PALETTE, RED, as_picture, panel_grid, perturbation_picture
+from satlib.study.figures import (
+    PALETTE,
+    RED,
+    as_picture,
+    finish,
+    name_row,
+    perturbation_picture,
+    picture_panels,
+    show_picture,
+)
 from satlib.study.records import Record
 
 
@@ -27,21 +37,19 @@ class Row:
 def gallery(rows: Sequence[Row], *, title: str) -> Figure:
     """Rows of pictures, one column for each image; a red caption marks a wrong prediction."""
     columns = max(len(row.pictures) for row in rows)
-    figure, axes = panel_grid(len(rows), columns, size=1.35)
-    figure.set_size_inches(1.25 * columns + 1.9, 1.45 * len(rows) + 0.5)
+    figure, axes = picture_panels(len(rows), columns, 1.25 * columns + 1.9, 1.45 * len(rows) + 0.5)
     for row, line in zip(rows, axes, strict=True):
-        line[0].set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
+        name_row(line[0], row.name, fontsize=10, labelpad=8)
         for axis in line[len(row.pictures) :]:
             axis.set_visible(False)
-        for column, (axis, picture) in enumerate(zip(line, row.pictures, strict=False)):
-            axis.imshow(picture)
-            if row.captions:
-                wrong = bool(row.wrong) and bool(row.wrong[column])
-                weight = "bold" if wrong else "normal"
-                color = RED if wrong else "0.2"
-                axis.set_xlabel(row.captions[column], fontsize=9, color=color, fontweight=weight, labelpad=2)
-    figure.suptitle(title, fontsize=12)
-    return figure
+        for axis, picture, caption, wrong in itertools.zip_longest(line, row.pictures, row.captions, row.wrong):
+            if picture is not None:
+                show_picture(axis, picture, caption, **_prediction_style(wrong))
+    return finish(figure, title)
+
+
+def _prediction_style(wrong: bool | None) -> dict[str, str]:
+    return {"color": RED, "fontweight": "bold"} if wrong else {"color": "0.2", "fontweight": "normal"}
 
 
 def two_attacks(record: Record) -> Figure:
@@ -57,7 +65,7 @@ def two_attacks(record: Record) -> Figure:
     for name, title in (("own", "its own"), ("universal", "one for all")):
         xi = np.broadcast_to(arrays[name], images.shape)
         rows.append(Row(f"perturbation:\n{title}", [perturbation_picture(one, eps) for one in xi]))
-        rows.append(seen(name, np.clip(images + xi, 0, 255), "what the\nmodel sees"))
+        rows.append(seen(name, images + xi, "what the\nmodel sees"))
     title = f"Two attacks on the undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}"
     return gallery(rows, title=title)
 
@@ -78,12 +86,10 @@ def shared_training(record: Record) -> Figure:
     starts = [left + sum(widths[:i]) + i * arrow for i in range(len(widths))]
     width, top = starts[-1] + block + 0.34, 0.7 + heaps * (lane + 0.14)
     canvas = _Canvas(width, top + 1.08)
+    gradient = "$g_i=\\nabla_{\\xi}\\,L_{adv}(\\theta,\\,x_i+\\xi^{(k)},\\,y_i)$"
     headings = (
         ("mini-batch", f"$d$ = {d} images in\n$d/s$ = {heaps} heaps of $s$ = {s}"),
-        (
-            "gradients at $\\xi^{(k)}$",
-            "$g_i=\\nabla_{\\xi}\\,L_{adv}(\\theta,\\,x_i+\\xi^{(k)},\\,y_i)$\nhere for $k$ = 0",
-        ),
+        ("gradients at $\\xi^{(k)}$", f"{gradient}\nhere for $k$ = 0"),
         ("one step", f"$\\alpha_k\\,\\mathrm{{sgn}}\\,\\sum_{{heap}} g_i$\n$\\alpha_k$ = {alpha:g}"),
         ("shared $\\xi$", f"$\\xi^{{(K)}}\\in[-\\varepsilon,\\varepsilon]$\n$\\varepsilon$ = {eps:g}"),
         ("broadcast", f"$d/s$ = {heaps} become\n$d$ = {d} perturbations"),
@@ -92,39 +98,33 @@ def shared_training(record: Record) -> Figure:
     for x, extent, (name, formula) in zip(starts, widths, headings, strict=True):
         canvas.text(x + extent / 2, top + 0.56, name, fontsize=10.5, fontweight="bold")
         canvas.text(x + extent / 2, top + 0.22, formula, fontsize=8, color="0.25")
+    operations = ("$\\nabla_{\\xi}$", "$\\sum$, sgn, $\\times\\alpha_k$", "add, clip", f"$\\times\\,{s}$", "$+\\,x_i$")
     colors = [PALETTE[heap % len(PALETTE)] for heap in range(heaps)]
     for heap in range(heaps):
         base = top - 0.1 - (heap + 1) * (lane + 0.14) + 0.14
         middle, members = base + lane / 2, range(heap * s, min((heap + 1) * s, d))
-        canvas.box(0.12, base, width - 0.24, lane, colors[heap])
+        canvas.lane(0.12, base, width - 0.24, lane, colors[heap])
         canvas.text(0.34, middle, f"heap {heap + 1}", rotation=90, fontsize=10, color=colors[heap], fontweight="bold")
         for place, i in enumerate(members):
             dx, y = (place % across) * pitch, base + lane - 0.12 - (place // across) * (pitch + 0.15) - tile
-            label, seen = names["labels"][i], names["adversarial_predictions"][i]
+            label, prediction = names["labels"][i], names["adversarial_predictions"][i]
             canvas.picture(starts[0] + dx, y, tile, as_picture(images[i]), label)
             canvas.picture(starts[1] + dx, y, tile, perturbation_picture(arrays["gradients"][i]))
             canvas.picture(starts[4] + dx, y, tile, perturbation_picture(broadcast[i], eps))
             adversarial = as_picture(arrays["adversarial"][i])
-            canvas.picture(starts[5] + dx, y, tile, adversarial, seen, wrong=seen != label)
+            canvas.picture(starts[5] + dx, y, tile, adversarial, prediction, wrong=prediction != label)
         canvas.picture(starts[2], middle - single / 2, single, perturbation_picture(summed[heap], 1.0))
         last = arrays["perturbations"][-1][heap]
         canvas.picture(starts[3], middle - single / 2, single, perturbation_picture(last, eps))
-        for i, operation in enumerate(
-            ("$\\nabla_{\\xi}$", "$\\sum$, sgn, $\\times\\alpha_k$", "add, clip", f"$\\times\\,{s}$", "$+\\,x_i$")
-        ):
-            canvas.arrow(starts[i] + widths[i] + 0.04, starts[i + 1] - 0.08, middle)
+        for i, operation in enumerate(operations):
+            canvas.arrow((starts[i] + widths[i] + 0.04, middle), (starts[i + 1] - 0.08, middle))
             canvas.text(starts[i + 1] - arrow / 2 - 0.02, middle + 0.16, operation, fontsize=7)
     floor = top - 0.1 - heaps * (lane + 0.14) + 0.14
     canvas.loop(starts[3] + single / 2, starts[1] + block / 2, floor - 0.04, 0.3)
     update = "$\\xi^{(k+1)}=\\mathrm{clip}(\\xi^{(k)}+\\mathrm{step},\\,-\\varepsilon,\\,\\varepsilon)$"
     canvas.text((starts[3] + single + starts[1] + block) / 2, floor - 0.5, f"$K$ = {steps} times: {update}", fontsize=9)
-    canvas.text(
-        width - 0.12,
-        floor - 0.26,
-        "then train on $\\sigma\\,L(\\theta,x+\\xi,y)+(1-\\sigma)\\,L(\\theta,x,y)$",
-        fontsize=9,
-        ha="right",
-    )
+    objective = "then train on $\\sigma\\,L(\\theta,x+\\xi,y)+(1-\\sigma)\\,L(\\theta,x,y)$"
+    canvas.text(width - 0.12, floor - 0.26, objective, fontsize=9, ha="right")
     canvas.text(0.12, top + 0.92, f"Shared adversarial training · {record.labels['dataset']}", fontsize=12, ha="left")
     return canvas.figure
 
@@ -144,35 +144,19 @@ class _Canvas:
     ) -> None:
         self.axis.imshow(picture, extent=(x, x + size, y, y + size), aspect="auto", zorder=3)
         if name:
-            weight = "bold" if wrong else "normal"
-            self.text(x + size / 2, y - 0.07, name, fontsize=6.5, color=RED if wrong else "0.2", fontweight=weight)
+            self.text(x + size / 2, y - 0.07, name, fontsize=6.5, **_prediction_style(wrong))
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         self.axis.text(x, y, text, zorder=5, **{"ha": "center", "va": "center"} | style)
 
-    def box(self, x: float, y: float, width: float, height: float, color: str) -> None:
-        style = "round,pad=0,rounding_size=0.1"
-        self.axis.add_patch(
-            FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=(color, 0.10), edgecolor=(color, 0.55))
-        )
+    def lane(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        style = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": (color, 0.10), "edgecolor": (color, 0.55)}
+        self.axis.add_patch(FancyBboxPatch((x, y), width, height, **style))
 
-    def arrow(self, start: float, end: float, y: float) -> None:
-        self.axis.add_patch(
-            FancyArrowPatch(
-                (start, y), (end, y), arrowstyle="-|>", mutation_scale=10, color="0.25", shrinkA=0, shrinkB=0
-            )
-        )
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], head: float = 10) -> None:
+        style = {"arrowstyle": "-|>", "mutation_scale": head, "color": "0.25", "shrinkA": 0, "shrinkB": 0}
+        self.axis.add_patch(FancyArrowPatch(start, end, **style))
 
     def loop(self, start: float, end: float, y: float, depth: float) -> None:
         self.axis.plot([start, start, end], [y, y - depth, y - depth], color="0.25", linewidth=1.3, zorder=2)
-        self.axis.add_patch(
-            FancyArrowPatch(
-                (end, y - depth),
-                (end, y + 0.06),
-                arrowstyle="-|>",
-                mutation_scale=12,
-                color="0.25",
-                shrinkA=0,
-                shrinkB=0,
-            )
-        )
+        self.arrow((end, y - depth), (end, y + 0.06), head=12)

@@ -2,22 +2,37 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from satlib.robustness import LARGEST
+from satlib.study.claims.evaluation import size
 from satlib.study.claims.scenes import SceneModel
-from satlib.study.figures import BLUE, RED, VERMILION, as_picture, perturbation_picture
+from satlib.study.figures import (
+    BLUE,
+    EPS,
+    RED,
+    REFERENCE,
+    as_picture,
+    finish,
+    height_of,
+    look,
+    name_row,
+    perturbation_picture,
+    picture_panels,
+    robustness_label,
+    show_picture,
+)
 
 # The colours of Cityscapes' own pictures, by what a class shows.
 COLOURS = {
-    **dict.fromkeys(("road",), (128, 64, 128)),
+    "road": (128, 64, 128),
     **dict.fromkeys(("sidewalk", "pavement"), (244, 35, 232)),
     "building": (70, 70, 70),
     "wall": (102, 102, 156),
@@ -37,21 +52,16 @@ COLOURS = {
     "motorcycle": (0, 0, 230),
     "bicycle": (119, 11, 32),
 }
-LOOKS = {  # the paper's colours and markers in Figure 5
-    "ERM": {"color": "black", "marker": "*"},
-    "s = 1": {"color": VERMILION, "marker": "o"},
-    "s = 5": {"color": BLUE, "marker": "D"},
-}
+UNKNOWN = (255, 255, 255)
+MODELS = {"erm": "ERM", "s1": "s = 1", "s5": "s = 5"}  # by their place in the keys of the paper's numbers
 HOLLOW = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
 SMALL = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
-OTHER = {"color": "tab:brown", "marker": "h"}
 
 
 def colour(labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """A segmentation (H, W) as a picture (H, W, 3) uint8; what has no class is black."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    for index, name in enumerate(classes):
-        table[index] = COLOURS.get(name, (255, 255, 255))
+    table[: len(classes)] = [COLOURS.get(name, UNKNOWN) for name in classes]
     return table[labels.astype(np.uint8)]
 
 
@@ -63,64 +73,45 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
     last epoch.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13.0, 4.6))
-    last = max((look.epoch for m in models if m.family != "ERM" for look in m.curve), default=1)
-    values = (("iou", None, None), ("eps_adv", "error", "untargeted_adv"), ("eps_uni", None, "untargeted"))
-    for axis, (name, error, untargeted) in zip(axes, values, strict=True):
+    last = max((each.epoch for m in models if m.family != "ERM" for each in m.curve), default=1)
+    axes[0].set(ylabel="mean IoU on clean test scenes (%)", title="clean images")
+    axes[1].set(ylabel=robustness_label("adv", delta), title="image-dependent")
+    axes[2].set(ylabel=robustness_label("uni", delta), title="universal")
+    panels = (  # what a model has to draw, its standard error, the same without a target, and the paper's numbers
+        ("iou", None, None, ("erm/iou",)),
+        ("eps_adv", "error", "untargeted_adv", ("s1/eps_adv", "s5/eps_adv")),
+        ("eps_uni", None, "untargeted", [f"{model}/eps_uni_targeted" for model in MODELS]),
+    )
+    for axis, (name, error, untargeted, paper) in zip(axes, panels, strict=True):
         for m in models:
-            look = LOOKS.get(m.family, OTHER)
             if m.family == "ERM":
-                level = _shown(getattr(m, name))
+                level = height_of(getattr(m, name))
                 axis.axhline(level, color="black", linestyle="--", linewidth=1.2, label="ERM (undefended)")
             else:
+                style = look(m.family) | {"capsize": 3, "linewidth": 1.5, "markersize": 6}
                 spread = [getattr(each, error) or 0.0 for each in m.curve] if error else None
-                xs, ys = [each.epoch for each in m.curve], [_shown(getattr(each, name)) for each in m.curve]
-                axis.errorbar(xs, ys, yerr=spread, capsize=3, linewidth=1.5, markersize=6, label=m.title, **look)
+                xs, ys = [each.epoch for each in m.curve], [height_of(getattr(each, name)) for each in m.curve]
+                axis.errorbar(xs, ys, yerr=spread, label=m.title, **style)
             if untargeted:
                 place = 1.06 * last if m.family != "ERM" else 1.11 * last
-                axis.plot(place, _shown(getattr(m, untargeted)), **look, **HOLLOW)
+                axis.plot(place, height_of(getattr(m, untargeted)), **look(m.family), **HOLLOW)
         if untargeted and any(
             each is None for m in models for each in (getattr(m, untargeted), *(getattr(e, name) for e in m.curve))
         ):
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
-            axis.annotate("> 255: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
+            axis.annotate(f"{size(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
+        for key in paper:
+            point = (1.16 * last, reported[f"cityscapes/{key}"])
+            axis.plot(*point, **REFERENCE)
+            axis.annotate(MODELS[key.partition("/")[0]], point, xytext=(-6, -3), ha="right", **SMALL)
         axis.set(xlabel="epoch of fine-tuning", xlim=(0, 1.2 * last))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _paper_marks(axes, reported, 1.16 * last)
-    axes[0].set(ylabel="mean IoU on clean test scenes (%)", title="clean images")
-    axes[1].set(ylabel=f"$\\varepsilon_{{adv}}(\\delta={delta:g})$ (pixel units of 255)", title="image-dependent")
-    axes[2].set(ylabel=f"$\\varepsilon_{{uni}}(\\delta={delta:g})$ (pixel units of 255)", title="universal")
-    for axis in axes:
         axis.set_ylim(bottom=0)
-    handles, labels = axes[2].get_legend_handles_labels()
-    handles += [
-        plt.Line2D([], [], color="0.3", marker="o", **HOLLOW),
-        plt.Line2D([], [], color="0.45", marker="x", linestyle="none", markeredgewidth=2),
-    ]
-    figure.legend(
-        handles, [*labels, "untargeted", "the paper (Cityscapes, delta = 0.95)"], loc="outside lower center", ncols=5
-    )
-    figure.suptitle(f"Robustness along the training, lines: for the target scene · {dataset}", fontsize=12)
-    return figure
-
-
-def _paper_marks(axes: np.ndarray, reported: Mapping[str, float], place: float) -> None:
-    """The paper's numbers, named, at the right edge of the panels that they belong to."""
-    marks = (
-        (0, "cityscapes/erm/iou", "ERM"),
-        (1, "cityscapes/s1/eps_adv", "s = 1"),
-        (1, "cityscapes/s5/eps_adv", "s = 5"),
-        (2, "cityscapes/erm/eps_uni_targeted", "ERM"),
-        (2, "cityscapes/s1/eps_uni_targeted", "s = 1"),
-        (2, "cityscapes/s5/eps_uni_targeted", "s = 5"),
-    )
-    for panel, key, name in marks:
-        axes[panel].plot(place, reported[key], color="0.45", marker="x", markeredgewidth=2, linestyle="none")
-        axes[panel].annotate(name, (place, reported[key]), xytext=(-6, -3), ha="right", **SMALL)
-
-
-def _shown(value: float | None) -> float:
-    """What nothing reached stands at the end of the interval."""
-    return LARGEST if value is None else value
+    drawn, _ = axes[2].get_legend_handles_labels()
+    hollow = plt.Line2D([], [], color="0.3", marker="o", label="untargeted", **HOLLOW)
+    crosses = plt.Line2D([], [], label="the paper (Cityscapes, delta = 0.95)", **REFERENCE)
+    title = f"Robustness along the training, lines: for the target scene · {dataset}"
+    return finish(figure, title, legend=[*drawn, hollow, crosses], ncols=5)
 
 
 def segmentations(
@@ -132,42 +123,26 @@ def segmentations(
     (C, H, W) in pixel units, "labels" (H, W), or None for an empty one; and `captions` for them, where there are any.
     """
     shape = next(array.shape[-2:] for row in rows for panel in row["panels"] if panel for array in [panel[1]])
-    width = 2.5
-    height = width * shape[0] / shape[1]
-    captions = any(row.get("captions") for row in rows)
-    size = (width * len(columns) + 1.2, (height + (0.3 if captions else 0.1)) * len(rows) + 1.1)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+    captioned = any(row.get("captions") for row in rows)
+    row_height, width = 2.5 * shape[0] / shape[1] + (0.3 if captioned else 0.1), 2.5 * len(columns) + 1.2
+    figure, axes = picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
+    drawn = {"labels": partial(colour, classes=classes), "picture": as_picture, "perturbation": perturbation_picture}
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):
-            _bare(axis)
             if panel is None:
                 continue
             kind, array = panel
             if kind == "labels":
                 seen |= set(np.unique(array).tolist())
-                axis.imshow(colour(array, classes))
-            else:
-                axis.imshow(as_picture(array) if kind == "picture" else perturbation_picture(array))
-            if caption := row.get("captions", {}).get(column):
-                axis.set_xlabel(caption, fontsize=8, labelpad=2)
-        line[0].set_ylabel(
-            row["title"].replace(", ", "\n"), fontsize=9, rotation=0, ha="right", va="center", labelpad=6
-        )
+            show_picture(axis, drawn[kind](array), row.get("captions", {}).get(column, ""), fontsize=8)
+        name_row(line[0], row["title"].replace(", ", "\n"))
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=9)
-    shown = [(classes[i], COLOURS.get(classes[i], (255, 255, 255))) for i in sorted(seen) if i < len(classes)]
-    handles = [Patch(color=tuple(value / 255 for value in rgb), label=name) for name, rgb in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), int(size[0] / 1.1)), fontsize=8)
-    figure.suptitle(title, fontsize=11 if size[0] > 7 else 9)
-    return figure
-
-
-def _bare(axis: Axes) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    shown = [(classes[i], np.divide(COLOURS.get(classes[i], UNKNOWN), 255)) for i in sorted(seen) if i < len(classes)]
+    legend = [Patch(color=tuple(rgb), label=name) for name, rgb in shown]
+    ncols = min(len(legend), int(width / 1.1))
+    return finish(figure, title, legend=legend, ncols=ncols, fontsize=8, size=11 if width > 7 else 9)
 
 
 def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
@@ -192,11 +167,10 @@ def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Fig
         axis.set_xticks(range(len(measured)), [name.replace(", ", "\n") for name in measured], fontsize=9)
         axis.set_ylabel(text)
         axis.grid(axis="x", visible=False)
-    handles = [Patch(color=RED, alpha=0.6, label="image-dependent"), Patch(color=BLUE, alpha=0.6, label="universal")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    legend = [Patch(color=RED, alpha=0.6, label="image-dependent"), Patch(color=BLUE, alpha=0.6, label="universal")]
     eps = next(iter(measured.values()))["eps"]
-    figure.suptitle(f"What perturbations of eps = {eps:g} do, each dot a test scene · {dataset}", fontsize=12)
-    return figure
+    title = f"What perturbations of eps = {eps:g} do, each dot a test scene · {dataset}"
+    return finish(figure, title, legend=legend, ncols=2)
 
 
 def hiding(scores: Sequence[tuple[SceneModel, Sequence[Mapping[str, Any]]]], *, hide: str, dataset: str) -> Figure:
@@ -205,16 +179,14 @@ def hiding(scores: Sequence[tuple[SceneModel, Sequence[Mapping[str, Any]]]], *, 
     scores: models, each with those of its `hiding` record.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2), sharex=True)
-    for model, found in scores:
-        eps = [score["eps"] for score in found]
-        for axis, name in zip(axes, ("hidden", "kept"), strict=True):
-            shares = [np.nan if score[name] is None else 100 * score[name] for score in found]
-            axis.plot(eps, shares, label=model.title, **LOOKS.get(model.family, OTHER))
-    axes[0].set(ylabel=f"pixels of {hide!r} that are gone (%)", ylim=(0, 102), xlabel="eps (pixel units of 255)")
-    axes[1].set(ylabel="other pixels that stay as they were (%)", ylim=(0, 102), xlabel="eps (pixel units of 255)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"One perturbation that hides every {hide} · {dataset}", fontsize=12)
-    return figure
+    for axis, measure in zip(axes, ("hidden", "kept"), strict=True):
+        for model, by_eps in scores:
+            shares = [np.nan if score[measure] is None else 100 * score[measure] for score in by_eps]
+            axis.plot([score["eps"] for score in by_eps], shares, label=model.title, **look(model.family))
+        axis.set(ylim=(0, 102), xlabel=EPS)
+    axes[0].set_ylabel(f"pixels of {hide!r} that are gone (%)")
+    axes[1].set_ylabel("other pixels that stay as they were (%)")
+    return finish(figure, f"One perturbation that hides every {hide} · {dataset}", legend=axes[0])
 
 
 @dataclass(frozen=True)
@@ -239,26 +211,20 @@ def figure1(
     A row for each of the two: the image, then for each model the image with its perturbation and what is seen.
     """
     columns = 1 + max(len(classified), 2 * len(segmented))
-    figure, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 5.4), squeeze=False)
-    for axis in axes.flat:
-        _bare(axis)
+    figure, axes = picture_panels(2, columns, 2.6 * columns, 5.4)
     for line, rows, dataset in zip(axes, (classified, segmented), datasets, strict=True):
-        line[0].imshow(as_picture(rows[0].clean))
-        line[0].set_xlabel(f"clean\n{dataset}", fontsize=8)
-        place = 1
+        free = iter(line)
+        show_picture(next(free), as_picture(rows[0].clean), f"clean\n{dataset}", fontsize=8, labelpad=4)
         for row in rows:
-            line[place].imshow(as_picture(row.clean + row.xi))
-            line[place].set_title(f"{row.title}\n{row.words}", fontsize=8)
+            axis, picture = next(free), as_picture(row.clean + row.xi)
+            axis.set_title(f"{row.title}\n{row.words}", fontsize=8)
             if isinstance(row.seen, str):
-                line[place].set_xlabel(f"taken for: {row.seen}", fontsize=9)
+                show_picture(axis, picture, f"taken for: {row.seen}", labelpad=4)
             else:
-                place += 1
-                line[place].imshow(colour(row.seen, classes))
-                line[place].set_xlabel("what is seen", fontsize=9)
-            place += 1
-        for axis in line[place:]:
+                show_picture(axis, picture)
+                show_picture(next(free), colour(row.seen, classes), "what is seen", labelpad=4)
+        for axis in free:
             axis.set_visible(False)
     axes[0, 0].set_ylabel("classification", fontsize=10)
     axes[1, 0].set_ylabel("segmentation", fontsize=10)
-    figure.suptitle("The universal perturbations that it takes: undefended against defended", fontsize=11)
-    return figure
+    return finish(figure, "The universal perturbations that it takes: undefended against defended", size=11)

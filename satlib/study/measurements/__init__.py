@@ -5,12 +5,23 @@ from typing import Any
 
 from satlib.study.measurement import Run
 from satlib.study.measurements.classification import Plan, cifar10, imagenet
-from satlib.study.measurements.evaluation_checks import ChecksPlan, checks
+from satlib.study.measurements.evaluation_checks import ChecksPlan, checks, differences
 from satlib.study.measurements.method import method
 from satlib.study.measurements.scenes import cityscapes
 from satlib.study.settings import NOTEBOOKS, settings
 
-__all__ = ["Plan", "checks_plan", "cifar10", "cityscapes", "imagenet", "method", "plan", "profile_runs", "settings"]
+__all__ = [
+    "Plan",
+    "checks_plan",
+    "cifar10",
+    "cityscapes",
+    "differences",
+    "imagenet",
+    "method",
+    "plan",
+    "profile_runs",
+    "settings",
+]
 
 PLANS = {"6.1": cifar10, "6.2": imagenet, "6.3": cityscapes, "method": method}
 BY_IMPORTANCE = ("6.1", "6.2", "6.3", "checks", "method")

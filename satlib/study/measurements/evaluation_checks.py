@@ -19,7 +19,7 @@ from satlib.study.measurements.classification import Plan, cifar10, erm_run, rob
 from satlib.study.measurements.robustness import attack_options
 from satlib.study.measurements.scenes import ScenesPlan, perturbation_of
 from satlib.study.records import Record
-from satlib.universal import ATTACKS
+from satlib.universal import ATTACKS, extended_pgd, options
 
 CRAFTED = 4096  # images to craft on, where they come from a large set
 SEARCHES: dict[str, dict[str, Any]] = {name: {"attack": name} for name in ATTACKS} | {
@@ -187,6 +187,14 @@ def checks(
             seed=settings.seed,
         ),
     )
+
+
+def differences(name: str) -> dict[str, Any]:
+    """How one of SEARCHES differs from the paper's."""
+    attack = options(ATTACKS[SEARCHES[name].get("attack", "paper")])
+    papers = options(extended_pgd) | options(ATTACKS["paper"])
+    changed = {option: value for option, value in attack.items() if option not in papers or value != papers[option]}
+    return changed | {option: value for option, value in SEARCHES[name].items() if option != "attack"}
 
 
 def attack_run(settings: Cifar10, model: Run, name: str) -> Run:

@@ -1,6 +1,5 @@
 """Figures of notebook 09: audits, bounds by stronger attacks, transfer."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from satlib.robustness import LARGEST
-from satlib.study.claims.evaluation_checks import Searches
-from satlib.study.figures import BY_SHAREDNESS, ERM, PURPLE
-
-
-def _look(title: str) -> dict[str, str]:
-    """Colour and marker of a model, by its title: `ERM`, or `s=64, eps=...`."""
-    found = re.match(r"s ?= ?(\d+)", title)
-    return BY_SHAREDNESS.get(int(found[1]), {"color": PURPLE, "marker": "P"}) if found else ERM
+from satlib.study.figures import EPS, finish, height_of, look, plain_ticks
+from satlib.study.records import Record
 
 
 def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
@@ -27,13 +19,11 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 4.8), width_ratios=(2, 3))
     for title, numbers in measured.items():
         points = [(point["eps"], 100 * point["rate"]) for point in numbers["curve"]]
-        left.plot(*zip(*points, strict=True), label=title, **_look(title))
+        left.plot(*zip(*points, strict=True), label=title, **look(title))
     first = next(iter(measured.values()))
     left.axhline(100 * (1 - 1 / first["classes"]), color="0.4", linestyle=":", linewidth=1.2, label="chance")
-    left.set(xscale="log", xlabel="eps (pixel units of 255)", ylabel="error on test images (%)", ylim=(0, 102))
-    ticks = [point["eps"] for point in first["curve"]]
-    left.set_xticks(ticks, [f"{eps:g}" for eps in ticks])
-    left.minorticks_off()
+    left.set(xscale="log", xlabel=EPS, ylabel="error on test images (%)", ylim=(0, 102))
+    plain_ticks(left.xaxis, [point["eps"] for point in first["curve"]])
     bars = {
         "clean": lambda n: n["clean"],
         "uniform\nnoise": lambda n: n["noise"]["uniform"],
@@ -50,36 +40,34 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     for place, (title, numbers) in enumerate(measured.items()):
         at = np.arange(len(bars)) + (place - (len(measured) - 1) / 2) * width
         heights = [100 * of(numbers) for of in bars.values()]
-        right.bar(at, heights, width=width, color=_look(title)["color"], label=title)
+        right.bar(at, heights, width=width, color=look(title)["color"], label=title)
     right.set_xticks(range(len(bars)), list(bars), fontsize=8)
     right.set(ylabel=f"error on test images at eps = {first['eps']:g} (%)", ylim=(0, 102))
     right.grid(axis="x", visible=False)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"Is the attack sound? · {dataset}", fontsize=12)
-    return figure
+    return finish(figure, f"Is the attack sound? · {dataset}", legend=left)
 
 
-def bounds(found: Searches, seeds: Mapping[str, Sequence[float | None]], *, delta: float, dataset: str) -> Figure:
+def bounds(
+    searches: Mapping[str, Mapping[str, Record]],
+    seeds: Mapping[str, Sequence[float | None]],
+    *,
+    delta: float,
+    dataset: str,
+) -> Figure:
     """eps_uni of each model by each attack, and by the paper's from several seeds; what none reached stands at 255.
 
-    found: searches by model and attack; seeds: eps_uni of the paper's attack by model.
+    searches: records by model and attack; seeds: eps_uni of the paper's attack by model.
     """
-
-    def shown(eps: float | None) -> float:
-        return LARGEST if eps is None else eps
-
-    attacks = list(next(iter(found.values())))
+    attacks = list(next(iter(searches.values())))
     figure, axis = plt.subplots(figsize=(max(8.0, 1.1 * len(attacks) + 2), 4.8))
-    for model, searches in found.items():
-        values, look = [shown(searches[attack].metrics["eps_uni"]) for attack in attacks], _look(model)
-        axis.plot(range(len(attacks)), values, linestyle="none", markersize=8, label=model, **look)
-        if known := [shown(eps) for eps in seeds.get(model, ())]:
-            axis.axhspan(min(known), max(known), color=look["color"], alpha=0.18, linewidth=0)
+    for model, by_attack in searches.items():
+        values = [height_of(by_attack[attack].metrics["eps_uni"]) for attack in attacks]
+        axis.plot(range(len(attacks)), values, linestyle="none", markersize=8, label=model, **look(model))
+        if known := [height_of(eps) for eps in seeds.get(model, ())]:
+            axis.axhspan(min(known), max(known), color=look(model)["color"], alpha=0.18, linewidth=0)
     axis.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks], fontsize=8)
     axis.set(ylabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", ylim=(0, None))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"The bound by stronger attacks; bands: the paper's over seeds · {dataset}", fontsize=12)
-    return figure
+    return finish(figure, f"The bound by stronger attacks; bands: the paper's over seeds · {dataset}", legend=axis)
 
 
 def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:
@@ -103,5 +91,4 @@ def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:
     axis.set(xlabel="model that is attacked", ylabel="model that the perturbation was crafted on")
     axis.grid(False)
     figure.colorbar(image, label="error on test images (%)")
-    figure.suptitle(f"Transfer · {dataset}", fontsize=11)
-    return figure
+    return finish(figure, f"Transfer · {dataset}", size=11)

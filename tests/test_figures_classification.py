@@ -1,4 +1,4 @@
-"""Figures of section 6.1: every model is there, fronts are steps, spectra are what Fourier says."""
+"""Figures of sections 6.1 and 6.2: every model is there, fronts are steps, spectra are what Fourier says."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_claims import model
 
-from satlib.study.figures import cifar10
+from satlib.study.figures import classification
 
 matplotlib.use("agg")
 
@@ -29,7 +29,7 @@ def test_figure_3_draws_both_attacks_the_fronts_as_steps_and_the_rest_faint():
         model("s = 64", 85.0, 35.0, deepfool=65.0, eps=99.0),
         model("fictitious play", 87.0, 20.0, deepfool=None, eps=8.0),
     ]
-    figure = cifar10.figure3(models, [(93.25, 14.9, "ERM")], delta=0.75, eps=20.0, dataset="made up")
+    figure = classification.figure3(models, [(93.25, 14.9, "ERM")], delta=0.75, eps=20.0, dataset="made up")
     figure.canvas.draw()
     left, right = figure.axes
     steps = {line.get_label(): line for line in left.lines if line.get_drawstyle() == "steps-pre"}
@@ -48,16 +48,16 @@ def test_figure_3_draws_both_attacks_the_fronts_as_steps_and_the_rest_faint():
 
 def test_a_model_that_no_search_could_break_is_named():
     models = [model("ERM", 90.0, 15.0, eps=None), model("s = 1", 80.0, None)]
-    left = cifar10.figure3(models, [], delta=0.75, eps=20.0, dataset="made up").axes[0]
+    left = classification.figure3(models, [], delta=0.75, eps=20.0, dataset="made up").axes[0]
     assert "> 255: s = 1, 80" in labels_of(left)
 
 
 def test_the_spectrum_of_a_wave_is_two_points_at_its_frequency():
     x = np.arange(32)
     wave = np.cos(2 * np.pi * 4 * x / 32)[None, None, :].repeat(3, 0).repeat(32, 1)
-    magnitude = cifar10.spectrum(wave)
+    magnitude = classification.spectrum(wave)
     assert sorted(map(tuple, np.argwhere(magnitude > magnitude.max() / 2))) == [(16, 12), (16, 20)]
-    radius, share = cifar10.energy_below(wave)
+    radius, share = classification.energy_below(wave)
     assert share[radius < 4 / 32 - 1e-9].max() < 1e-9 and share[radius <= 4 / 32 + 1e-9].max() == pytest.approx(1)
 
 
@@ -66,10 +66,10 @@ def test_random_signs_spread_their_energy_and_smooth_patterns_do_not():
     smooth = np.ones((3, 32, 32)) * np.sign(np.sin(np.arange(32) / 5))
     low = {}
     for name, xi in (("random", random), ("smooth", smooth)):
-        radius, share = cifar10.energy_below(xi)
+        radius, share = classification.energy_below(xi)
         low[name] = share[radius <= 0.125].max()
     assert low["random"] < 0.1 < 0.7 < low["smooth"]
-    figure = cifar10.spectra({"random": random, "smooth": smooth}, dataset="made up")
+    figure = classification.spectra({"random": random, "smooth": smooth}, dataset="made up")
     figure.canvas.draw()
     *_, below = [axis for axis in figure.axes if axis.get_xlabel().startswith("spatial frequency")]
     assert [line.get_label() for line in below.lines] == ["random", "smooth", "random signs"]
@@ -80,9 +80,34 @@ def test_the_gallery_marks_wrong_predictions():
         {"title": "ERM", "eps_uni": 8.0, "perturbation": np.full((3, 4, 4), 8.0)}
         | {"predictions": [("cat", True), ("dog", False)]}
     ]
-    figure = cifar10.perturbation_gallery(rows, np.zeros((2, 3, 4, 4)), dataset="made up")
+    figure = classification.perturbation_gallery(rows, np.zeros((2, 3, 4, 4)), dataset="made up")
     figure.canvas.draw()
     named = {axis.get_xlabel(): axis.xaxis.label.get_color() for axis in figure.axes if axis.get_xlabel()}
     assert named == {"cat": "0.25", "dog": "tab:red"}
     shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert shown[-1].max() == 8
+
+
+def test_figure_4_draws_the_fronts_and_the_paper_s_points():
+    models = [model("ERM", 77.0, 8.0, eps=None), model("s = 32", 75.0, 15.0), model("s = 1", 70.0, None)]
+    figure = classification.figure4(models, [(77.57, 8.4, "ERM")], delta=0.75, dataset="made up")
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    steps = {line.get_label(): line for line in axis.lines if line.get_drawstyle() == "steps-pre"}
+    assert list(steps) == ["ERM (undefended)", "s = 32"] and list(steps["s = 32"].get_ydata()) == [15]
+    assert "> 255: s = 1, 70" in [text.get_text() for text in axis.texts]
+    assert "pixel units" in axis.get_ylabel() and "%" in axis.get_xlabel()
+
+
+def test_dominant_labels_are_named_with_their_shares_and_the_rest_is_one_bar():
+    metrics = {
+        "ERM": {"counts": {"fooled": [1, 6, 0, 1]}, "entropy_bits": {"fooled": 1.06}},
+        "s = 32": {"counts": {"fooled": [0, 0, 0, 0]}, "entropy_bits": {"fooled": None}},
+    }
+    figure = classification.dominant_labels(metrics, ["cat", "dog", "fox", "owl"], dataset="made up", shown=2)
+    figure.canvas.draw()
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["2 others", "cat", "dog"]
+    assert [bar.get_width() for bar in left.patches] == [12.5, 12.5, 75.0]
+    assert "1.06 of 2.00 bits" in left.get_title() and "%" in left.get_xlabel()
+    assert "nothing is fooled" in right.get_title()

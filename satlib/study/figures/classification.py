@@ -1,0 +1,199 @@
+"""Figures of sections 6.1 and 6.2: Pareto fronts, universal perturbations, and the classes they lead to."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from satlib.study.claims import Model, front
+from satlib.study.claims.evaluation import size
+from satlib.study.figures import (
+    ACCURACY,
+    BLUE,
+    ERM,
+    REFERENCE,
+    as_picture,
+    finish,
+    look,
+    name_row,
+    perturbation_picture,
+    picture_panels,
+    robustness_label,
+    show_picture,
+)
+
+Reported = Sequence[tuple[float, float, str]]  # the paper's stated points: accuracy, eps_uni, what
+
+
+def figure3(models: Sequence[Model], reported: Reported, *, delta: float, eps: float, dataset: str) -> Figure:
+    """Figure 3: robustness against clean accuracy, by S-PGD (left) and by DeepFool perturbations of size eps (right).
+
+    A step for each family's Pareto front, dominated models faint, seeds as error bars; the reported points are crosses
+    at the left. Models that no search could break are named there.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 6.0))
+    _draw_fronts_by_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
+    _draw_fronts(right, models, "deepfool")
+    left.set_title("S-PGD")
+    right.set(xlabel=ACCURACY, ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units")
+    right.set_title("DeepFool universal perturbations")
+    for axis in (left, right):
+        axis.margins(x=0.08, y=0.12)
+    title = f"Universal robustness against accuracy · {dataset}\nlabels: $\\varepsilon$, $\\sigma$ of training"
+    return finish(figure, title, legend=left, fontsize=10)
+
+
+def figure4(models: Sequence[Model], reported: Reported, *, delta: float, dataset: str) -> Figure:
+    """Figure 4: robustness against clean accuracy, as Figure 3 (left)."""
+    figure, axis = plt.subplots(figsize=(7.2, 5.2))
+    _draw_fronts_by_eps_uni(axis, models, reported, delta=delta, paper="the paper, ImageNet with 200 classes")
+    axis.margins(x=0.12, y=0.2)
+    axis.set_ylim(bottom=0)
+    return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=axis, fontsize=10)
+
+
+def _draw_fronts_by_eps_uni(
+    axis: Axes, models: Sequence[Model], reported: Reported, *, delta: float, paper: str
+) -> None:
+    """eps_uni against accuracy, with the points of the `paper` as crosses, and who needs more than was searched."""
+    _draw_fronts(axis, models, "eps_uni")
+    beside = {"xytext": (14, 7), "textcoords": "offset points", "ha": "right"}
+    for accuracy, eps_uni, what in reported:
+        axis.plot(accuracy, eps_uni, **REFERENCE)
+        axis.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), fontsize=8, color="0.35", **beside)
+    if reported:
+        axis.plot([], [], label=paper, **REFERENCE)
+    axis.set(xlabel=ACCURACY, ylabel=robustness_label("uni", delta))
+    if unbroken := [model.title for model in models if model.eps_uni is None]:
+        axis.text(0.02, 0.02, f"{size(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
+
+
+def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
+    """Each family's models and its front; the front's models are named by eps and sigma."""
+    for family in dict.fromkeys(m.family for m in models):
+        style = look(family)
+        members = [m for m in models if m.family == family]
+        best = front(members, measure)
+        for model in members:
+            if (value := model.robustness(measure)) is None:
+                continue
+            place = next((i for i, (other, _) in enumerate(best) if model is other), None)
+            axis.errorbar(
+                model.accuracy,
+                value,
+                xerr=model.spreads.get("accuracy"),
+                yerr=model.spreads.get(measure),
+                linestyle="none",
+                capsize=3,
+                markersize=15 if style is ERM else 8,
+                alpha=0.3 if place is None else 1.0,
+                **style,
+            )
+            if place is not None and model.eps is not None:
+                text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
+                beside = (6, -12 if place % 2 else 5)  # neighbours on a front get out of each other's way
+                near = {"xytext": beside, "textcoords": "offset points"}
+                axis.annotate(text, (model.accuracy, value), fontsize=7.5, color=style["color"], **near)
+        if best:
+            label = "ERM (undefended)" if family == "ERM" else family
+            marked = style | {"markersize": 12 if style is ERM else 7}
+            points = [(m.accuracy, value) for m, value in best]
+            axis.plot(*zip(*points, strict=True), drawstyle="steps-pre", linewidth=1.4, label=label, **marked)
+
+
+def perturbation_gallery(rows: Sequence[dict], clean: np.ndarray, *, dataset: str) -> Figure:
+    """A.4: the universal perturbation of each model at its eps_uni, alone and on test images.
+
+    rows: for each model `title`, `eps_uni`, `perturbation` (C, H, W) in pixel units, and `predictions` (name, is it
+    right) for every picture; clean: the pictures (n, C, H, W) in 0..255, undisturbed.
+    """
+    down, across = len(rows) + 1, len(clean) + 1
+    figure, axes = picture_panels(down, across, 1.3 * across + 1.9, 1.4 * down + 0.4)
+    axes[0, 0].text(0.5, 0.5, "clean", ha="center", va="center", fontsize=10)
+    axes[0, 0].set_axis_off()
+    for axis, image in zip(axes[0, 1:], clean, strict=True):
+        show_picture(axis, as_picture(image))
+    for row, line in zip(rows, axes[1:], strict=True):
+        show_picture(line[0], perturbation_picture(row["perturbation"]))
+        name_row(line[0], f"{row['title']}\nε = {row['eps_uni']:.1f}")
+        for axis, image, (name, right) in zip(line[1:], clean, row["predictions"], strict=True):
+            show_picture(axis, as_picture(image + row["perturbation"]), name, color="0.25" if right else "tab:red")
+    axes[1, 0].set_title("perturbation\n(contrast stretched)", fontsize=8)
+    title = "Universal perturbations at $\\varepsilon_{uni}$, and the predictions that they cause"
+    return finish(figure, f"{title} · {dataset}")
+
+
+def spectrum(perturbation: np.ndarray) -> np.ndarray:
+    """Fourier magnitude (H, W) of a perturbation (C, H, W): mean over the channels, zero frequency in the middle."""
+    return np.abs(np.fft.fftshift(np.fft.fft2(perturbation), axes=(-2, -1))).mean(0)
+
+
+def energy_below(perturbation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(radii, share of the energy at or below each): radii in cycles a pixel, 0 to 0.5 times the square root of 2."""
+    height, width = perturbation.shape[-2:]
+    energy = (np.abs(np.fft.fft2(perturbation)) ** 2).sum(0)
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    order = np.argsort(radius, axis=None)
+    return radius.ravel()[order], np.cumsum(energy.ravel()[order]) / energy.sum()
+
+
+def spectra(perturbations: Mapping[str, np.ndarray], *, dataset: str) -> Figure:
+    """Fourier magnitudes of universal perturbations, and how their energy is spread over frequencies.
+
+    perturbations: (C, H, W) in pixel units, by the family of the model. Random signs are drawn for comparison.
+    """
+    shape = next(iter(perturbations.values())).shape
+    random = np.sign(np.random.default_rng(0).standard_normal(shape))
+    columns = len(perturbations)
+    figure = plt.figure(figsize=(max(9.0, 1.9 * columns), 5.6))
+    grid = figure.add_gridspec(2, columns, height_ratios=(1, 1.5))
+    magnitudes = {title: np.log10(spectrum(xi / np.abs(xi).max()) + 1e-3) for title, xi in perturbations.items()}
+    shown = {"vmin": 0.0, "vmax": max(m.max() for m in magnitudes.values()), "cmap": "magma"}
+    for column, (title, magnitude) in enumerate(magnitudes.items()):
+        axis = figure.add_subplot(grid[0, column])
+        picture = axis.imshow(magnitude, extent=(-0.5, 0.5, -0.5, 0.5), **shown)
+        axis.set(xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5] if not column else [])
+        axis.tick_params(labelsize=7)
+        axis.grid(False)
+        axis.set_title(textwrap.fill(title, 18), fontsize=8.5)
+    figure.colorbar(picture, ax=figure.axes, location="right", shrink=0.8, label="log10 magnitude", pad=0.01)
+    below = figure.add_subplot(grid[1, :])
+    for title, xi in perturbations.items():
+        below.plot(*energy_below(xi), label=title, linewidth=1.6, color=look(title)["color"])
+    below.plot(*energy_below(random), color="0.3", linestyle=":", label="random signs")
+    below.set(xlabel="spatial frequency (cycles a pixel)", xlim=(0, 0.71))
+    below.set(ylabel="share of energy at or below", ylim=(0, 1.02))
+    below.legend(fontsize=8, loc="lower right")
+    return finish(figure, f"Spectra of the universal perturbations (axes in cycles a pixel) · {dataset}")
+
+
+def dominant_labels(
+    predictions: Mapping[str, Mapping[str, Any]], classes: Sequence[str], *, dataset: str, shown: int = 8
+) -> Figure:
+    """A.7: of the images that a universal perturbation fools, the share that each class is predicted for.
+
+    predictions: metrics of a `predictions` record by the title of its model; the `shown` most frequent classes are
+    named, what is left is one bar. The entropy of the whole distribution stands in the title of each panel.
+    """
+    figure, axes = plt.subplots(1, len(predictions), figsize=(4.2 * len(predictions), 3.6), squeeze=False, sharex=True)
+    for axis, (title, metrics) in zip(axes[0], predictions.items(), strict=True):
+        counts = np.array(metrics["counts"]["fooled"], dtype=float)
+        bits = metrics["entropy_bits"]["fooled"]
+        if bits is None:
+            axis.set_title(f"{title}\nnothing is fooled", fontsize=9)
+            axis.set_axis_off()
+            continue
+        order = np.argsort(-counts, kind="stable")[:shown]
+        names = [classes[i] for i in order] + [f"{len(counts) - len(order)} others"]
+        shares = np.append(counts[order], counts.sum() - counts[order].sum()) / counts.sum()
+        axis.barh(names[::-1], 100 * shares[::-1], color=["0.75"] + [BLUE] * len(order))
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("share of fooled images (%)", fontsize=9)
+        axis.set_title(f"{title}\n{bits:.2f} of {np.log2(len(counts)):.2f} bits", fontsize=9)
+    title = "Classes predicted under the universal perturbation, where it fools the model"
+    return finish(figure, f"{title} · {dataset}", size=11)
