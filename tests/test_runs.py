@@ -291,13 +291,13 @@ def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet200:20", "imagenet200-224", "camvid:240x180", "cityscapes"])
-def test_a_stand_in_has_the_geometry_of_its_data_set(name):
-    train = data.stand_in(name).train
+def test_dummy_data_has_the_geometry_of_its_data_set(name):
+    train = data.dummy_data(name).train
     scenes = name.startswith("c") and name != "cifar10"
     wanted = {"cifar10": (32, 32, 10), "imagenet200:20": (64, 64, 20), "imagenet200-224": (224, 224, 200)}
     wanted |= {"camvid:240x180": (180, 240, 11), "cityscapes": (512, 1024, 19)}
     assert (*train.images.shape[2:], len(train.classes)) == wanted[name]
-    assert train.labels.ndim == (3 if scenes else 1) and data.stand_in("mnist") is None
+    assert train.labels.ndim == (3 if scenes else 1) and data.dummy_data("mnist") is None
 
 
 def test_time_left_counts_each_network_by_its_own_speed(tiny, tmp_path, monkeypatch, float32):

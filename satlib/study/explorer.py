@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from satlib import data
 from satlib.errors import SatlibError
 from satlib.segmentation import scene_target
-from satlib.study import profiles, results
+from satlib.study import results
 from satlib.study.claims import Model, Records, trained_models
 from satlib.study.display import broken_by
 from satlib.study.figures import explorer as drawings
@@ -188,8 +188,7 @@ class Shelf:
 
 def is_here(dataset: str) -> bool:
     """Whether a data set can be loaded: embedded, or found in the data root."""
-    name = dataset.partition(":")[0]
-    return name in profiles.EMBEDDED or data.place(name) is not None
+    return data.is_embedded(dataset) or data.find(dataset) is not None
 
 
 def _choice(name: str, options: Sequence, value: Any) -> widgets.Dropdown:

@@ -16,10 +16,11 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from satlib.data import DATASETS
 from satlib.errors import SatlibError
 from satlib.paths import project_root
 
-EMBEDDED = ("shapes32", "shapes64", "streets128x64", "streets256x128")  # data sets made in code: never missing
+EMBEDDED = tuple(row.name for row in DATASETS.values() if row.embedded)  # data sets made in code: never missing
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _KEYS = {
     "description": str,

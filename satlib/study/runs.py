@@ -107,7 +107,7 @@ class Runner:
         try:
             self.splits(dataset)
         except SatlibError as error:
-            noise = data.stand_in(dataset)
+            noise = data.dummy_data(dataset)
             if noise is None:
                 raise
             self._splits[dataset] = noise.to(self.device)

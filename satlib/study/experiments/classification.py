@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from satlib.data import DATASETS
 from satlib.errors import SatlibError
 from satlib.paper import Cifar10, Classification, ImageNet
 from satlib.paths import named_file
@@ -12,13 +13,7 @@ from satlib.study.runs import Run
 from satlib.training import Training
 
 # Images in an epoch, for estimates alone: plans are made without loading data.
-TRAIN_IMAGES = {
-    "cifar10": 45_000,
-    "imagenet200": 90_000,
-    "imagenet200-224": 234_000,
-    "shapes32": 9_000,
-    "shapes64": 8_000,
-}
+TRAIN_IMAGES = {row.name: row.training_images for row in DATASETS.values() if not row.segmentation}
 
 
 Point = tuple[int, float, float]  # sharedness, eps, sigma

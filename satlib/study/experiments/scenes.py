@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from satlib.data import DATASETS
 from satlib.errors import SatlibError
 from satlib.paper import Cityscapes
 from satlib.study.experiments.classification import Point, pretrained_weights
 from satlib.study.runs import Run
 from satlib.training import Training
 
-TRAIN_SCENES = {"cityscapes": 2975, "camvid": 367, "streets128x64": 400, "streets256x128": 400}  # for estimates alone
+TRAIN_SCENES = {row.name: row.training_images for row in DATASETS.values() if row.segmentation}  # for estimates alone
 
 
 @dataclass(frozen=True)
