@@ -286,6 +286,8 @@ def test_a_damaged_streamed_image_is_named_and_left_out_only_when_asked(large, m
                 SatlibError, match=rf"bad image .*{victim.name}: damaged or truncated .*; replace or remove"
             ):
                 read(splits.train), read(splits.val)
+        with pytest.raises(SatlibError, match=rf"bad image .*{victim.name}"):
+            data.verify("imagenet200-224:2", root=large)
         monkeypatch.setenv("SATLIB_SKIP_DAMAGED", "1")
         with pytest.warns(UserWarning, match=rf"1 bad images of .* left out: train/.*{victim.name}"):
             splits = stream(large)

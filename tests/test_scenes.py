@@ -113,6 +113,20 @@ def test_what_is_wrong_with_a_scene_is_named(root, victim, change, message):
         load("camvid", root)
 
 
+def test_scenes_are_listed_by_the_rule_of_all_images(root):
+    folder = camvid(root)
+    hidden = folder / "train" / "images" / ".thumbnails"
+    write(hidden / "train_9.png", np.zeros((24, 32, 3), np.uint8))
+    (folder / "train" / "images" / "train_0.png").rename(folder / "train" / "images" / "train_0.PNG")
+    assert len(load("camvid:32x24", root).train) == 3
+    (link := folder / "val" / "labels" / "val_9.png").symlink_to("nowhere.png")
+    with pytest.raises(SatlibError, match=rf"cannot read {link}: a link to nothing; remove or restore it"):
+        load("camvid:32x24", root)
+    link.rename(link.with_suffix(".bmp"))
+    with pytest.raises(SatlibError, match=r"val_9\.bmp: \.bmp images; convert them to \.png or \.jpg"):
+        load("camvid:32x24", root)
+
+
 def test_missing_folders_and_bad_sizes_are_named(root):
     with pytest.raises(SatlibError, match=r"no CamVid in .*: looked for camvid/"):
         load("camvid", root)
@@ -154,6 +168,13 @@ def test_scenes_are_flipped_with_their_labels(root):
 def test_street_scenes_are_the_same_bits_on_every_machine(name):
     drawn = data.Splits(**{split: streets.generate(name, split) for split in streets.COUNTS})
     assert drawn.fingerprint == streets.FINGERPRINTS[name]
+
+
+def test_label_values_and_classes_of_the_layouts():
+    assert list(scenes.classes("camvid")) == list(range(11)) and scenes.classes("camvid")[8] == "car"
+    assert scenes.classes("cityscapes")[7] == "road" and scenes.classes("cityscapes")[33] == "bicycle"
+    for name in scenes.LAYOUTS:
+        assert len(scenes.classes(name)) == data.DATASETS[name].classes
 
 
 def test_street_scenes_are_drawn_once_and_kept(tmp_path, monkeypatch):

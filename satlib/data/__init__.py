@@ -62,13 +62,13 @@ def download(name: str, *, root: str | Path | None = None) -> None:
 def dummy_data(name: str) -> "Splits | None":
     """Noise with the geometry of the data set `name` (as for `load`), to time a network on where the set is not here;
     None for an unknown one, and for one that is never missing."""
+    row = row_of(name)
+    if row is None or row.embedded:
+        return None
     import torch
 
     from satlib.data.imageset import ImageSet, Splits
 
-    row = row_of(name)
-    if row is None or row.embedded:
-        return None
     dataset = described(name)
     channels, height, width = dataset.shape
     count = max(1, min(DUMMY_IMAGES, DUMMY_PIXELS // (height * width)))

@@ -100,17 +100,19 @@ def list_images(folder: Path, path: str, label: int = 0, *, tail: str = "", nest
     files = []
     for place, folders, names in os.walk(folder / path):
         folders[:] = [name for name in folders if nested and not name.startswith(".")]
+        below = os.path.relpath(place, folder)
         for name in names:
-            file, (stem, suffix) = Path(place, name), os.path.splitext(name)
-            if name.startswith(".") or not stem.endswith(tail) or suffix.lower() not in SUFFIXES | UNREADABLE_SUFFIXES:
+            stem, suffix = os.path.splitext(name)
+            kind = suffix.lower()
+            if name.startswith(".") or not stem.endswith(tail) or kind not in SUFFIXES | UNREADABLE_SUFFIXES:
                 continue
-            if suffix.lower() in UNREADABLE_SUFFIXES:
-                raise SatlibError(f"cannot read {file}: {suffix.lower()} images; convert them to .png or .jpg")
+            if kind in UNREADABLE_SUFFIXES:
+                raise SatlibError(f"cannot read {place}/{name}: {kind} images; convert them to .png or .jpg")
             try:
-                status = file.stat()
+                status = os.stat(f"{place}/{name}")
             except FileNotFoundError:
-                raise SatlibError(f"cannot read {file}: a link to nothing; remove or restore it") from None
-            files.append(ImageFile(str(file.relative_to(folder)), label, status.st_size, status.st_mtime_ns))
+                raise SatlibError(f"cannot read {place}/{name}: a link to nothing; remove or restore it") from None
+            files.append(ImageFile(f"{below}/{name}", label, status.st_size, status.st_mtime_ns))
     if not files:
         raise SatlibError(
             f"no images in {folder / path}; expected *{tail}.png, *{tail}.jpg or *.jpeg; unpack the data set again"
@@ -131,8 +133,8 @@ def read_images(tree: ImageTree, split: str, *, size: tuple[int, int], progress:
     ]
     # Starting processes takes longer than decoding one task's files.
     decoded = decoding(tree.folder, tasks, size, rgb, workers=workers_here() if len(tasks) > 1 else 0)
-    shown_as, bad = f"decoding {tree.folder.name}/{split}", []
-    for index, (pixels, problems) in enumerate(shown(decoded, len(files), shown_as, progress, each=FILES_PER_TASK)):
+    what, bad = f"decoding {tree.folder.name}/{split}", []
+    for index, (pixels, problems) in enumerate(shown(decoded, len(files), what, progress, each=FILES_PER_TASK)):
         images[index * FILES_PER_TASK :][: len(pixels)] = pixels
         bad += problems
     if bad:

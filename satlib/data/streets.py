@@ -17,19 +17,18 @@ from numpy import ndarray as Array
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
-from satlib.data.imageset import ImageSet, Splits
+from satlib.data.imageset import IGNORE, ImageSet, Splits
 from satlib.paths import project_root
 
 CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "person", "pole", "sign")
 SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, PERSON, POLE, SIGN = range(len(CLASSES))
-VOID, KEEP = 255, -1  # labels: of no class, and whatever it was
+VOID, KEEP = IGNORE, -1  # labels: of no class, and whatever it was
 COUNTS = {"train": 400, "val": 80, "test": 80}
 EVERYWHERE = (slice(None), slice(None))
 FAR = 14.0  # where walls end, and the farthest objects stand
 HOUSES = 24  # on each side, at most
 NOISE = (3.0, 9.0)  # standard deviation for each pixel and channel, in pixel units
 Colour = tuple[float, float, float]
-
 
 SEEDS = {"streets128x64": 12864, "streets256x128": 25612}
 FINGERPRINTS = {  # what drawing must give on every machine; whoever changes it records them anew
