@@ -235,15 +235,14 @@ def add_data(commands: Any) -> None:
 def _data(arguments: argparse.Namespace) -> int:
     from satlib import data
     from satlib.paths import data_root
-    from satlib.study import profiles
 
     if arguments.action == "download":
         data.download(arguments.name or "cifar10")
         return 0
     print(f"data root: {data_root()}")
     status = 0
-    for name in [arguments.name] if arguments.name else data.NAMES:
-        place = "made in code" if name in profiles.EMBEDDED else data.place(name.partition(":")[0])
+    for name in [arguments.name] if arguments.name else data.DATASETS:
+        place = "made in code" if data.is_embedded(name) else data.find(name)
         if arguments.action == "status" or (place is None and not arguments.name):
             print(f"{name}: {place or 'not here'}")
             continue

@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -93,10 +95,10 @@ def test_grey_images_become_rgb(tree):
 
 
 def test_many_tasks_in_worker_processes_give_the_same(tree, monkeypatch):
-    scanned = imagetree.scan_tree(tree, splits=("train",))
-    alone = imagetree.read_images(scanned, "train", progress=False)
+    scanned = imagetree.scan_tree(tree, splits=("train",), classes=CLASSES)
+    alone = imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
     monkeypatch.setattr(imagetree, "FILES_PER_TASK", 7)
-    several = imagetree.read_images(scanned, "train", progress=False)
+    several = imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
     assert torch.equal(alone[0], several[0]) and torch.equal(alone[1], several[1])
 
 
@@ -110,10 +112,10 @@ def test_loading_leaves_the_global_random_state_alone(tree):
 def test_progress_is_lines_where_nobody_watches(tree, monkeypatch, capfd):
     monkeypatch.setattr(imagetree, "FILES_PER_TASK", 50)
     monkeypatch.setattr(imagetree, "SECONDS_PER_LINE", 0)
-    scanned = imagetree.scan_tree(tree, splits=("train",))
-    imagetree.read_images(scanned, "train", progress=True)
+    scanned = imagetree.scan_tree(tree, splits=("train",), classes=CLASSES)
+    imagetree.read_images(scanned, "train", size=(32, 32), progress=True)
     assert "decoding cifar10/train: 50 of 100 images\n" in capfd.readouterr().err
-    imagetree.read_images(scanned, "train", progress=False)
+    imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
     assert capfd.readouterr().err == ""
 
 
@@ -226,17 +228,6 @@ def test_of_several_bad_files_the_first_is_named_and_the_rest_counted(tree):
         (tree / "train" / "horse" / f"000{i}.png").write_bytes(b"no image")
     with pytest.raises(SatlibError, match=r"horse/0002\.png: .* \(and 2 more bad files\); replace or remove it"):
         load(tree)
-
-
-def test_without_an_expected_size_or_classes_the_tree_sets_them(tree):
-    scanned = imagetree.scan_tree(tree, splits=("train", "test"))
-    assert scanned.classes == CLASSES
-    path = damage_size(tree)
-    with pytest.raises(SatlibError, match=f"{path}: 40x32 pixels, expected 32x32"):
-        imagetree.read_images(scanned, "train", progress=False)
-    (tree / "train" / "airplane" / "0000.png").write_bytes(b"no image")
-    with pytest.raises(SatlibError, match=r"airplane/0000\.png"):
-        imagetree.read_images(scanned, "train", progress=False)
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -540,3 +531,76 @@ def test_unknown_names():
         data.load("mnist")
     with pytest.raises(SatlibError, match="cannot download 'shapes32'; expected one of cifar10"):
         data.download("shapes32")
+
+
+# --------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("statement", ["import satlib.data", "from satlib.data.imageset import IGNORE"])
+def test_an_import_of_the_package_or_of_a_constant_brings_no_loader(statement):
+    script = f"import sys\n{statement}\nprint(*(name for name in sys.modules if name.startswith('satlib.data.')))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) <= {"satlib.data.datasets", "satlib.data.imageset"}
+
+
+def test_what_the_table_says_of_the_embedded_sets_is_so():
+    assert [name for name in data.DATASETS if data.is_embedded(name)] == [
+        "shapes32",
+        "shapes64",
+        "streets128x64",
+        "streets256x128",
+    ]
+    for name in filter(data.is_embedded, data.DATASETS):
+        row, train = data.DATASETS[name], data.load(name).train
+        assert train.images.shape == (row.training_images, *row.shape) and len(train.classes) == row.classes
+        assert (train.name, train.title, train.dense) == (row.name, row.title, row.segmentation)
+        assert data.find(name) is None and data.dummy_data(name) is None
+    assert not data.is_embedded("cifar10") and not data.is_embedded("mnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("cifar10", 45_000),
+        ("imagenet200", 90_000),
+        ("imagenet200:20", 9_000),
+        ("imagenet200:7", 3_150),
+        ("imagenet200:classes.txt", 90_000),
+        ("imagenet200-224", 234_000),
+        ("imagenet200-224:33", 38_610),
+        ("camvid:240x180", 367),
+        ("cityscapes", 2_975),
+        ("shapes64", 8_000),
+        ("streets128x64", 400),
+        ("mnist", 45_000),
+    ],
+)
+def test_training_images_are_known_without_reading_any(name, images):
+    assert data.training_images(name) == images
+    assert data.training_images("mnist", unknown=400) == 400
+
+
+def test_a_data_set_is_found_whatever_option_follows_its_name(tmp_path):
+    assert data.find("camvid:240x180", root=tmp_path) is None and data.find("mnist", root=tmp_path) is None
+    (tmp_path / "camvid").mkdir()
+    (tmp_path / "imagenet200" / "train").mkdir(parents=True)
+    assert data.find("camvid:240x180", root=tmp_path) == data.find("camvid", root=tmp_path) == tmp_path / "camvid"
+    assert data.find("imagenet200:20", root=tmp_path) == tmp_path / "imagenet200"
+    assert data.find("imagenet200-224", root=tmp_path) is data.find("cifar10", root=tmp_path) is None
+
+
+def test_an_archive_of_any_data_set_is_named(tmp_path):
+    (tmp_path / "camvid.tar.xz").write_bytes(b"x")
+    with pytest.raises(
+        SatlibError, match=r"camvid\.tar\.xz is a file, expected a folder; .* unpack it so that .*camvid/\{"
+    ):
+        data.load("camvid:32x24", root=tmp_path)
+    with pytest.raises(SatlibError, match=r"no Cityscapes in .*: looked for cityscapes/"):
+        data.load("cityscapes", root=tmp_path)
+
+
+def test_dummy_data_follows_the_options_and_their_errors():
+    assert data.dummy_data("camvid").train.images.shape[1:] == (3, 360, 480)
+    assert len(data.dummy_data("imagenet200:20").test.classes) == 20
+    with pytest.raises(SatlibError, match="camvid:small: expected a width and a height from 16 to 4096"):
+        data.dummy_data("camvid:small")

@@ -203,10 +203,12 @@ def test_streamed_sets_are_split_as_resident_ones(large):
     splits = stream(large)
     assert [len(s) for s in vars(splits).values()] == [18, 2, 4]
     assert splits.train.title == "ImageNet (224x224), 2 classes" and splits.train.name == "imagenet200-224:2"
-    paths = [file.path for s in vars(splits).values() for file in s.files]
+    paths = [file.path for s in vars(splits).values() for file in s.images.files]
     assert len(set(paths)) == 24 and all(path.startswith("val/") for path in paths[20:])
     for s in vars(splits).values():
-        assert all(imagenet.wnids("2")[label] in file.path for label, file in zip(s.labels, s.files, strict=True))
+        assert all(
+            imagenet.wnids("2")[label] in file.path for label, file in zip(s.labels, s.images.files, strict=True)
+        )
         assert s.fingerprint == stream(large).__dict__[s.split].fingerprint
     assert len({s.fingerprint for s in vars(splits).values()}) == 3
 
@@ -223,8 +225,8 @@ def test_streamed_batches_are_the_middle_of_each_image(large):
     assert torch.equal(torch.cat([part.float() for part in test.images.split(3)]), images)
     assert torch.equal(test.subset([3, 1]).images[:].float(), images[[3, 1]])
     resize = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-    for file, image in zip(test.files, images, strict=True):
-        with Image.open(test.folder / file.path) as whole:
+    for file, image in zip(test.images.files, images, strict=True):
+        with Image.open(test.images.folder / file.path) as whole:
             expected = torch.from_numpy(np.array(resize(whole))).permute(2, 0, 1).float()
         assert (image - expected).abs().mean() < 2, (
             "as torchvision's, but for JPEG's faster decoding and a pixel's shift"
@@ -284,6 +286,8 @@ def test_a_damaged_streamed_image_is_named_and_left_out_only_when_asked(large, m
                 SatlibError, match=rf"bad image .*{victim.name}: damaged or truncated .*; replace or remove"
             ):
                 read(splits.train), read(splits.val)
+        with pytest.raises(SatlibError, match=rf"bad image .*{victim.name}"):
+            data.verify("imagenet200-224:2", root=large)
         monkeypatch.setenv("SATLIB_SKIP_DAMAGED", "1")
         with pytest.warns(UserWarning, match=rf"1 bad images of .* left out: train/.*{victim.name}"):
             splits = stream(large)

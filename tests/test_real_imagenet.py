@@ -11,7 +11,7 @@ from satlib import data
 from satlib.data import imagenet
 
 PACKED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny-imagenet-200"
-HAS_ROOT = bool(os.environ.get("SATLIB_DATA")) and imagenet.place(Path(os.environ["SATLIB_DATA"])) is not None
+HAS_ROOT = bool(os.environ.get("SATLIB_DATA")) and data.find("imagenet200") is not None
 
 pytestmark = [
     pytest.mark.real_data,

@@ -61,7 +61,9 @@ def test_camvid_is_read_in_its_layout(root):
     splits = load("camvid:32x24", root)
     assert [len(s) for s in vars(splits).values()] == [3, 3, 3]
     train = splits.train
-    assert set(train.frames) == {"train_0", "train_1", "train_2"} and train.classes == scenes.CAMVID
+    assert set(train.frames) == {"train_0", "train_1", "train_2"} and train.classes == tuple(
+        scenes.classes("camvid").values()
+    )
     assert train.images.shape == (3, 3, 24, 32) and train.labels.shape == (3, 24, 32)
     assert set(splits.test.frames) == {f"test_{i}" for i in range(3)}
     first = np.asarray(Image.open(folder / "train" / "images" / f"{train.frames[0]}.png"))
@@ -85,7 +87,7 @@ def test_cityscapes_is_read_in_its_layout(root):
     labels = splits.train.labels[0]
     assert (labels[:3] == IGNORE).all() and (labels[3:31] == 0).all() and (labels[31] == 18).all()
     assert splits.train.classes[18] == "bicycle" and len(splits.train.classes) == 19
-    assert scenes.LAYOUTS["cityscapes"].size == (1024, 512)
+    assert data.DATASETS["cityscapes"].shape == (3, 512, 1024)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,20 @@ def test_what_is_wrong_with_a_scene_is_named(root, victim, change, message):
         write(path, change)
     with pytest.raises(SatlibError, match=message):
         load("camvid", root)
+
+
+def test_scenes_are_listed_by_the_rule_of_all_images(root):
+    folder = camvid(root)
+    hidden = folder / "train" / "images" / ".thumbnails"
+    write(hidden / "train_9.png", np.zeros((24, 32, 3), np.uint8))
+    (folder / "train" / "images" / "train_0.png").rename(folder / "train" / "images" / "train_0.PNG")
+    assert len(load("camvid:32x24", root).train) == 3
+    (link := folder / "val" / "labels" / "val_9.png").symlink_to("nowhere.png")
+    with pytest.raises(SatlibError, match=rf"cannot read {link}: a link to nothing; remove or restore it"):
+        load("camvid:32x24", root)
+    link.rename(link.with_suffix(".bmp"))
+    with pytest.raises(SatlibError, match=r"val_9\.bmp: \.bmp images; convert them to \.png or \.jpg"):
+        load("camvid:32x24", root)
 
 
 def test_missing_folders_and_bad_sizes_are_named(root):
@@ -148,10 +164,17 @@ def test_scenes_are_flipped_with_their_labels(root):
     assert part.frames == (train.frames[2], train.frames[0]) and torch.equal(part.labels, train.labels[[2, 0]])
 
 
-@pytest.mark.parametrize("family", streets.FAMILIES.values(), ids=lambda family: family.name)
-def test_street_scenes_are_the_same_bits_on_every_machine(family):
-    drawn = {split: streets.generate(split, family.name) for split in family.counts}
-    assert {split: images.fingerprint for split, images in drawn.items()} == family.fingerprints
+@pytest.mark.parametrize("name", streets.FINGERPRINTS)
+def test_street_scenes_are_the_same_bits_on_every_machine(name):
+    drawn = data.Splits(**{split: streets.generate(name, split) for split in streets.COUNTS})
+    assert drawn.fingerprint == streets.FINGERPRINTS[name]
+
+
+def test_label_values_and_classes_of_the_layouts():
+    assert list(scenes.classes("camvid")) == list(range(11)) and scenes.classes("camvid")[8] == "car"
+    assert scenes.classes("cityscapes")[7] == "road" and scenes.classes("cityscapes")[33] == "bicycle"
+    for name in scenes.LAYOUTS:
+        assert len(scenes.classes(name)) == data.DATASETS[name].classes
 
 
 def test_street_scenes_are_drawn_once_and_kept(tmp_path, monkeypatch):
@@ -159,8 +182,9 @@ def test_street_scenes_are_drawn_once_and_kept(tmp_path, monkeypatch):
     drawn = data.load("streets128x64")
     monkeypatch.setattr(streets, "generate", lambda *args: pytest.fail("drawn again"))
     kept = data.load("streets128x64")
+    assert kept.fingerprint == streets.FINGERPRINTS["streets128x64"]
     for split, images in vars(drawn).items():
-        assert getattr(kept, split).fingerprint == images.fingerprint == streets.STREETS128.fingerprints[split]
+        assert getattr(kept, split).fingerprint == images.fingerprint
         assert getattr(kept, split).frames == images.frames
 
 

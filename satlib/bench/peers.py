@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from satlib.data.imageset import ImageSet
-from satlib.data.streamed import StreamedSet, workers_here
+from satlib.data.imagetree import workers_here
+from satlib.data.streamed import StreamedSet
 
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
@@ -148,9 +149,10 @@ def loader(images: ImageSet, batch_size: int) -> DataLoader:
 
 def stored_loader(images: StreamedSet, batch_size: int) -> DataLoader:
     """The usual pipeline for files: torchvision's transforms of training on ImageNet, in as many workers as ours."""
-    crop = v2.RandomResizedCrop(images.size)
+    crop = v2.RandomResizedCrop(images.images.size)
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    pairs = _Pairs([images.folder / file.path for file in images.files], images.labels.tolist(), transform)
+    paths = [images.images.folder / file.path for file in images.images.files]
+    pairs = _Pairs(paths, images.labels.tolist(), transform)
     return _loader(pairs, batch_size, workers_here(), images.device)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, success_rates, universal_pgd
 from satlib.bench import Bench, Row, peers
 from satlib.data.imageset import ImageSet
-from satlib.data.imagetree import ImageFile
-from satlib.data.streamed import StreamedSet, workers_here
+from satlib.data.imagetree import ImageFile, workers_here
+from satlib.data.streamed import StreamedImages, StreamedSet
 from satlib.device import autocast
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
@@ -276,7 +276,7 @@ def stored(bench: Bench) -> list[Row]:
         taken = bench.race({"ours": ours, "theirs": theirs})
         model = BottleneckResNet(layers=layers, group_width=width, expansion=4 if bench.on_cuda else 1)
         waiting = share_waited(bench, model.to(bench.device), train.batches(size, generator=generator, augment=True))
-    kilobytes = statistics.mean(file.size for file in train.files) / 1000
+    kilobytes = statistics.mean(file.size for file in train.images.files) / 1000
     note = f"JPEG of 500x375, {kilobytes:.0f} kB on average, {workers_here()} workers"
     options = {"unit": "images / s", "more_is_better": True, "note": note}
     rates = {name: [len(train) / each for each in seconds] for name, seconds in taken.items()}
@@ -299,7 +299,7 @@ def on_disk(folder: Path, images: ImageSet) -> StreamedSet:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         files.append(ImageFile(path.name, label, path.stat().st_size, 0))
     labels = torch.tensor([file.label for file in files])
-    return StreamedSet(folder, tuple(files), labels, 224, images.classes, "stored", "Stored", "train")
+    return StreamedSet(StreamedImages(folder, files, 224), labels, images.classes, "stored", "Stored", "train")
 
 
 def share_waited(bench: Bench, model: nn.Module, batches: Iterator) -> float:

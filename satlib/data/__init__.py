@@ -1,38 +1,28 @@
-"""Data sets by name: `load("cifar10")`, or `load("shapes32")` for an embedded synthetic stand-in."""
+"""Data sets by name: `load("cifar10")`, or `load("shapes32")` for one that is drawn in code.
 
-from collections.abc import Callable
-from functools import partial
+Importing this imports the table of data sets alone: PyTorch and a data set's module follow when it is asked for.
+"""
+
+import importlib
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from satlib.data import cifar10, imagenet, scenes, shapes, streets
-from satlib.data.imageset import ImageSet, Splits
-from satlib.data.standins import stand_in
-from satlib.data.streamed import StreamedSet
+from satlib.data.datasets import DATASETS, Dataset, described, row_of
+from satlib.data.datasets import is_embedded as is_embedded
+from satlib.data.datasets import training_images as training_images
 from satlib.errors import SatlibError
 from satlib.paths import data_root
 
-__all__ = ["NAMES", "ImageSet", "Splits", "StreamedSet", "download", "load", "place", "stand_in", "verify"]
+if TYPE_CHECKING:
+    from satlib.data.imageset import ImageSet as ImageSet
+    from satlib.data.imageset import Splits
 
-_LOADERS: dict[str, Callable[..., Splits]] = {
-    "cifar10": cifar10.load,
-    "imagenet200": imagenet.load,
-    "imagenet200-224": imagenet.load_large,
-    **{name: partial(scenes.load, name) for name in scenes.LAYOUTS},
-    **{name: partial(shapes.load, name) for name in shapes.FAMILIES},
-    **{name: partial(streets.load, name) for name in streets.FAMILIES},
-}
-_PLACES: dict[str, Callable[[Path], Path | None]] = {
-    "cifar10": cifar10.place,
-    "imagenet200": imagenet.place,
-    "imagenet200-224": imagenet.place_large,
-    **{name: partial(scenes.place, name) for name in scenes.LAYOUTS},
-}
-_WITH_OPTION = ("imagenet200", "imagenet200-224", *scenes.LAYOUTS)
-_DOWNLOADS = {"cifar10": cifar10.download}
-NAMES = tuple(_LOADERS)
+ARCHIVES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
+DUMMY_PIXELS, DUMMY_IMAGES = 8_000_000, 128  # in a set of dummy data, at most
 
 
-def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> Splits:
+def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> "Splits":
     """The train, val and test sets of the data set `name`, on the CPU.
 
     "imagenet200:40" is ImageNet with 40 of the 200 classes, "imagenet200:FILE" with those whose wnids the file lists;
@@ -41,41 +31,82 @@ def load(name: str, *, root: str | Path | None = None, progress: bool = True) ->
     `progress` shows long decoding on stderr. Raises `SatlibError` for an unknown name, and for data that is
     missing or damaged.
     """
-    name, _, option = name.partition(":")
-    if name not in _LOADERS:
-        raise SatlibError(f"unknown data set {name!r}; expected one of {', '.join(_LOADERS)}")
-    if option and name not in _WITH_OPTION:
-        raise SatlibError(f"data set {name!r} has no options: {option!r}; only {', '.join(_WITH_OPTION)} have")
-    return _LOADERS[name](_resolved(root), *filter(None, [option]), progress=progress)
+    dataset, folder = described(name), find(name, root=root)
+    if folder is None and not dataset.embedded:
+        raise SatlibError(_missing(dataset, _resolved(root)))
+    return _module(dataset).load(dataset, folder, progress=progress)
 
 
-def place(name: str, *, root: str | Path | None = None) -> Path | None:
+def find(name: str, *, root: str | Path | None = None) -> Path | None:
     """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
-    return _PLACES[name](_resolved(root)) if name in _PLACES else None
+    row = row_of(name)
+    return None if row is None or row.embedded else _module(row).find(row.name, _resolved(root))
 
 
-def verify(name: str, *, root: str | Path | None = None) -> Splits:
+def verify(name: str, *, root: str | Path | None = None) -> "Splits":
     """`load`, and read every image of a set that stays on disk, too. Raises `SatlibError` for the first bad one."""
     splits = load(name, root=root)
     for part in vars(splits).values():
-        if isinstance(part, StreamedSet):
-            part.check()
+        part.check()
     return splits
 
 
 def download(name: str, *, root: str | Path | None = None) -> None:
     """Fetch the data set `name` into `root` (as for `load`). Raises `SatlibError` where that is not possible."""
-    if name not in _DOWNLOADS:
-        raise SatlibError(f"cannot download {name!r}; expected one of {', '.join(_DOWNLOADS)}")
-    _DOWNLOADS[name](_resolved(root))
+    can = [row.name for row in DATASETS.values() if row.downloads]
+    if name not in can:
+        raise SatlibError(f"cannot download {name!r}; expected one of {', '.join(can)}")
+    _module(DATASETS[name]).download(_resolved(root))
+
+
+def dummy_data(name: str) -> "Splits | None":
+    """Noise with the geometry of the data set `name` (as for `load`), to time a network on where the set is not here;
+    None for an unknown one, and for one that is never missing."""
+    row = row_of(name)
+    if row is None or row.embedded:
+        return None
+    import torch
+
+    from satlib.data.imageset import ImageSet, Splits
+
+    dataset = described(name)
+    channels, height, width = dataset.shape
+    count = max(1, min(DUMMY_IMAGES, DUMMY_PIXELS // (height * width)))
+    shape, kind = ((count, height, width), torch.uint8) if dataset.segmentation else ((count,), torch.int64)
+    classes, generator = tuple(map(str, range(dataset.classes))), torch.Generator().manual_seed(0)
+    sets = {}
+    for split in ("train", "val", "test"):
+        images = torch.randint(256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(dataset.classes, shape, generator=generator, dtype=kind)
+        sets[split] = ImageSet(images, labels, classes, name, f"dummy data for {name}", split)
+    return Splits(**sets)
+
+
+def __getattr__(name: str) -> type:
+    """`ImageSet` and `Splits`, when they are asked for."""
+    if name not in ("ImageSet", "Splits"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("satlib.data.imageset"), name)
+
+
+def _module(dataset: Dataset) -> ModuleType:
+    return importlib.import_module(f"satlib.data.{dataset.module}")
 
 
 def _resolved(root: str | Path | None) -> Path:
     return data_root() if root is None else Path(root).resolve()
 
 
-def training_images(name: str) -> int:
-    base, _, option = name.partition(":")
-    known = {"cifar10": 45_000, "imagenet200": 90_000, "imagenet200-224": 234_000, "shapes32": 9_000, "shapes64": 8_000, "cityscapes": 2975, "camvid": 367, "streets128x64": 400, "streets256x128": 400}
-    images = known.get(base, 45_000)
-    return images * int(option) // 200 if option.isdecimal() else images
+def _missing(dataset: Dataset, root: Path) -> str:
+    """What was looked for, and what to do about it; of an archive with that name, that it is still packed."""
+    looked_for = _module(dataset).LOOKED_FOR[dataset.name]
+    for folder in (root, root / dataset.name):
+        for path in sorted(folder.glob("[!.]*")):
+            packed = path.name.endswith(ARCHIVES) or not path.suffix
+            if packed and path.is_file() and dataset.name in path.name.replace("-", ""):
+                mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
+                return f"{path} is a file, expected a folder; {mend}"
+    mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]
+    if dataset.downloads:
+        mends.append(f"run `python -m satlib data download {dataset.name}`")
+    return f"no {dataset.title} in {root}: looked for {looked_for}; {', '.join(mends[:-1])}, or {mends[-1]}"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import AcquireReturnProxy, FileLock
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -36,7 +36,8 @@ def cached_splits(name: str, sources: object, root: Path, build: Callable[[], Sp
     failures = []
     for path in paths:
         try:
-            lock = _locked(path.parent, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_name(f".{name}.lock")).acquire()
         except (OSError, NotImplementedError) as error:
             failures.append(str(error))
             continue
@@ -50,20 +51,15 @@ def cached_splits(name: str, sources: object, root: Path, build: Callable[[], Sp
     return build()
 
 
-def _locked(folder: Path, name: str) -> AcquireReturnProxy:
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f".{name}.lock").acquire()
-
-
 def _load(path: Path) -> Splits | None:
     """The sets in `path`; None if there is no such file, or if it is damaged, which a warning says."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            described = {split: json.loads(file.metadata()[split]) for split in SPLITS}
             sets = {}
-            for split, about in described.items():
+            for split in SPLITS:
+                about = json.loads(file.metadata()[split])
                 fingerprint = about.pop("fingerprint")
                 images = file.get_tensor(f"{split}.images").permute(0, 3, 1, 2)
                 sets[split] = ImageSet(images, file.get_tensor(f"{split}.labels"), split=split, **about)

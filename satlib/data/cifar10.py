@@ -1,4 +1,4 @@
-"""CIFAR-10 from the official python batches or from an image tree, split into train, val and test."""
+"""CIFAR-10 as its author ships it or from an image tree, split into train, val and test."""
 
 import hashlib
 import io
@@ -11,50 +11,47 @@ import torch
 from torch import Tensor
 
 from satlib.data.cache import cached_splits
+from satlib.data.datasets import Dataset
 from satlib.data.imageset import Splits
-from satlib.data.imagetree import ImageTree, read_images, scan_tree
+from satlib.data.imagetree import read_images, scan_tree
 from satlib.data.splitting import RULE, held_out
 from satlib.errors import SatlibError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SIZE = (32, 32)
 BATCHES = "cifar-10-batches-py"
-ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
+LOOKED_FOR = {"cifar10": f"{BATCHES}/, cifar10/{BATCHES}/ or cifar10/{{train,test}}/<class>/*.{{png,jpg,jpeg}}"}
 
 
-def place(root: Path) -> Path | None:
-    """The folder that `load` reads; None where there is none."""
-    for folder in (root / BATCHES, root / "cifar10" / BATCHES):
+def find(name: str, root: Path) -> Path | None:
+    """The folder that `load` reads: the author's batches, else an image tree; None where there is none."""
+    tree = root / "cifar10"
+    for folder in (place / layout for layout in LAYOUTS for place in (root, tree)):
         if folder.is_dir():
             return folder
-    tree = root / "cifar10"
     return tree if (tree / "train").is_dir() or (tree / "test").is_dir() else None
 
 
-def load(root: Path, *, progress: bool = True) -> Splits:
-    """CIFAR-10 below `root`: 45,000 train, 5,000 val and 10,000 test images of 3x32x32.
+def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
+    """CIFAR-10 in `folder`: 45,000 train, 5,000 val and 10,000 test images of 3x32x32.
 
-    Read from `cifar-10-batches-py` in `root` or `root`/cifar10 (MD5 sums checked), else from the image tree
-    `root`/cifar10/{train,test}/<class>/*.{png,jpg,jpeg} (decoded once, then cached). Validation images are
-    taken from the training images. All sets are shuffled once, always alike. Raises `SatlibError` if neither
-    is there or what is there is damaged.
+    The folder has one of LAYOUTS, or is an image tree, {train,test}/<class>/*.{png,jpg,jpeg} (decoded once, then
+    cached). Validation images are taken from the training images. All sets are shuffled once, always alike. Raises
+    `SatlibError` if what is there is damaged.
     """
-    folder = place(root)
-    if folder is None:
-        raise SatlibError(_missing(root))
-    if folder.name == BATCHES:
-        return held_out("cifar10", "CIFAR-10", CLASSES, read_batches(folder))
+    if read := LAYOUTS.get(folder.name):
+        return held_out(dataset, dataset.title, CLASSES, read(folder))
     tree = scan_tree(folder, splits=("train", "test"), classes=CLASSES)
-    sources = {
-        "split": RULE,
-        "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
-    }
 
     def build() -> Splits:
-        decoded = {split: read_images(tree, split, size=SIZE, progress=progress) for split in tree.files}
-        return held_out("cifar10", _title(tree), CLASSES, decoded)
+        lossless = all(file.path.lower().endswith(".png") for files in tree.files.values() for file in files)
+        title = (
+            f"{dataset.title} ({'image tree' if lossless else 'JPEG copy'})"  # whose pixels are not the official ones
+        )
+        size = dataset.shape[1:]
+        decoded = {split: read_images(tree, split, size=size, progress=progress) for split in tree.files}
+        return held_out(dataset, title, CLASSES, decoded)
 
-    return cached_splits("cifar10", sources, root, build)
+    return cached_splits(dataset.name, {"split": RULE, "files": tree.stamps}, folder.parent, build)
 
 
 def download(root: Path) -> None:
@@ -69,28 +66,6 @@ def download(root: Path) -> None:
             f"could not download CIFAR-10 to {root}: {error}; check the network and the folder, "
             f"or place the image tree {root / 'cifar10'}/{{train,test}}/<class>/*.png"
         ) from error
-
-
-def _title(tree: ImageTree) -> str:
-    """Say so if any image went through JPEG: its pixels are not the official ones."""
-    lossless = all(file.path.lower().endswith(".png") for files in tree.files.values() for file in files)
-    return "CIFAR-10 (image tree)" if lossless else "CIFAR-10 (JPEG copy)"
-
-
-def _missing(root: Path) -> str:
-    """What was looked for, and what to do about it."""
-    for folder in (root, root / "cifar10"):
-        for path in sorted([*folder.glob("cifar-10*"), *folder.glob("cifar10*")]):
-            if path.is_file() and (path.name in (BATCHES, "cifar10") or path.name.endswith(ARCHIVE_SUFFIXES)):
-                return (
-                    f"{path} is a file, expected a folder; if it is an archive, unpack it so that "
-                    f"{root / BATCHES}/data_batch_1 or {root / 'cifar10'}/train/airplane/ is there"
-                )
-    return (
-        f"no CIFAR-10 in {root}: looked for {BATCHES}/, cifar10/{BATCHES}/ and "
-        "cifar10/{train,test}/<class>/*.{png,jpg,jpeg}; set SATLIB_DATA to the folder that holds one of them, "
-        "place it there, or run `python -m satlib data download cifar10`"
-    )
 
 
 def read_batches(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -114,9 +89,9 @@ def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
     if found != md5:
         raise SatlibError(f"wrong file {path}: its MD5 is {found}, expected {md5}; {mend}")
     try:
-        batch = _BatchUnpickler(data).load()
+        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-        images = pixels.reshape(-1, 3, *SIZE)
+        images = pixels.reshape(-1, 3, 32, 32)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise SatlibError(f"not a CIFAR-10 batch: {path} ({error!r}); {mend}") from None
     if images.dtype != np.uint8 or labels.dtype.kind != "i" or len(labels) != len(images) or not len(labels):
@@ -128,6 +103,9 @@ def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
         raise SatlibError(f"labels in {path} range over {labels.min()}..{labels.max()}, expected 0..9; {mend}")
     return images, labels.astype(np.int64)
 
+
+# How each layout of the author's is read, by the name of its folder; the first that is there is.
+LAYOUTS = {BATCHES: read_batches}
 
 # The module of `_reconstruct` has two names: NumPy 1's, which the official files use, and NumPy 2's.
 _reconstruct = np.empty(0).__reduce__()[0]
@@ -141,9 +119,6 @@ _BATCH_GLOBALS = {
 
 class _BatchUnpickler(pickle.Unpickler):
     """Builds dictionaries, lists, numbers, bytes and NumPy arrays; refuses everything else by name."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _BATCH_GLOBALS:

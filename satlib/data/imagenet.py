@@ -7,65 +7,66 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from satlib.data.cache import cached_splits
+from satlib.data.datasets import Dataset
 from satlib.data.imageset import ImageSet, Splits
-from satlib.data.imagetree import ImageFile, ImageTree, read_images, scan_class, scan_tree, sound_files
+from satlib.data.imagetree import ImageFile, ImageTree, list_images, read_images, scan_tree, sound_files
 from satlib.data.splitting import RULE
 from satlib.data.splitting import rows as split_rows
-from satlib.data.streamed import StreamedSet
+from satlib.data.streamed import StreamedImages, StreamedSet
 from satlib.errors import SatlibError
 from satlib.paths import named_file
 
-SIZE = (64, 64)
-FOLDERS = ("imagenet200", "tiny-imagenet-200")
+# The folders of each set, the first that is there is read: Tiny ImageNet may lie as its authors ship it.
+FOLDERS = {"imagenet200": ("imagenet200", "tiny-imagenet-200"), "imagenet200-224": ("imagenet",)}
+LOOKED_FOR = {
+    "imagenet200": "imagenet200/{train,val}/<wnid>/*.JPEG or tiny-imagenet-200/ as its authors ship it",
+    "imagenet200-224": "imagenet/{train,val}/<wnid>/*.JPEG",
+}
 ANNOTATIONS = "val_annotations.txt"
 
 
-def place(root: Path) -> Path | None:
+def find(name: str, root: Path) -> Path | None:
     """The folder that `load` reads; None where there is none."""
-    return next((root / name for name in FOLDERS if (root / name / "train").is_dir()), None)
+    return next((root / folder for folder in FOLDERS[name] if (root / folder / "train").is_dir()), None)
 
 
-def place_large(root: Path) -> Path | None:
-    """The folder that `load_large` reads; None where there is none."""
-    return root / "imagenet" if (root / "imagenet" / "train").is_dir() else None
+def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
+    """ImageNet in `folder`: of each class nine tenths of its train/ images as train, the others as val, and its val/
+    images as test. The dataset's option says which classes, as `wnids` takes it; only these are looked at.
 
+    Tiny ImageNet: {train,val}/<wnid>/*.JPEG, or as its authors ship it (train/<wnid>/images/ and
+    val/val_annotations.txt), decoded once and then cached; 3x64x64. ImageNet: {train,val}/<wnid>/*.JPEG, the validation
+    images in class folders as well; the images stay on disk, and come as 3x224x224.
 
-def load(root: Path, option: str = "", *, progress: bool = True) -> Splits:
-    """Tiny ImageNet below `root`: of each class nine tenths of its train/ images as train, the others as val, and
-    its val/ images as test; 3x64x64.
-
-    Read from `root`/imagenet200/{train,val}/<wnid>/*.JPEG, or as its authors ship it (`root`/tiny-imagenet-200 with
-    train/<wnid>/images/ and val/val_annotations.txt), decoded once and then cached. option: which classes, as
-    `wnids` takes it. A damaged image ends it, named; with SATLIB_SKIP_DAMAGED=1 in the environment it is left
-    out, with a warning. Raises `SatlibError` if the folders are not there, and for what is damaged.
+    A damaged image ends it, named (where images stay on disk, when its turn comes); with SATLIB_SKIP_DAMAGED=1 in the
+    environment every image is read once, before all else, and damaged ones are left out, with a warning. Raises
+    `SatlibError` for what is missing or damaged.
     """
-    chosen, folder = wnids(option), place(root)
-    if folder is None:
-        raise SatlibError(
-            f"no Tiny ImageNet in {root}: looked for {FOLDERS[0]}/{{train,val}}/<wnid>/*.JPEG and {FOLDERS[1]}/ as its "
-            "authors ship it; set SATLIB_DATA to the folder that holds it, or place it there"
-        )
-    tree = _scan(folder, chosen)
-    sources = {
-        "split": RULE,
-        "classes": chosen,
-        "skip": _skip(),
-        "files": [[file.path, file.size, file.mtime_ns] for files in tree.files.values() for file in files],
-    }
-
-    def build() -> Splits:
-        files, sets = _split(tree, chosen, progress=progress), {}
-        part = ImageTree(folder, chosen, files)
-        name = "imagenet200" + (f":{option}" if option else "")
-        for split in files:
-            images, labels = read_images(part, split, size=SIZE, progress=progress)
-            sets[split] = ImageSet(images, labels, tuple(names()[wnid] for wnid in chosen), name, _title(part), split)
+    chosen, side = wnids(dataset.option), dataset.shape[1]
+    tree, classes = _scan(folder, chosen), tuple(names()[wnid] for wnid in chosen)
+    title = f"{dataset.title} ({side}x{side})"
+    if dataset.name == "imagenet200-224":
+        sets, title = {}, f"{title}, {len(chosen)} classes"
+        for split, files in _split(tree, chosen, progress=progress).items():
+            images = StreamedImages(folder, files, side)
+            sets[split] = StreamedSet(images, _labels(files), classes, dataset.full_name, title, split)
         return Splits(**sets)
 
+    def build() -> Splits:
+        part = ImageTree(folder, chosen, _split(tree, chosen, progress=progress))
+        some = f", {len(chosen)} of its classes" if len(chosen) < len(names()) else ""
+        sets = {}
+        for split in part.files:
+            images, labels = read_images(part, split, size=(side, side), progress=progress)
+            sets[split] = ImageSet(images, labels, classes, dataset.full_name, title + some, split)
+        return Splits(**sets)
+
+    sources = {"split": RULE, "classes": chosen, "skip": _skip(), "files": tree.stamps}
     which = hashlib.sha256(" ".join(chosen).encode()).hexdigest()[:8]
-    return cached_splits(f"imagenet200-{which}", sources, root, build)
+    return cached_splits(f"{dataset.name}-{which}", sources, folder.parent, build)
 
 
 def _scan(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
@@ -85,24 +86,23 @@ def _split(tree: ImageTree, chosen: tuple[str, ...], *, progress: bool) -> dict[
     files = {
         split: sound_files(tree, split, progress=progress) if _skip() else tree.files[split] for split in tree.files
     }
-    labels = {split: torch.tensor([file.label for file in files[split]]) for split in files}
     place = {tree.classes.index(wnid): index for index, wnid in enumerate(chosen)}
-    found = {}
-    for split, rows in split_rows(labels["train"], labels["val"]).items():
+    parts = {}
+    for split, rows in split_rows(_labels(files["train"]), _labels(files["val"])).items():
         ordered = (files["val" if split == "test" else "train"][i] for i in rows.tolist())
-        found[split] = tuple(replace(file, label=place[file.label]) for file in ordered if file.label in place)
-    return found
+        parts[split] = tuple(replace(file, label=place[file.label]) for file in ordered if file.label in place)
+    return parts
+
+
+def _labels(files: tuple[ImageFile, ...]) -> Tensor:
+    return torch.tensor([file.label for file in files])
 
 
 def _scan_official(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
     """Tiny ImageNet as shipped: the validation images in one folder, their classes in a table beside it."""
-    train = []
-    for label, wnid in enumerate(chosen):
-        if not (folder / "train" / wnid / "images").is_dir():
-            raise SatlibError(f"no folder {folder / 'train' / wnid / 'images'}; unpack the data set again")
-        train += scan_class(folder, f"train/{wnid}/images", label)
-    images = {Path(file.path).name: file for file in scan_class(folder, "val/images", 0)}
     labels = {wnid: label for label, wnid in enumerate(chosen)}
+    train = [file for wnid, label in labels.items() for file in list_images(folder, f"train/{wnid}/images", label)]
+    images = {Path(file.path).name: file for file in list_images(folder, "val/images")}
     val = []
     for line in (folder / "val" / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
         name, wnid, *_ = [*line.split("\t"), ""]
@@ -115,30 +115,6 @@ def _scan_official(folder: Path, chosen: tuple[str, ...]) -> ImageTree:
     if missing := [wnid for wnid in chosen if labels[wnid] not in {file.label for file in val}]:
         raise SatlibError(f"{folder / 'val' / ANNOTATIONS} lists no image of {missing[0]}; unpack the data set again")
     return ImageTree(folder, chosen, {"train": tuple(train), "val": tuple(val)})
-
-
-def load_large(root: Path, option: str = "", *, progress: bool = True) -> Splits:
-    """ImageNet below `root` at 224x224, of which only the chosen classes are looked at; the images stay on disk.
-
-    Looked for in `root`/imagenet/{train,val}/<wnid>/*.JPEG, the validation images in class folders as well. option,
-    and the three sets: as for `load`. With SATLIB_SKIP_DAMAGED=1 in the environment every image is read once, before
-    all else, and damaged ones are left out, with a warning. Raises `SatlibError` if the folders are not there; a
-    damaged image is named when its turn comes.
-    """
-    chosen, folder = wnids(option), place_large(root)
-    if folder is None:
-        raise SatlibError(
-            f"no ImageNet in {root}: looked for imagenet/{{train,val}}/<wnid>/*.JPEG; "
-            "set SATLIB_DATA to the folder that holds imagenet/, or link it there"
-        )
-    classes = tuple(names()[wnid] for wnid in chosen)
-    title = "ImageNet (224x224)" + (f", {len(chosen)} classes" if len(chosen) < len(names()) else ", 200 classes")
-    name = "imagenet200-224" + (f":{option}" if option else "")
-    sets = {}
-    for split, files in _split(_scan(folder, chosen), chosen, progress=progress).items():
-        labels = torch.tensor([file.label for file in files])
-        sets[split] = StreamedSet(folder, files, labels, 224, classes, name, title, split)
-    return Splits(**sets)
 
 
 def _skip() -> bool:
@@ -174,8 +150,3 @@ def wnids(option: str = "") -> tuple[str, ...]:
     if len(set(listed)) != len(listed) or len(listed) < 2:
         raise SatlibError(f"{option}: expected at least two wnids, each once")
     return listed
-
-
-def _title(tree: ImageTree) -> str:
-    count = len(tree.classes)
-    return "Tiny ImageNet (64x64)" + (f", {count} of its classes" if count < len(names()) else "")

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,66 +16,8 @@ IGNORE = 255  # label of pixels that count for nothing
 CROP_PADDING = 8  # an image is cropped from itself padded by its shorter side divided by this: 32 pixels by 4
 
 
-class Passes(ABC):
-    """Passes over labelled images, wherever these are: what `ImageSet` and `StreamedSet` share."""
-
-    images: Any
-
-    def first(self, n: int) -> Self:
-        """The first `n` images, 1 <= n <= len(self). Loaders shuffle once, so they are a fair sample."""
-        if not 1 <= n <= len(self):
-            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
-        return self.subset(slice(n))
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        limit: int | None = None,
-        share: Callable[[int], slice] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
-
-        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,) or (b, H, W).
-        `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
-        is the set's own. `augment` crops at random, each kind of set in its way, and flips half of the
-        images left to right; it needs a generator. `limit` stops after that many images; they
-        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
-        that size to yield, for ranks that train together: what is drawn does not depend on it.
-        """
-        if batch_size < 1:
-            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
-        if limit is not None and limit < 1:
-            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
-        if augment and generator is None:
-            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
-        if generator is not None and generator.device.type != "cpu":
-            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
-        return self._batches(batch_size, generator, augment, limit, share or slice)
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def subset(self, indices: slice | Sequence[int] | Tensor) -> Self:
-        """The images at `indices` (a slice, a sequence of integers, or an int64 or bool tensor), in that order."""
-
-    @abstractmethod
-    def _batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None,
-        augment: bool,
-        limit: int | None,
-        share: Callable[[int], slice],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`batches`, checked."""
-
-
 @dataclass(frozen=True, eq=False)
-class ImageSet(Passes):
+class ImageSet:
     """Images with labels, all on one device. To augment is to crop from the image padded by reflected pixels, an eighth
     of its shorter side (4 for one of 32 pixels), and to flip half of them; where every pixel has a label, only to flip.
 
@@ -122,7 +63,8 @@ class ImageSet(Passes):
             raise SatlibError(f"{where}: {len(self.frames)} frames for {len(images)} images; expected one each")
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "frames", tuple(self.frames))
-        object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
+        if isinstance(images, Tensor):
+            object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -130,7 +72,7 @@ class ImageSet(Passes):
     def __repr__(self) -> str:
         _, channels, height, width = self.images.shape
         return (
-            f"ImageSet({self.title!r}, {self.split}, {len(self)} images {channels}x{height}x{width}, "
+            f"{type(self).__name__}({self.title!r}, {self.split}, {len(self)} images {channels}x{height}x{width}, "
             f"{len(self.classes)} classes, {self.images.device})"
         )
 
@@ -174,7 +116,7 @@ class ImageSet(Passes):
         """Standard deviation of each channel over all pixels, in units of 0..255."""
         return self._moments[1]
 
-    def to(self, device: torch.device | str) -> "ImageSet":
+    def to(self, device: torch.device | str) -> Self:
         """The same set on `device`; what was already computed about it (fingerprint, mean, std) goes along."""
         moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
         for known in ("fingerprint", "_moments"):
@@ -182,7 +124,51 @@ class ImageSet(Passes):
                 moved.__dict__[known] = self.__dict__[known]
         return moved
 
-    def subset(self, indices: slice | Sequence[int] | Tensor) -> "ImageSet":
+    def first(self, n: int) -> Self:
+        """The first `n` images, 1 <= n <= len(self). Loaders shuffle once, so they are a fair sample."""
+        if not 1 <= n <= len(self):
+            raise SatlibError(f"n = {n}; {self!r} can give 1..{len(self)} images")
+        return self.subset(slice(n))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        limit: int | None = None,
+        share: Callable[[int], slice] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass in batches of `batch_size` (the last may be smaller), on the set's device.
+
+        Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,) or (b, H, W).
+        `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
+        is the set's own. `augment` crops at random, each kind of set in its way, and flips half of the
+        images left to right; it needs a generator. `limit` stops after that many images; they
+        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
+        that size to yield, for ranks that train together: what is drawn does not depend on it.
+        """
+        if batch_size < 1:
+            raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
+        if limit is not None and limit < 1:
+            raise SatlibError(f"limit = {limit}; expected at least 1, or None for all images")
+        if augment and generator is None:
+            raise SatlibError("augment = True without a generator; pass generator=torch.Generator().manual_seed(...)")
+        if generator is not None and generator.device.type != "cpu":
+            raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
+
+        def drawn() -> Iterator[tuple[Tensor, Tensor]]:
+            # All draws of a pass are made at its start: they do not depend on batch_size or limit.
+            order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+            order, parts = order[:limit], []
+            for start in range(0, len(order), batch_size):
+                own = (share or slice)(min(batch_size, len(order) - start))
+                parts.append(slice(start + (own.start or 0), start + own.stop))
+            yield from self._batches(order, parts, generator if augment else None)
+
+        return drawn()
+
+    def subset(self, indices: slice | Sequence[int] | Tensor) -> Self:
         """The images at `indices` (a slice, a sequence of integers, or an int64 or bool tensor), in that order."""
         if not isinstance(indices, slice):
             indices = torch.as_tensor(indices, device=self.device)
@@ -193,36 +179,35 @@ class ImageSet(Passes):
         try:
             rows = torch.arange(len(self), device=self.device)[indices].tolist() if self.frames else []
             frames = tuple(self.frames[row] for row in rows)
-            return replace(self, images=self.images[indices], labels=self.labels[indices], frames=frames)
+            return replace(self, images=self._images_at(indices), labels=self.labels[indices], frames=frames)
         except IndexError:
             raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}") from None
 
+    def _images_at(self, indices: slice | Tensor) -> Tensor:
+        return self.images[indices]
+
+    def check(self) -> None:
+        """Read every image that stays on disk. Raises `SatlibError` for the first bad one."""
+
     def _batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None,
-        augment: bool,
-        limit: int | None,
-        share: Callable[[int], slice],
+        self, order: Tensor, parts: list[slice], augmenting: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        # All draws of a pass are made, and moved to the device, at its start: they do not depend on
-        # batch_size or limit, and no batch waits for a copy from the host.
-        n = len(self)
-        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-        order = order[:limit].to(self.device)
-        if augment:
-            most = 0 if self.dense else min(self.images.shape[2:]) // CROP_PADDING
-            shifts = torch.randint(-most, most + 1, (n, 2), generator=generator)
-            flips = torch.randint(2, (n,), generator=generator).bool()
-            shifts, flips = shifts[:limit].to(self.device), flips[:limit].to(self.device)
-        for start in range(0, len(order), batch_size):
-            own = share(min(batch_size, len(order) - start))
-            part = slice(start + (own.start or 0), start + own.stop)
+        """A batch for each of `parts` of `order`, the images' indices; augmented by draws from `augmenting`, if any."""
+        # What is drawn is moved to the device at the start, so that no batch waits for a copy from the host.
+        if augmenting:
+            n, most = len(self), 0 if self.dense else min(self.images.shape[2:]) // CROP_PADDING
+            shifts = torch.randint(-most, most + 1, (n, 2), generator=augmenting)[: len(order)].to(self.device)
+            flips = torch.randint(2, (n,), generator=augmenting).bool()[: len(order)].to(self.device)
+        order = order.to(self.device)
+        for part in parts:
             indices = order[part]
-            images = self._crop_flip(indices, shifts[part], flips[part]) if augment else self.images[indices]
             labels = self.labels[indices].long()
-            if augment and self.dense:
-                labels = torch.where(flips[part].view(-1, 1, 1), labels.flip(-1), labels)
+            if augmenting:
+                images = self._crop_flip(indices, shifts[part], flips[part])
+                if self.dense:
+                    labels = torch.where(flips[part].view(-1, 1, 1), labels.flip(-1), labels)
+            else:
+                images = self.images[indices]
             yield images.to(torch.float32, memory_format=torch.channels_last), labels
 
     def _crop_flip(self, indices: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
@@ -253,6 +238,11 @@ class Splits:
     train: ImageSet
     val: ImageSet
     test: ImageSet
+
+    @property
+    def fingerprint(self) -> str:
+        """One for all three: SHA-256 (hex) over their fingerprints."""
+        return hashlib.sha256("".join(part.fingerprint for part in vars(self).values()).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> "Splits":
         """All three on `device`."""

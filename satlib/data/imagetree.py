@@ -1,39 +1,49 @@
-"""Image trees `{split}/<class>/*.{png,jpg,jpeg}`: found, checked, decoded in parallel."""
+"""Image files below a folder, one layout or another: found, checked, decoded in parallel."""
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from satlib.errors import SatlibError
+from satlib.progress import Progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 # Images that people do keep in such trees and that would silently be missing if they were passed over.
 UNREADABLE_SUFFIXES = {".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
 FILES_PER_TASK = 500
-MOST_WORKERS = 8  # together they hold two tasks each in shared memory, which containers keep small
+MOST_WORKERS = 8  # each holds two tasks in shared memory, which containers keep small
 SECONDS_PER_LINE = 3.0
+
+Task = Sequence[tuple[str, int | None]]  # images: the path of each below its folder, and the seed of what is drawn
+Problem = tuple[str, str]  # the path of a bad image below its folder, and what is wrong with it
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image of a tree; `path` is relative to the tree's folder, and `label` indexes its classes."""
+    """One image; `path` is relative to the data set's folder, and `label` indexes its classes."""
 
     path: str
     label: int
     size: int
     mtime_ns: int
+
+    @property
+    def stamp(self) -> list[str | int]:
+        """What a cache of the decoded image depends on."""
+        return [self.path, self.size, self.mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,16 @@ class ImageTree:
     classes: tuple[str, ...]
     files: dict[str, tuple[ImageFile, ...]]
 
+    @property
+    def stamps(self) -> list[list[str | int]]:
+        return [file.stamp for files in self.files.values() for file in files]
 
-def scan_tree(
-    folder: Path, *, splits: Sequence[str], classes: Sequence[str] | None = None, others: bool = False
-) -> ImageTree:
+
+def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str], others: bool = False) -> ImageTree:
     """List `folder`/<split>/<class>/*.{png,jpg,jpeg}, without reading the images.
 
-    `classes` are the expected class folders; None takes those of the first split, sorted. `others` passes other
-    class folders over; hidden files, and files that are no images by their names, always are. Raises
-    `SatlibError` for a missing split, a missing, empty or unexpected class folder, or an image of a kind that is
-    not read.
+    `classes` are the expected class folders. `others` passes other class folders over; hidden ones always are. Raises
+    `SatlibError` for a missing split, a missing, empty or unexpected class folder, and as `list_images` does.
     """
     files = {}
     for split in splits:
@@ -62,7 +72,6 @@ def scan_tree(
         found = sorted(e.name for e in os.scandir(folder / split) if e.is_dir() and not e.name.startswith("."))
         if not found:
             raise SatlibError(f"no class folders in {folder / split}; expected {split}/<class>/*.png or *.jpg")
-        classes = found if classes is None else classes
         if missing := [name for name in classes if name not in found]:
             raise SatlibError(
                 f"no class folder {folder / split / missing[0]} ({len(missing)} of {len(classes)} missing); "
@@ -74,151 +83,161 @@ def scan_tree(
                 f"every split needs the same {len(classes)} classes: {', '.join(classes)}"
             )
         files[split] = tuple(
-            file for label, name in enumerate(classes) for file in scan_class(folder, f"{split}/{name}", label)
+            file for label, name in enumerate(classes) for file in list_images(folder, f"{split}/{name}", label)
         )
     return ImageTree(folder, tuple(classes), files)
 
 
-def scan_class(folder: Path, path: str, label: int) -> list[ImageFile]:
-    """The images in `folder`/`path`, which are of the class `label`, by name. Raises as `scan_tree` does."""
+def list_images(folder: Path, path: str, label: int = 0, *, tail: str = "", nested: bool = False) -> list[ImageFile]:
+    """The images in `folder`/`path`, all of the class `label`, in the order of their paths; nested: and in its folders.
+
+    Images are files *{tail}.{png,jpg,jpeg}; hidden ones, and what is no image by its name, are passed over. Raises
+    `SatlibError` if there is no such folder or no image in it, for an image of a kind that is not read, and for a link
+    to nothing.
+    """
+    if not (folder / path).is_dir():
+        raise SatlibError(f"no folder {folder / path}; unpack the data set again")
     files = []
-    with os.scandir(folder / path) as entries:
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or suffix not in SUFFIXES | UNREADABLE_SUFFIXES:
+    for place, folders, names in os.walk(folder / path):
+        folders[:] = [name for name in folders if nested and not name.startswith(".")]
+        below = os.path.relpath(place, folder)
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            kind = suffix.lower()
+            if name.startswith(".") or not stem.endswith(tail) or kind not in SUFFIXES | UNREADABLE_SUFFIXES:
                 continue
-            if suffix in UNREADABLE_SUFFIXES:
-                raise SatlibError(f"cannot read {entry.path}: {suffix} images; convert them to .png or .jpg")
+            if kind in UNREADABLE_SUFFIXES:
+                raise SatlibError(f"cannot read {place}/{name}: {kind} images; convert them to .png or .jpg")
             try:
-                status = entry.stat()
+                status = os.stat(f"{place}/{name}")
             except FileNotFoundError:
-                raise SatlibError(f"cannot read {entry.path}: a link to nothing; remove or restore it") from None
-            files.append(ImageFile(f"{path}/{entry.name}", label, status.st_size, status.st_mtime_ns))
+                raise SatlibError(f"cannot read {place}/{name}: a link to nothing; remove or restore it") from None
+            files.append(ImageFile(f"{below}/{name}", label, status.st_size, status.st_mtime_ns))
     if not files:
-        raise SatlibError(f"no images in {folder / path}; expected *.png, *.jpg or *.jpeg; unpack the data set again")
-    return sorted(files, key=lambda file: file.path)
+        raise SatlibError(
+            f"no images in {folder / path}; expected *{tail}.png, *{tail}.jpg or *.jpeg; unpack the data set again"
+        )
+    return sorted(files, key=lambda file: file.path.split("/"))
 
 
-def read_images(
-    tree: ImageTree,
-    split: str,
-    *,
-    size: tuple[int, int] | None = None,
-    progress: bool = True,
-    skip_damaged: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Decode one split: uint8 (n, 3, H, W) in channels_last order, and int64 labels (n,).
+def read_images(tree: ImageTree, split: str, *, size: tuple[int, int], progress: bool = True) -> tuple[Tensor, Tensor]:
+    """Decode one split, whose images are of `size` (H, W): uint8 (n, 3, H, W) in channels_last order, and int64 labels
+    (n,).
 
-    `size` is the expected (H, W); None takes that of the first image. Raises `SatlibError` that names the
-    first file that cannot be decoded or has another size, and counts the rest; `skip_damaged` leaves such files out
-    instead, and a warning names them.
+    Raises `SatlibError` that names the first file that cannot be decoded or has another size, and counts the rest.
     """
     files = tree.files[split]
-    if size is None:
-        first = decode(tree.folder / files[0].path)
-        if isinstance(first, str):
-            raise SatlibError(bad_image(tree.folder, [(files[0].path, first)]))
-        size = (first.shape[0], first.shape[1])
-    tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
-    # DataLoader brings what parallel decoding needs: processes (threads gain nothing here: each image is
-    # too little work between two takes of Python's lock), shared memory, and results in order.
-    # Starting processes takes longer than decoding one task's files. A generator of its own keeps it from
-    # drawing on torch's global one, which would make later results depend on whether a cache was there.
-    workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(tasks) > 1 else 0
-    decoder = _Decoder(tree.folder, tasks, size)
-    loader = DataLoader(decoder, batch_size=None, num_workers=workers, generator=torch.Generator())
     images = torch.empty((len(files), *size, 3), dtype=torch.uint8)
-    bad: list[tuple[str, str]] = []
-    done = 0
-    for pixels, problems in shown(loader, len(files), f"decoding {tree.folder.name}/{split}", progress):
-        images[done : done + len(pixels)] = pixels
+    tasks = [
+        [(file.path, None) for file in files[i : i + FILES_PER_TASK]] for i in range(0, len(files), FILES_PER_TASK)
+    ]
+    # Starting processes takes longer than decoding one task's files.
+    decoded = decoding(tree.folder, tasks, size, rgb, workers=workers_here() if len(tasks) > 1 else 0)
+    what, bad = f"decoding {tree.folder.name}/{split}", []
+    for index, (pixels, problems) in enumerate(shown(decoded, len(files), what, progress, each=FILES_PER_TASK)):
+        images[index * FILES_PER_TASK :][: len(pixels)] = pixels
         bad += problems
-        done += len(pixels)
-    labels = torch.tensor([file.label for file in files])
     if bad:
-        if not skip_damaged:
-            raise SatlibError(bad_image(tree.folder, bad))
-        left_out = _left_out(tree.folder, bad)
-        sound = torch.tensor([file.path not in left_out for file in files])
-        images, labels = images[sound], labels[sound]
-    return images.permute(0, 3, 1, 2), labels
+        raise SatlibError(bad_image(tree.folder, bad))
+    return images.permute(0, 3, 1, 2), torch.tensor([file.label for file in files])
 
 
 def sound_files(tree: ImageTree, split: str, *, progress: bool = True) -> tuple[ImageFile, ...]:
     """The files of a split that can be decoded, whatever their sizes; a warning names the others."""
     files = tree.files[split]
-
-    def problem(file: ImageFile) -> list[tuple[str, str | None]]:
-        image = decode(tree.folder / file.path)
-        return [(file.path, image if isinstance(image, str) else None)]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = shown(((each,) for each in pool.map(problem, files)), len(files), f"checking {split}", progress)
-        bad = [(path, found) for (((path, found),),) in checked if found is not None]
-    left_out = _left_out(tree.folder, bad) if bad else set()
-    return tuple(file for file in files if file.path not in left_out)
+    bad = in_threads(
+        lambda file: isinstance(decode(tree.folder / file.path), str), files, f"checking {split}", progress
+    )
+    if count := sum(bad):
+        paths = [file.path for file, is_bad in zip(files, bad, strict=True) if is_bad]
+        listed = ", ".join(paths[:10]) + (", ..." if count > 10 else "")
+        warnings.warn(f"{count} bad images of {tree.folder} left out: {listed}", stacklevel=2)
+    return tuple(file for file, is_bad in zip(files, bad, strict=True) if not is_bad)
 
 
-def _left_out(folder: Path, bad: Sequence[tuple[str, str]]) -> set[str]:
-    listed = ", ".join(path for path, _ in bad[:10]) + (", ..." if len(bad) > 10 else "")
-    warnings.warn(f"{len(bad)} bad images of {folder} left out: {listed}", stacklevel=3)
-    return {path for path, _ in bad}
-
-
-def bad_image(folder: Path, bad: Sequence[tuple[str, str]]) -> str:
-    """What is wrong: the first of `bad` (path below the folder, problem), and how many others there are."""
+def bad_image(folder: Path, bad: Sequence[Problem]) -> str:
+    """What is wrong: the first of `bad`, and how many others there are."""
     (path, problem), others = bad[0], len(bad) - 1
     more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
     return f"bad image {folder / path}: {problem}{more}; replace or remove it"
 
 
-class _Decoder(Dataset):
-    """Item i: the i-th task's pixels, uint8 (files, H, W, 3), and what is wrong with which of its files."""
-
-    def __init__(self, folder: Path, tasks: list[tuple[ImageFile, ...]], size: tuple[int, int]) -> None:
-        self.folder, self.tasks, self.size = folder, tasks, size
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[str, str]]]:
-        files, (height, width) = self.tasks[index], self.size
-        pixels = torch.zeros((len(files), height, width, 3), dtype=torch.uint8)
-        problems = []
-        for row, file in enumerate(files):
-            image = decode(self.folder / file.path)
-            if isinstance(image, str):
-                problems.append((file.path, image))
-            elif image.shape[:2] != self.size:
-                found = f"{image.shape[1]}x{image.shape[0]}"
-                problems.append((file.path, f"{found} pixels, expected {width}x{height} as for the others"))
-            else:
-                pixels[row] = image
-        return pixels, problems
+# --- decoding
 
 
-def decode(path: Path, prepare: Callable[[Image.Image], Image.Image] | None = None) -> Tensor | str:
-    """The image as uint8 (H, W, 3), or what is wrong with the file. prepare: what to take of it, before it is read."""
+def rgb(image: Image.Image, seed: int | None = None) -> Image.Image:
+    """All of an image."""
+    return image.convert("RGB")
+
+
+def decode(path: Path, take: Callable = rgb, *, formats: Sequence[str] = ("PNG", "JPEG")) -> Tensor | str:
+    """The image as uint8 (H, W, 3), or what is wrong with the file.
+
+    `take(image)` says what of it, before it is read; (H, W) if that has one channel; what it raises is wrong, too.
+    """
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with Image.open(path, formats=formats) as image:
             if image.mode.startswith(("I", "F")):
                 return "more than 8 bits a channel"
-            return torch.from_numpy(np.array((prepare(image) if prepare else image).convert("RGB")))
+            return torch.from_numpy(np.array(take(image)))
     except UnidentifiedImageError:
-        return "not a PNG or JPEG image"
+        return f"not a {' or '.join(formats)} image"
+    except SatlibError as error:
+        return str(error)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"damaged or truncated ({error})"
 
 
-def shown(batches: Iterable, total: int, what: str, progress: bool) -> Iterator:
-    """Pass `batches` through; show how many of `total` images are done: a bar on a terminal, else lines."""
-    watched = sys.stderr.isatty()
-    done, spoken = 0, time.monotonic()
+def decoding(
+    folder: Path, tasks: Sequence[Task], size: tuple[int, int], take: Callable, *, workers: int, pin: bool = False
+) -> DataLoader:
+    """For each task in turn: what `take(image, seed=...)` takes of its images, as pixels, uint8 (images, H, W, 3), and
+    what is wrong with which of its files. At most `workers` processes decode, each two tasks in advance."""
+    # DataLoader brings what parallel decoding needs: processes (threads gain nothing here: each image is
+    # too little work between two takes of Python's lock), shared memory, and results in order. A generator of its own
+    # keeps it from drawing on torch's global one, which would make later results depend on whether a cache was there.
+    return DataLoader(
+        tasks,
+        batch_size=None,
+        collate_fn=partial(_decoded, folder, size, take),
+        num_workers=min(workers, len(tasks)),
+        pin_memory=pin,
+        generator=torch.Generator(),
+    )
+
+
+def _decoded(folder: Path, size: tuple[int, int], take: Callable, task: Task) -> tuple[Tensor, list[Problem]]:
+    pixels, problems = torch.zeros((len(task), *size, 3), dtype=torch.uint8), []
+    for row, (path, seed) in enumerate(task):
+        image = decode(folder / path, partial(take, seed=seed))
+        if isinstance(image, str):
+            problems.append((path, image))
+        elif image.shape[:2] != size:
+            (height, width), (h, w) = size, image.shape[:2]
+            problems.append((path, f"{w}x{h} pixels, expected {width}x{height} as for the others"))
+        else:
+            pixels[row] = image
+    return pixels, problems
+
+
+def workers_here() -> int:
+    """Processes that decode: a share of the cores for each rank that trains on this node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def in_threads(function: Callable, items: Sequence, what: str = "", progress: bool = False) -> list:
+    """`function` of each item, by a thread for each core; shown as `shown` does."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(shown(pool.map(function, items), len(items), what, progress))
+
+
+def shown(items: Iterable[Any], total: int, what: str, progress: bool, *, each: int = 1) -> Iterator[Any]:
+    """Pass `items` of `each` images through; show how many of `total` are done: a bar on a terminal, else lines."""
+    watched, log = sys.stderr.isatty(), Progress(sys.stderr, seconds=SECONDS_PER_LINE)
     with tqdm(total=total, desc=what, unit="image", leave=False, disable=not (progress and watched)) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch[0]))
-            done += len(batch[0])
-            if progress and not watched and time.monotonic() - spoken >= SECONDS_PER_LINE:
-                spoken = time.monotonic()
-                print(f"{what}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+        for index, item in enumerate(items):
+            yield item
+            bar.update(min(each, total - index * each))
+            if progress and not watched:
+                log.update(f"{what}: {min(total, (index + 1) * each):,} of {total:,} images")

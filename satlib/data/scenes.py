@@ -1,258 +1,155 @@
 """Driving scenes with a label for every pixel, from disk: Cityscapes in its own layout, and CamVid."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from satlib.data.cache import cached_splits
+from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.imageset import IGNORE, ImageSet, Splits
-from satlib.data.imagetree import bad_image, decode, shown
+from satlib.data.imagetree import ImageFile, Problem, bad_image, decode, in_threads, list_images
 from satlib.data.splitting import shuffled
 from satlib.errors import SatlibError
 
-Pair = tuple[str, str, str]  # a scene's name, and the paths of its image and of its labels below the data set's folder
+Scene = tuple[str, ImageFile, ImageFile]  # its name, its image and its labels
 
-CAMVID = (
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign symbol",
-    "fence",
-    "car",
-    "pedestrian",
-    "bicyclist",
-)
-# The label ids that are classes, in the order of their train ids; the others up to 33 are none.
-CITYSCAPES = {
-    7: "road",
-    8: "sidewalk",
-    11: "building",
-    12: "wall",
-    13: "fence",
-    17: "pole",
-    19: "traffic light",
-    20: "traffic sign",
-    21: "vegetation",
-    22: "terrain",
-    23: "sky",
-    24: "person",
-    25: "rider",
-    26: "car",
-    27: "truck",
-    28: "bus",
-    31: "train",
-    32: "motorcycle",
-    33: "bicycle",
+UNKNOWN = 254  # for what is no label at all
+LOOKED_FOR = {
+    "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
+    "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
 }
-UNKNOWN = 254
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a data set of scenes lies on disk.
-
-    size: (width, height) unless an option says otherwise. values: the class of each value in a file of labels, IGNORE
-    for none. pairs: the scenes of each split below a folder; expected: what is looked for, in words.
-    """
-
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    size: tuple[int, int]
-    values: Mapping[int, int]
-    pairs: Callable[[Path], dict[str, list[Pair]]]
-    expected: str
+def _camvid(folder: Path) -> dict[str, list[Scene]]:
+    return {split: _pairs(folder, f"{split}/images", f"{split}/labels") for split in ("train", "val", "test")}
 
 
-def _camvid(folder: Path) -> dict[str, list[Pair]]:
-    return {
-        split: _pairs(folder, (f"{split}/images", (".jpg", ".jpeg", ".png")), (f"{split}/labels", (".png",)))
-        for split in ("train", "val", "test")
-    }
-
-
-def _cityscapes(folder: Path) -> dict[str, list[Pair]]:
+def _cityscapes(folder: Path) -> dict[str, list[Scene]]:
     """Of the public validation scenes one half crafts and chooses, and the other one reports."""
-    train, public = (
-        _pairs(folder, (f"leftImg8bit/{split}", ("_leftImg8bit.png",)), (f"gtFine/{split}", ("_gtFine_labelIds.png",)))
-        for split in ("train", "val")
-    )
+    tails = ("_leftImg8bit", "_gtFine_labelIds")
+    train, public = (_pairs(folder, f"leftImg8bit/{split}", f"gtFine/{split}", tails) for split in ("train", "val"))
     order, half = shuffled(len(public), 0).tolist(), len(public) // 2
     val, test = ([public[i] for i in sorted(part)] for part in (order[:half], order[half:]))
     return {"train": train, "val": val, "test": test}
 
 
-def _pairs(folder: Path, images: tuple[str, tuple[str, ...]], labels: tuple[str, tuple[str, ...]]) -> list[Pair]:
-    """Scenes by name, from two folders with the endings of their files; what is before the ending is the name."""
-
-    def found(place: str, endings: tuple[str, ...]) -> dict[str, str]:
-        if not (folder / place).is_dir():
-            raise SatlibError(f"no folder {folder / place}; unpack the data set again")
-        paths = sorted(path for path in (folder / place).rglob("*") if not path.name.startswith("."))
-        return {
-            path.name.removesuffix(ending): str(path.relative_to(folder))
-            for path in paths
-            for ending in endings
-            if path.name.endswith(ending)
-        }
-
-    pictures, maps = found(*images), found(*labels)
+def _pairs(folder: Path, images: str, labels: str, tails: tuple[str, str] = ("", "")) -> list[Scene]:
+    """Scenes by name, from the folders of their images and labels; a file's name is the scene's, and then the tail."""
+    pictures, maps = (
+        {Path(file.path).stem.removesuffix(tail): file for file in list_images(folder, place, tail=tail, nested=True)}
+        for place, tail in zip((images, labels), tails, strict=True)
+    )
     for name in sorted(pictures.keys() ^ maps.keys()):
-        have, lacks = (pictures, f"labels in {labels[0]}") if name in pictures else (maps, f"image in {images[0]}")
-        raise SatlibError(f"{folder / have[name]} has no {lacks}; restore that file, or remove this one")
-    if not pictures:
-        raise SatlibError(f"no *{images[1][0]} in {folder / images[0]}; unpack the data set again")
-    return [(name, pictures[name], maps[name]) for name in pictures]
+        have, lacks = (pictures, f"labels in {labels}") if name in pictures else (maps, f"image in {images}")
+        raise SatlibError(f"{folder / have[name].path} has no {lacks}; restore that file, or remove this one")
+    return [(name, picture, maps[name]) for name, picture in pictures.items()]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a data set of scenes lies on disk; the values and names of its classes are in `scenes.tsv`.
+
+    scenes: those of each split below a folder. void: values in files of labels that are of no class, unless they are
+    in the table. known: all values, in words.
+    """
+
+    scenes: Callable[[Path], dict[str, list[Scene]]]
+    void: Sequence[int]
+    known: str
 
 
 LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            name="camvid",
-            title="CamVid",
-            classes=CAMVID,
-            size=(480, 360),
-            values={value: value for value in range(11)} | {11: IGNORE},
-            pairs=_camvid,
-            expected="camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
-        ),
-        Layout(
-            name="cityscapes",
-            title="Cityscapes",
-            classes=tuple(CITYSCAPES.values()),
-            size=(1024, 512),
-            values=dict.fromkeys((*range(34), 255), IGNORE) | {value: index for index, value in enumerate(CITYSCAPES)},
-            pairs=_cityscapes,
-            expected="cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
-        ),
-    )
+    "camvid": Layout(_camvid, void=(11,), known="0..11"),
+    "cityscapes": Layout(_cityscapes, void=(*range(34), 255), known="0..33, 255"),
 }
 
 
-def place(name: str, root: Path) -> Path | None:
+@cache
+def classes(name: str) -> dict[int, str]:
+    """The names of a data set's classes, by their values in files of labels."""
+    lines = Path(__file__).with_name("scenes.tsv").read_text(encoding="utf-8").splitlines()
+    return {int(value): label for dataset, value, label in (line.split("\t") for line in lines) if dataset == name}
+
+
+def find(name: str, root: Path) -> Path | None:
     """The folder that `load` reads; None where there is none."""
     return root / name if (root / name).is_dir() else None
 
 
-def load(name: str, root: Path, option: str = "", *, progress: bool = True) -> Splits:
-    """Scenes of `root`/<name>, resized once (images bilinear, labels by their nearest pixel), shuffled once, cached.
+def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
+    """Scenes in `folder`, resized once (images bilinear, labels by their nearest pixel), shuffled once, cached.
 
-    option: "240x180" for another width and height. `labels` are uint8 (n, H, W), with 255 for no class, and `frames`
-    are the scenes' names. Raises `SatlibError` if the folders are not there, a scene lacks its image or its labels,
-    these differ in size, or a label has a value that the data set does not know.
+    `labels` are uint8 (n, H, W), with 255 for no class, and `frames` are the scenes' names. Raises `SatlibError` if
+    folders are not there, a scene lacks its image or its labels, these differ in size, or a label has a value that the
+    data set does not know.
     """
-    layout, folder = LAYOUTS[name], place(name, root)
-    size = _size(name, option) or layout.size
-    if folder is None:
-        raise SatlibError(
-            f"no {layout.title} in {root}: looked for {layout.expected}; "
-            "set SATLIB_DATA to the folder that holds it, or place it there"
-        )
-    pairs = layout.pairs(folder)
-    pairs = {split: [scenes[i] for i in shuffled(len(scenes), 1).tolist()] for split, scenes in pairs.items()}
-    stamps = [
-        [path, status.st_size, status.st_mtime_ns]
-        for scenes in pairs.values()
-        for _, *paths in scenes
-        for path in paths
-        for status in [(folder / path).stat()]
-    ]
-    title = layout.title + (f" ({size[0]}x{size[1]})" if size != layout.size else "")
+    (_, height, width), named = dataset.shape, tuple(classes(dataset.name).values())
+    scenes = {
+        split: [ordered[i] for i in shuffled(len(ordered), 1).tolist()]
+        for split, ordered in LAYOUTS[dataset.name].scenes(folder).items()
+    }
+    stamps = [file.stamp for part in scenes.values() for _, *files in part for file in files]
+    usual = dataset.shape == DATASETS[dataset.name].shape
+    title = dataset.title if usual else f"{dataset.title} ({width}x{height})"
 
     def build() -> Splits:
         sets = {}
-        for split, scenes in pairs.items():
-            images, labels = _read(folder, scenes, size, layout.values, f"decoding {name}/{split}", progress)
-            frames = tuple(scene for scene, *_ in scenes)
-            whole = name + (f":{option}" if option else "")
-            sets[split] = ImageSet(images, labels, layout.classes, whole, title, split, frames)
+        for split, part in scenes.items():
+            images, labels = _read(dataset, folder, part, split, progress)
+            frames = tuple(scene for scene, *_ in part)
+            sets[split] = ImageSet(images, labels, named, dataset.full_name, title, split, frames)
         return Splits(**sets)
 
-    return cached_splits(f"{name}-{size[0]}x{size[1]}", {"size": size, "files": stamps}, root, build)
+    sources = {"size": (width, height), "files": stamps}
+    return cached_splits(f"{dataset.name}-{width}x{height}", sources, folder.parent, build)
 
 
-def _size(name: str, option: str) -> tuple[int, int] | None:
-    if not option:
-        return None
-    sides = option.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and 16 <= int(side) <= 4096 for side in sides):
-        raise SatlibError(f"{name}:{option}: expected a width and a height from 16 to 4096, such as {name}:240x180")
-    return int(sides[0]), int(sides[1])
-
-
-def _read(
-    folder: Path, scenes: Sequence[Pair], size: tuple[int, int], values: Mapping[int, int], what: str, progress: bool
-) -> tuple[Tensor, Tensor]:
+def _read(dataset: Dataset, folder: Path, scenes: Sequence[Scene], split: str, progress: bool) -> tuple[Tensor, Tensor]:
     """Images uint8 (n, 3, H, W) and labels uint8 (n, H, W). Raises `SatlibError` for the first bad file."""
-    known = np.full(256, UNKNOWN, dtype=np.uint8)
-    known[list(values)] = list(values.values())
-    width, height = size
+    layout, class_of = LAYOUTS[dataset.name], np.full(256, UNKNOWN, dtype=np.uint8)
+    class_of[list(layout.void)] = IGNORE
+    class_of[list(classes(dataset.name))] = range(dataset.classes)
+    _, height, width = dataset.shape
     images = torch.empty((len(scenes), height, width, 3), dtype=torch.uint8)
     labels = torch.empty((len(scenes), height, width), dtype=torch.uint8)
 
-    def one(row: int) -> tuple[str, str] | None:
+    def read(row: int) -> Problem | None:
         _, picture, label = scenes[row]
-        seen: list[tuple[int, int]] = []
-
-        def resized(image: Image.Image) -> Image.Image:
-            seen.append(image.size)
-            return image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-
-        image = decode(folder / picture, resized)
-        if isinstance(image, str):
-            return picture, image
-        found = _label_values(folder / label)
-        if isinstance(found, str):
-            return label, found
-        if found.size != seen[0]:
-            (w, h), (a, b) = found.size, seen[0]
-            return label, f"{w}x{h} pixels, but its image has {a}x{b}"
-        mapped = known[np.asarray(found)]
+        pixels = decode(folder / picture.path)
+        if isinstance(pixels, str):
+            return picture.path, pixels
+        values = decode(folder / label.path, _one_byte, formats=("PNG",))
+        if isinstance(values, str):
+            return label.path, values
+        if values.shape != pixels.shape[:2]:
+            sides = f"{values.shape[1]}x{values.shape[0]} pixels, but its image has {pixels.shape[1]}x{pixels.shape[0]}"
+            return label.path, sides
+        mapped = class_of[values.numpy()]
         if (mapped == UNKNOWN).any():
-            strange = int(np.asarray(found)[mapped == UNKNOWN][0])
-            return label, f"the value {strange} is no label; expected some of {_ranges(values)}"
-        images[row] = image
-        labels[row] = torch.from_numpy(np.array(Image.fromarray(mapped).resize(size, Image.Resampling.NEAREST)))
+            strange = int(values.numpy()[mapped == UNKNOWN][0])
+            return label.path, f"the value {strange} is no label; expected some of {layout.known}"
+        images[row] = _resized(pixels.numpy(), (width, height), Image.Resampling.BILINEAR)
+        labels[row] = _resized(mapped, (width, height), Image.Resampling.NEAREST)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = zip(([scene] for scene in scenes), pool.map(one, range(len(scenes))), strict=True)
-        if bad := [problem for _, problem in shown(done, len(scenes), what, progress) if problem]:
-            raise SatlibError(bad_image(folder, bad))
+    problems = in_threads(read, range(len(scenes)), f"decoding {dataset.name}/{split}", progress)
+    if bad := [problem for problem in problems if problem]:
+        raise SatlibError(bad_image(folder, bad))
     return images.permute(0, 3, 1, 2), labels
 
 
-def _label_values(path: Path) -> Image.Image | str:
-    """A map of labels as one byte a pixel, or what is wrong with the file."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.mode not in ("L", "P"):
-                return f"a {image.mode} image; labels are one byte a pixel"
-            image.load()
-            return Image.frombytes("L", image.size, image.tobytes())
-    except UnidentifiedImageError:
-        return "not a PNG image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"damaged or truncated ({error})"
+def _resized(pixels: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> Tensor:
+    return torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, how)))
 
 
-def _ranges(values: Mapping[int, int]) -> str:
-    """The numbers in words: "0..33, 255"."""
-    parts: list[list[int]] = []
-    for value in sorted(values):
-        if parts and value == parts[-1][-1] + 1:
-            parts[-1][1:] = [value]
-        else:
-            parts.append([value])
-    return ", ".join(f"{part[0]}..{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+def _one_byte(image: Image.Image) -> Image.Image:
+    """A map of labels as it is, without the palette that it may have."""
+    if image.mode not in ("L", "P"):
+        raise SatlibError(f"a {image.mode} image; labels are one byte a pixel")
+    return image

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial, reduce
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy import ndarray as Array
 
+from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
 from satlib.data.imageset import ImageSet, Splits
 
@@ -82,56 +82,39 @@ FINER = {
 
 @dataclass(frozen=True)
 class Family:
-    """What `generate` draws: images of size x size pixels, `per_class` of each shape in each split.
+    """What `generate` draws: `per_class` of each shape in each split.
 
-    chunk: images drawn at a time, of which per_class has multiples. fingerprints: what `generate` must give on every
-    machine; whoever changes the drawing records them anew.
+    chunk: images drawn at a time, of which per_class has multiples. fingerprint: what they must give on every machine;
+    whoever changes the drawing records it anew.
     """
 
-    name: str
-    size: int
     shapes: Mapping[str, Callable[[Array, Array], Array]]
     per_class: Mapping[str, int]
     seed: int
     chunk: int
-    fingerprints: Mapping[str, str]
-
-    @property
-    def title(self) -> str:
-        return f"synthetic stand-in ({self.name})"
+    fingerprint: str
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.shapes)
 
 
-SHAPES32 = Family(
-    name="shapes32",
-    size=32,
-    shapes=SHAPES,
-    per_class={"train": 900, "val": 150, "test": 150},
-    seed=3203,
-    chunk=150,
-    fingerprints={
-        "train": "5ab47d4abeecdc871a4b337ba76b104994dd52e56bcb6abcc2042ff1a8bcd239",
-        "val": "cb60132503e6ecb00c3ee706a7dc6dd2895a38337dc7565b5cc82f5960daedc9",
-        "test": "135bcdb54977fb73b9f6d13e2cc1af7a4801c39c48c446fbc788fed03c9a0e68",
-    },
-)
-SHAPES64 = Family(
-    name="shapes64",
-    size=64,
-    shapes={name: shape for pair in zip(SHAPES.items(), FINER.items(), strict=True) for name, shape in pair},
-    per_class={"train": 400, "val": 80, "test": 80},
-    seed=6403,
-    chunk=40,
-    fingerprints={
-        "train": "e11b185f36b3f714c39f2d9e0956497b5b62fab71ce982950021abcf66dc5d7b",
-        "val": "6de83f34de75155c460a6e3929b11fa5c17bba1a6d1edc8ce90c40dff94f717b",
-        "test": "d5458f835426fdd1eb32dd2c3783f075a84135a0c18faa6dfce521feb0ba274b",
-    },
-)
-FAMILIES = {family.name: family for family in (SHAPES32, SHAPES64)}
+FAMILIES = {
+    "shapes32": Family(
+        shapes=SHAPES,
+        per_class={"train": 900, "val": 150, "test": 150},
+        seed=3203,
+        chunk=150,
+        fingerprint="78ce30a1c0e4f77cb6c47af6a39871030c0b0f527607ea2e5279c1a2afb2fc02",
+    ),
+    "shapes64": Family(
+        shapes={name: shape for pair in zip(SHAPES.items(), FINER.items(), strict=True) for name, shape in pair},
+        per_class={"train": 400, "val": 80, "test": 80},
+        seed=6403,
+        chunk=40,
+        fingerprint="8affb0c7229196c72c266e4acaba5f66e739823d84b203e1c6b57af6a6762c25",
+    ),
+}
 
 
 def _texture(draw: Draws, x: Array, y: Array, frequency: Array, slant: Array) -> Array:
@@ -154,9 +137,9 @@ def _blob(draw: Draws, x: Array, y: Array) -> Array:
     return box(c * x + s * y, c * y - s * x, draw.uniform(0.04, 0.45), draw.uniform(0.04, 0.15))
 
 
-def _render(family: Family, label: int, draw: Draws) -> Array:
+def _render(family: Family, size: int, label: int, draw: Draws) -> Array:
     """Images of one class, uint8 (n, size, size, 3)."""
-    size, covered = family.size, partial(cover, size=family.size)
+    covered = partial(cover, size=size)
     grid = (np.arange(size, dtype=np.float32) + 0.5) / (size / 2) - 1
     x, y = grid[None, None, :], grid[None, :, None]
 
@@ -194,27 +177,24 @@ def _render(family: Family, label: int, draw: Draws) -> Array:
     return pixels
 
 
-def load(name: str, root: Path | None = None, *, progress: bool = True) -> Splits:
-    """The three sets of a family, balanced and shuffled; no files are needed.
-
-    shapes32: 9,000 train, 1,500 val and 1,500 test images of 3x32x32 in 10 classes. shapes64: 8,000, 1,600 and 1,600
-    of 3x64x64 in 20.
-    """
-    return Splits(**{split: generate(split, name) for split in FAMILIES[name].per_class})
+def load(dataset: Dataset, folder: None, *, progress: bool = True) -> Splits:
+    """The three sets of a family, balanced and shuffled; no files are needed."""
+    return Splits(**{split: generate(dataset.name, split) for split in FAMILIES[dataset.name].per_class})
 
 
 @cache
-def generate(split: str, name: str = SHAPES32.name) -> ImageSet:
+def generate(name: str, split: str) -> ImageSet:
     """One split, drawn once in a process (in a second or two) and the same ever after."""
-    family = FAMILIES[name]
+    family, dataset = FAMILIES[name], DATASETS[name]
     key, count = (family.seed, list(family.per_class).index(split)), family.per_class[split]
     # Chunks have streams of their own, so that the images do not depend on how many are drawn at once, and
     # are small enough to stay in the processor's cache.
     tasks = [(label, part) for label in range(len(family.classes)) for part in range(count // family.chunk)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(lambda task: _render(family, task[0], Draws(family.chunk, *key, *task)), tasks)
+        size = dataset.shape[1]
+        chunks = pool.map(lambda task: _render(family, size, task[0], Draws(family.chunk, *key, *task)), tasks)
         pixels = np.concatenate(list(chunks))
     labels = np.repeat(np.arange(len(family.classes)), count)
     order = np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(labels)), kind="stable")
     images = torch.from_numpy(pixels[order]).permute(0, 3, 1, 2)
-    return ImageSet(images, torch.from_numpy(labels[order]), family.classes, family.name, family.title, split)
+    return ImageSet(images, torch.from_numpy(labels[order]), family.classes, name, dataset.title, split)

@@ -1,9 +1,10 @@
-"""Train, val and test sets from decoded images that come as train and test."""
+"""Train, val and test sets from images that come as train and test."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from satlib.data.datasets import Dataset
 from satlib.data.imageset import ImageSet, Splits
 
 VALIDATION_FRACTION = 0.1  # of the training images, class by class
@@ -11,19 +12,19 @@ SPLIT_SEED = 20190519
 RULE = [VALIDATION_FRACTION, SPLIT_SEED]  # what a split depends on, beside the images
 
 
-def held_out(name: str, title: str, classes: tuple[str, ...], decoded: dict[str, tuple[Tensor, Tensor]]) -> Splits:
+def held_out(
+    dataset: Dataset, title: str, classes: tuple[str, ...], decoded: dict[str, tuple[Tensor, Tensor]]
+) -> Splits:
     """Splits from the images and labels of "train" and "test": a tenth of each class's training images becomes val.
 
     All sets are shuffled once, always alike.
     """
     chosen = rows(decoded["train"][1], decoded["test"][1])
-    images = {"train": decoded["train"], "val": decoded["train"], "test": decoded["test"]}
-    return Splits(
-        **{
-            split: ImageSet(images[split][0][order], images[split][1][order], classes, name, title, split)
-            for split, order in chosen.items()
-        }
-    )
+    sets = {}
+    for split, order in chosen.items():
+        images, labels = decoded["test" if split == "test" else "train"]
+        sets[split] = ImageSet(images[order], labels[order], classes, dataset.full_name, title, split)
+    return Splits(**sets)
 
 
 def rows(train: Tensor, test: Tensor) -> dict[str, Tensor]:

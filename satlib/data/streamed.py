@@ -3,11 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,29 +12,28 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from satlib.data.imageset import Passes
-from satlib.data.imagetree import ImageFile, bad_image, decode
+from satlib.data.imageset import ImageSet
+from satlib.data.imagetree import MOST_WORKERS, ImageFile, bad_image, decode, decoding, in_threads, workers_here
 from satlib.errors import SatlibError
 
 # Of ImageNet, times 255: the normalisation that its pretrained weights expect.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT_SIDE = 256 / 224  # an image is resized so that its shorter side is this times the crop's
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the image, width to height
-CHUNK = 16  # images that a worker decodes at a time; AHEAD of them in advance, in shared memory, which containers keep
-AHEAD = 2  # small
-MOST_WORKERS = 8
+CHUNK = 16  # images that a worker decodes at a time
 
 
 class StreamedImages:
     """Images on disk as a tensor would give them: uint8 (n, 3, size, size), decoded when they are asked for.
 
     Every image is resized to a shorter side of 8/7 size, and cropped in the middle; a thread for each core decodes.
+    files: of ImageFile, below `folder`.
     """
 
-    def __init__(self, folder: Path, files: np.ndarray, size: int, device: torch.device) -> None:
-        self.folder, self.files, self.size, self.device = folder, files, size, device
+    def __init__(self, folder: Path, files: Sequence[ImageFile], size: int, device: torch.device | str = "cpu") -> None:
+        self.folder, self.files, self.size = folder, np.asarray(files, dtype=object), size
+        self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         self.shape = torch.Size((len(files), 3, size, size))
         self.ndim, self.dtype = 4, torch.uint8
 
@@ -45,52 +41,38 @@ class StreamedImages:
         return len(self.files)
 
     def __getitem__(self, indices: slice | Tensor) -> Tensor:
-        chosen = self.files[indices if isinstance(indices, slice) else indices.cpu().numpy()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            take = partial(middle, size=self.size)
-            decoded = list(pool.map(lambda path: decode(self.folder / path, take), chosen))
-        if bad := [(path, found) for path, found in zip(chosen, decoded, strict=True) if isinstance(found, str)]:
+        files, take = self.part(indices).files, partial(middle, size=self.size)
+        decoded = in_threads(lambda file: decode(self.folder / file.path, take), files)
+        if bad := [(file.path, image) for file, image in zip(files, decoded, strict=True) if isinstance(image, str)]:
             raise SatlibError(bad_image(self.folder, bad))
         return torch.stack(decoded).to(self.device).permute(0, 3, 1, 2)
 
+    def part(self, indices: slice | Tensor) -> "StreamedImages":
+        """The images at `indices`, not decoded yet."""
+        rows = indices if isinstance(indices, slice) else indices.cpu().numpy()
+        return StreamedImages(self.folder, self.files[rows], self.size, self.device)
+
     def split(self, count: int) -> "list[StreamedImages]":
         """Parts of `count` images, not decoded yet."""
-        parts = (self.files[start : start + count] for start in range(0, len(self), count))
-        return [StreamedImages(self.folder, part, self.size, self.device) for part in parts]
+        return [self.part(slice(start, start + count)) for start in range(0, len(self), count)]
 
     def float(self) -> Tensor:
         """All of them, decoded, as float32."""
         return self[:].float()
 
+    def to(self, device: torch.device | str) -> "StreamedImages":
+        """The same images, for a device: what is decoded goes there."""
+        return StreamedImages(self.folder, self.files, self.size, device)
 
-@dataclass(frozen=True, eq=False)
-class StreamedSet(Passes):
-    """An `ImageSet` whose images stay on disk; the same names mean the same. To augment is to take a random resized
-    crop, and flip half of them. Memory does not grow with their number.
 
-    files: paths below `folder`; labels int64 (n,) on the device. The fingerprint is that of paths and file sizes, not
-    of pixels, and mean and std are ImageNet's own.
+class StreamedSet(ImageSet):
+    """An `ImageSet` whose images stay on disk. To augment is to take a random resized crop, and flip half of them.
+
+    Memory does not grow with their number. The fingerprint is that of paths and file sizes, not of pixels, and mean and
+    std are ImageNet's own.
     """
 
-    folder: Path
-    files: tuple[ImageFile, ...]
-    labels: Tensor
-    size: int
-    classes: tuple[str, ...]
-    name: str
-    title: str
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __repr__(self) -> str:
-        shape = f"{len(self)} images 3x{self.size}x{self.size}"
-        return f"StreamedSet({self.title!r}, {self.split}, {shape}, {len(self.classes)} classes, {self.device})"
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
+    images: StreamedImages
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -101,106 +83,45 @@ class StreamedSet(Passes):
         return STD
 
     @cached_property
-    def images(self) -> StreamedImages:
-        """As a tensor would give them, cropped in the middle."""
-        return StreamedImages(self.folder, np.array([file.path for file in self.files]), self.size, self.device)
-
-    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over size and class names, then path, size and label of every file."""
-        described = [self.size, list(self.classes), [[file.path, file.size, file.label] for file in self.files]]
+        files = [[file.path, file.size, file.label] for file in self.images.files]
+        described = [self.images.size, list(self.classes), files]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def to(self, device: torch.device | str) -> "StreamedSet":
-        return replace(self, labels=self.labels.to(device))
-
-    def subset(self, indices: slice | Sequence[int] | Tensor) -> "StreamedSet":
-        """The images at `indices`, in that order."""
-        if isinstance(indices, slice):
-            rows = torch.arange(len(self))[indices]
-        else:
-            rows = torch.as_tensor(indices).cpu()
-            rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise SatlibError(f"indices reach outside {self!r}; expected 0..{len(self) - 1}")
-        files = tuple(self.files[i] for i in rows.tolist())
-        return replace(self, files=files, labels=self.labels[rows.to(self.device)])
-
     def check(self) -> None:
-        """Read every image. Raises `SatlibError` for the first bad one."""
         for part in self.images.split(CHUNK * MOST_WORKERS):
             part[:]
 
+    def _images_at(self, indices: slice | Tensor) -> StreamedImages:
+        return self.images.part(indices)
+
     def _batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None,
-        augment: bool,
-        limit: int | None,
-        share: Callable[[int], slice],
+        self, order: Tensor, parts: list[slice], augmenting: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        n = len(self)
-        order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-        seeds = torch.randint(2**62, (n,), generator=generator) if augment else None
-        flips = torch.randint(2, (n,), generator=generator).bool() if augment else torch.zeros(n, dtype=torch.bool)
-        order = order[:limit]
-        rows = []
-        for start in range(0, len(order), batch_size):
-            own = share(min(batch_size, len(order) - start))
-            rows.append(range(start + (own.start or 0), start + own.stop))
+        seeds: Sequence[int | None] = [None] * len(order)
+        if augmenting:
+            seeds = torch.randint(2**62, (len(self),), generator=augmenting)[: len(order)].tolist()
+            flips = torch.randint(2, (len(self),), generator=augmenting).bool()[: len(order)].to(self.device)
+        folder, files, size = self.images.folder, self.images.files, self.images.size
+        images = [(files[index].path, seed) for index, seed in zip(order.tolist(), seeds, strict=True)]
         # A batch is decoded in chunks, so that what is under way takes the same memory whatever the batches' size.
-        chunks = [part[i : i + CHUNK] for part in rows for i in range(0, len(part), CHUNK)]
-        indices = order.tolist()
-        tasks = [
-            [(self.files[indices[row]].path, None if seeds is None else int(seeds[row])) for row in c] for c in chunks
-        ]
-        workers = min(workers_here(), len(tasks))
-        loader = iter(
-            DataLoader(
-                _Decoder(self.folder, tasks, self.size),
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=AHEAD if workers else None,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # of its own, so that it draws nothing from torch's global one
-            )
-        )
-        for part in rows:
-            decoded = [next(loader) for _ in range(0, len(part), CHUNK)]
-            if bad := [tuple(found) for found in decoded if not isinstance(found, Tensor)]:
-                raise SatlibError(bad_image(self.folder, bad))
-            pixels = torch.cat([found.to(self.device, non_blocking=True) for found in decoded])
-            images, own = pixels.permute(0, 3, 1, 2), slice(part.start, part.stop)
-            if augment:
-                images = torch.where(flips[own].to(self.device).view(-1, 1, 1, 1), images.flip(-1), images)
-            yield images.to(torch.float32, memory_format=torch.channels_last), self.labels[order[own].to(self.device)]
+        tasks = [images[i : min(i + CHUNK, part.stop)] for part in parts for i in range(part.start, part.stop, CHUNK)]
+        take, pin = partial(cropped, size=size), self.device.type == "cuda"
+        loader = iter(decoding(folder, tasks, (size, size), take, workers=workers_here(), pin=pin))
+        for part in parts:
+            decoded = [next(loader) for _ in range(part.start, part.stop, CHUNK)]
+            if bad := [problem for _, problems in decoded for problem in problems]:
+                raise SatlibError(bad_image(folder, bad))
+            pixels = torch.cat([found.to(self.device, non_blocking=True) for found, _ in decoded]).permute(0, 3, 1, 2)
+            if augmenting:
+                pixels = torch.where(flips[part].view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+            yield pixels.to(torch.float32, memory_format=torch.channels_last), self.labels[order[part].to(self.device)]
 
 
-def workers_here() -> int:
-    """Processes that decode: a share of the cores for each rank that trains on this node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-class _Decoder(Dataset):
-    """Item i: the pixels of the i-th task, uint8 (n, size, size, 3), or (path, problem) of a bad image in it."""
-
-    def __init__(self, folder: Path, tasks: list[list[tuple[str, int | None]]], size: int) -> None:
-        self.folder, self.tasks, self.size = folder, tasks, size
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
-        task = self.tasks[index]
-        pixels = torch.empty((len(task), self.size, self.size, 3), dtype=torch.uint8)
-        for row, (path, seed) in enumerate(task):
-            take = partial(middle, size=self.size) if seed is None else partial(anywhere, size=self.size, seed=seed)
-            image = decode(self.folder / path, take)
-            if isinstance(image, str):
-                return path, image
-            pixels[row] = image
-        return pixels
+def cropped(image: Image.Image, size: int, seed: int | None) -> Image.Image:
+    """A random part of an image, drawn from `seed`; without one, its middle."""
+    return middle(image, size) if seed is None else anywhere(image, size, seed)
 
 
 def middle(image: Image.Image, size: int) -> Image.Image:

@@ -7,74 +7,34 @@ every machine: see `satlib.data.drawing`.
 """
 
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy import ndarray as Array
 
 from satlib.data.cache import cached_splits
+from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
-from satlib.data.imageset import ImageSet, Splits
+from satlib.data.imageset import IGNORE, ImageSet, Splits
 from satlib.paths import project_root
 
 CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "person", "pole", "sign")
-VOID = 255
+SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, PERSON, POLE, SIGN = range(len(CLASSES))
+VOID, KEEP = IGNORE, -1  # labels: of no class, and whatever it was
+COUNTS = {"train": 400, "val": 80, "test": 80}
+EVERYWHERE = (slice(None), slice(None))
 FAR = 14.0  # where walls end, and the farthest objects stand
 HOUSES = 24  # on each side, at most
 NOISE = (3.0, 9.0)  # standard deviation for each pixel and channel, in pixel units
 Colour = tuple[float, float, float]
 
-
-@dataclass(frozen=True)
-class Family:
-    """What `generate` draws: scenes of width x height pixels, so many in each split.
-
-    fingerprints: what `generate` must give on every machine; whoever changes the drawing records them anew.
-    """
-
-    name: str
-    width: int
-    height: int
-    counts: Mapping[str, int]
-    seed: int
-    fingerprints: Mapping[str, str]
-
-    @property
-    def title(self) -> str:
-        return f"synthetic street scenes ({self.name})"
-
-
-COUNTS = {"train": 400, "val": 80, "test": 80}
-STREETS128 = Family(
-    name="streets128x64",
-    width=128,
-    height=64,
-    counts=COUNTS,
-    seed=12864,
-    fingerprints={
-        "train": "1cfe17f22b17052d57d0c7571184718d3197af9ea67b9ed7c886444950e83f53",
-        "val": "e5a7e3fe6d72976aa2c082fe273a0ff28fb4896b8b9a4f8fb6b75066ff811dab",
-        "test": "58433a2768ccd831e772ecf7c2b95323b271041dd465298ce76405c3b37560f0",
-    },
-)
-STREETS256 = Family(
-    name="streets256x128",
-    width=256,
-    height=128,
-    counts=COUNTS,
-    seed=25612,
-    fingerprints={
-        "train": "f58dd4d4fb57f3e25a31f7b79154def0d5d10b6f33a9cbca58fd2be189d73315",
-        "val": "29c95fe7cf6dfe67a2a34c90b729c91678166d2d355dcf5d174abc14977ae1d3",
-        "test": "3acb2892ba10b6e63832643eb91af2bba23f06077ec0adc749ad40b5592748f2",
-    },
-)
-FAMILIES = {family.name: family for family in (STREETS128, STREETS256)}
+SEEDS = {"streets128x64": 12864, "streets256x128": 25612}
+FINGERPRINTS = {  # what drawing must give on every machine; whoever changes it records them anew
+    "streets128x64": "cf196befefc9ff26fb7c3ec74295f9740f60b358f05ee9c32a0745d645c8c35b",
+    "streets256x128": "82a907268a5fac3e8ce4c72739710b12b0c4f2a6bdc3a81f76543d862e989ad1",
+}
 
 
 class _Scene:
@@ -128,12 +88,8 @@ class _Scene:
         share = cover(distance, self.size)
         colours = self.colours[where]
         colours += share[..., None] * (np.asarray(colour, dtype=np.float32) - colours)
-        if label >= 0:
+        if label != KEEP:
             self.labels[where][share > 0.5] = label
-
-
-def _class(name: str) -> int:
-    return CLASSES.index(name)
 
 
 def _sky(scene: _Scene) -> None:
@@ -146,7 +102,7 @@ def _sky(scene: _Scene) -> None:
     clouds = wave(fine * scene.u + slant * scene.v + scene.one(0, 1)) * wave(2 * fine * scene.v + scene.one(0, 1))
     colours = colours + scene.one(0, 14) * clouds[..., None]
     scene.colours += np.broadcast_to(colours, scene.colours.shape)
-    scene.labels[:] = _class("sky")
+    scene.labels[:] = SKY
 
 
 def _ground(scene: _Scene, road: float, pavement: float, middle: float) -> None:
@@ -157,24 +113,23 @@ def _ground(scene: _Scene, road: float, pavement: float, middle: float) -> None:
     across = x * z / scene.focal - middle
     edge = below / scene.focal  # a length of one, there, in half heights
 
-    def strip(label: str, half: float, colour: Colour, relief: Array) -> None:
+    def strip(label: int, half: float, colour: Colour, relief: Array) -> None:
         distance = np.maximum((np.abs(across) - half) * edge, -(scene.v - scene.v0))
-        scene.paint(_class(label), everywhere, distance, np.asarray(colour, dtype=np.float32) + relief[..., None])
+        scene.paint(label, EVERYWHERE, distance, np.asarray(colour, dtype=np.float32) + relief[..., None])
 
-    everywhere = (slice(None), slice(None))
     near = np.minimum(edge * 6, 1)  # textures fade with distance, as they become finer than pixels
     rough = near * wave(across * scene.one(2, 4)) * wave(z * scene.one(1, 3))
     green = scene.colour(60, 95, 6)
-    strip("vegetation", 60.0, (green[0], green[1] + 35, green[2] - 15), 14 * rough)
+    strip(VEGETATION, 60.0, (green[0], green[1] + 35, green[2] - 15), 14 * rough)
     tiles = near * np.maximum(wave(across * 2), wave(z * 1.3))
-    strip("pavement", road + pavement, scene.colour(120, 175, 10), scene.one(3, 12) * tiles)
+    strip(PAVEMENT, road + pavement, scene.colour(120, 175, 10), scene.one(3, 12) * tiles)
     asphalt = scene.colour(70, 125, 6)
-    strip("road", road, asphalt, scene.one(2, 9) * rough)
+    strip(ROAD, road, asphalt, scene.one(2, 9) * rough)
     dash = np.maximum(np.abs(across) - 0.07, 0.6 * wave(z * 0.35 + scene.one(0, 1)))
     white = tuple(value + 80 for value in asphalt)
-    scene.paint(-1, everywhere, np.maximum(dash * edge, 0.02 - (scene.v - scene.v0)), white)
+    scene.paint(KEEP, EVERYWHERE, np.maximum(dash * edge, 0.02 - (scene.v - scene.v0)), white)
     kerb = np.abs(np.abs(across) - road) - 0.06
-    scene.paint(-1, everywhere, np.maximum(kerb * edge, 0.01 - (scene.v - scene.v0)), scene.colour(150, 200, 5))
+    scene.paint(KEEP, EVERYWHERE, np.maximum(kerb * edge, 0.01 - (scene.v - scene.v0)), scene.colour(150, 200, 5))
 
 
 def _side(scene: _Scene, sign: int, distance: float, lit: float) -> None:
@@ -203,11 +158,10 @@ def _side(scene: _Scene, sign: int, distance: float, lit: float) -> None:
     colours = colours + (fine * (windows < 0) * (up > 0.35))[..., None] * (glass - colours)
     foliage = leaves + (20 * fine * wave(along * 3.1) * wave(up * 2.7))[..., None]
     colours = np.where(green[..., None], foliage * np.float32(lit), colours)
-    everywhere = (slice(None), slice(None))
     share = inside < 0
-    scene.paint(-1, everywhere, inside, colours)
-    scene.labels[share & ~np.broadcast_to(green, share.shape)] = _class("building")
-    scene.labels[share & np.broadcast_to(green, share.shape)] = _class("vegetation")
+    scene.paint(KEEP, EVERYWHERE, inside, colours)
+    scene.labels[share & ~np.broadcast_to(green, share.shape)] = BUILDING
+    scene.labels[share & np.broadcast_to(green, share.shape)] = VEGETATION
 
 
 def _tree(scene: _Scene, x: float, z: float) -> None:
@@ -218,13 +172,13 @@ def _tree(scene: _Scene, x: float, z: float) -> None:
     du, dv = scene.u[:, where[1]] - u, scene.v[where[0]] - middle
     trunk = box(du, dv - height * scale / 2, 0.1 * scale, height * scale / 2)
     bark = scene.colour(55, 90, 10)
-    scene.paint(_class("vegetation"), where, trunk, bark)
+    scene.paint(VEGETATION, where, trunk, bark)
     bumps = 0.14 * wave(du / scale * scene.one(0.8, 1.4)) * wave(dv / scale * scene.one(0.8, 1.4))
     crown = circle(du, dv * scene.one(0.85, 1.15), radius * scale) + scale * bumps
     leaf = scene.colour(45, 85, 8)
     texture = 22 * wave(du / scale * 2.2) * wave(dv / scale * 1.9) - 14 * (dv / (radius * scale))
     colours = np.asarray((leaf[0] - 5, leaf[1] + 35, leaf[2] - 20), dtype=np.float32) + texture[..., None]
-    scene.paint(_class("vegetation"), where, crown, colours)
+    scene.paint(VEGETATION, where, crown, colours)
 
 
 def _car(scene: _Scene, x: float, z: float) -> None:
@@ -233,17 +187,17 @@ def _car(scene: _Scene, x: float, z: float) -> None:
     where = scene.window(u - half * scale, u + half * scale, v - height * scale, v)
     du, dv = (scene.u[:, where[1]] - u) / scale, (scene.v[where[0]] - v) / scale  # in units of length, from the ground
     shadow = box(du, dv + 0.03, half * 1.02, 0.06) * scale
-    scene.paint(-1, where, shadow, (35, 35, 38))
+    scene.paint(KEEP, where, shadow, (35, 35, 38))
     body = box(du, dv + 0.42, half, 0.26)
     cabin = intersection(np.abs(du) + 0.35 * (-dv - 0.6) - 0.82 * half, -dv - height, dv + 0.5)
     wheels = box(np.abs(du) - 0.75 * half, dv + 0.13, 0.13, 0.13)
     paint, dark = scene.colour(45, 215, 45), (28.0, 28.0, 30.0)
-    scene.paint(_class("car"), where, wheels * scale, dark)
-    scene.paint(_class("car"), where, union(body, cabin) * scale, np.asarray(paint) * scene.light)
+    scene.paint(CAR, where, wheels * scale, dark)
+    scene.paint(CAR, where, union(body, cabin) * scale, np.asarray(paint) * scene.light)
     glass = np.maximum(cabin + 0.09, dv + 0.7)
-    scene.paint(-1, where, glass * scale, scene.colour(35, 95, 10))
+    scene.paint(KEEP, where, glass * scale, scene.colour(35, 95, 10))
     lamps = box(np.abs(du) - 0.8 * half, dv + 0.5, 0.1, 0.06) * scale
-    scene.paint(-1, where, lamps, (190.0, 30.0, 25.0) if scene.chance(0.6) else (235.0, 230.0, 200.0))
+    scene.paint(KEEP, where, lamps, (190.0, 30.0, 25.0) if scene.chance(0.6) else (235.0, 230.0, 200.0))
 
 
 def _person(scene: _Scene, x: float, z: float) -> None:
@@ -255,7 +209,7 @@ def _person(scene: _Scene, x: float, z: float) -> None:
     legs = box(np.abs(du) - stride * (-dv / 0.5), dv + 0.25, 0.055, 0.28)
     torso = box(du, dv + 0.74, half, 0.26)
     head = circle(du, dv + height - 0.1, 0.105)
-    label = _class("person")
+    label = PERSON
     scene.paint(label, where, legs * scale, scene.colour(30, 110, 20))
     scene.paint(label, where, torso * scale, scene.colour(50, 210, 60))
     skin = scene.one(90, 200)
@@ -269,7 +223,7 @@ def _pole(scene: _Scene, x: float, z: float) -> None:
     where = scene.window(u - 0.4 * scale, u + 0.4 * scale, v - (height + 0.4) * scale, v)
     du, dv = (scene.u[:, where[1]] - u) / scale, (scene.v[where[0]] - v) / scale
     grey = scene.colour(90, 170, 6)
-    scene.paint(_class("pole"), where, box(du, dv + height / 2, 0.055, height / 2) * scale, grey)
+    scene.paint(POLE, where, box(du, dv + height / 2, 0.055, height / 2) * scale, grey)
     if scene.chance(0.75):
         dv = dv + height - 0.1
         shapes = (
@@ -279,8 +233,8 @@ def _pole(scene: _Scene, x: float, z: float) -> None:
         )
         plate = shapes[int(scene.one(0, 3) * 0.999)]
         rims = ((200.0, 35.0, 40.0), (35.0, 70.0, 180.0), (215.0, 180.0, 40.0))
-        scene.paint(_class("sign"), where, plate * scale, rims[int(scene.one(0, 3) * 0.999)])
-        scene.paint(-1, where, (plate + 0.09) * scale, (235.0, 235.0, 230.0))
+        scene.paint(SIGN, where, plate * scale, rims[int(scene.one(0, 3) * 0.999)])
+        scene.paint(KEEP, where, (plate + 0.09) * scale, (235.0, 235.0, 230.0))
 
 
 def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
@@ -311,31 +265,30 @@ def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
     if scene.chance(0.6):
         top = scene.one(0.78, 0.95)
         bonnet = circle((scene.u - scene.one(-0.1, 0.1)) * 0.45, scene.v - top - 1, 1.0)
-        scene.paint(VOID, (slice(None), slice(None)), bonnet, scene.colour(30, 120, 20))
+        scene.paint(VOID, EVERYWHERE, bonnet, scene.colour(30, 120, 20))
     noise = scene.one(*NOISE) * scene.draw.noise(height, width, 3)[0]
     gain = np.asarray([scene.light * cast for cast in scene.cast], dtype=np.float32)
     pixels = np.clip(np.floor(scene.colours * gain + noise + 0.5), 0, 255).astype(np.uint8)
     return pixels, scene.labels
 
 
-def load(name: str, root: Path | None = None, *, progress: bool = True) -> Splits:
-    """The three sets of a family, 400, 80 and 80 scenes; no files are needed. Drawn once, then kept in the project's
-    `data/.cache`, by the fingerprints that they must have."""
-    family = FAMILIES[name]
+def load(dataset: Dataset, folder: None, *, progress: bool = True) -> Splits:
+    """400, 80 and 80 scenes; no files are needed. Drawn once, then kept in the project's `data/.cache`, by the
+    fingerprint that they must have."""
 
     def build() -> Splits:
-        return Splits(**{split: generate(split, name) for split in family.counts})
+        return Splits(**{split: generate(dataset.name, split) for split in COUNTS})
 
-    return cached_splits(name, dict(family.fingerprints), project_root() / "data", build)
+    return cached_splits(dataset.name, {"fingerprint": FINGERPRINTS[dataset.name]}, project_root() / "data", build)
 
 
 @cache
-def generate(split: str, name: str = STREETS128.name) -> ImageSet:
+def generate(name: str, split: str) -> ImageSet:
     """One split, drawn once in a process (in a few seconds) and the same ever after."""
-    family = FAMILIES[name]
-    key, count = (family.seed, list(family.counts).index(split)), family.counts[split]
+    dataset, count = DATASETS[name], COUNTS[split]
+    (_, height, width), key = dataset.shape, (SEEDS[name], list(COUNTS).index(split))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        drawn = list(pool.map(lambda i: render(family.width, family.height, Draws(1, *key, i)), range(count)))
+        drawn = list(pool.map(lambda i: render(width, height, Draws(1, *key, i)), range(count)))
     pixels, labels = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
     frames = tuple(f"{split}_{i:03}" for i in range(count))
-    return ImageSet(pixels.permute(0, 3, 1, 2), labels, CLASSES, family.name, family.title, split, frames)
+    return ImageSet(pixels.permute(0, 3, 1, 2), labels, CLASSES, name, dataset.title, split, frames)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from satlib.attacks import perturb
-from satlib.data import ImageSet, StreamedSet
+from satlib.data import ImageSet
 from satlib.study import figures
 from satlib.study.claims import Model
 from satlib.study.measurements.scenes import perturbation_of
@@ -43,7 +43,7 @@ def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable
     display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
 
 
-def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet | StreamedSet) -> list[dict]:
+def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet) -> list[dict]:
     """Rows of `classification.perturbation_gallery`: each model's universal perturbation, and what it predicts of the
     pictures, the first of the test set, under it. Weights are needed only where no `predictions` were recorded."""
     rows = []

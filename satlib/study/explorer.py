@@ -190,8 +190,7 @@ class ModelZoo:
 
 def is_here(dataset: str) -> bool:
     """Whether a data set can be loaded: embedded, or found in the data root."""
-    name = dataset.partition(":")[0]
-    return data.is_embedded(name) or data.find(name) is not None
+    return data.is_embedded(dataset) or data.find(dataset) is not None
 
 
 def _control(kind: type[widgets.Widget], name: str, **options: Any) -> widgets.Widget:
