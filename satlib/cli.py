@@ -1,9 +1,14 @@
-"""The subcommands that read and fill the ledger: `sweep`, `train`, `results`, `verify`, `data` and `ledger`."""
+"""The command line: `python -m satlib COMMAND`. What a command needs is imported only when it runs."""
 
 import argparse
 import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from satlib.errors import SatlibError
 
@@ -11,23 +16,121 @@ if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner
 
 
-def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
-    """`sweep`: a profile's runs without notebooks."""
-    parser = commands.add_parser(
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise SatlibError(f"{message}; --help shows what there is")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for bad input, 130 when stopped by Ctrl-C."""
+    parser = _Parser(prog="python -m satlib", description="Shared adversarial training, reproduced step by step.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_run, _add_sweep, _add_train, _add_results, _add_bench, _add_verify, _add_data, _add_ledger):
+        add(commands)
+    try:
+        try:
+            arguments = parser.parse_args(argv)
+            return arguments.function(arguments)
+        finally:
+            sys.stdout.flush()
+    except SatlibError as error:
+        print(f"satlib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsatlib: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough: no traceback, nor one when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def budget(text: str) -> float:
+    """Seconds in `9m`, `90s`, `1.5h` or `1h30m`, for options that limit the time."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected for example 9m, 90s or 1h30m")
+    seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", text))
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time at all; expected for example 9m, 90s or 1h30m")
+    return seconds
+
+
+def _deadline(arguments: argparse.Namespace) -> float | None:
+    """When the budget is spent, in seconds since the epoch; set-up by a script counts as well."""
+    started = float(os.environ.get("SATLIB_STARTED", time.time()))
+    return None if arguments.budget is None else started + arguments.budget
+
+
+# Options that mean the same in several commands.
+_SHARED: dict[str, dict[str, Any]] = {
+    "--profile": {"default": "quick", "help": "a file of notebooks/profiles (default: quick)"},
+    "--only": {"metavar": "04,06", "help": "only these notebooks, by number or name"},
+    "--budget": {"type": budget, "metavar": "9m", "help": "stop cleanly before this time is spent"},
+    "--force": {"action": "store_true", "help": "compute again what is already known"},
+    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one"},
+}
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], *shared: str, **texts: str
+) -> argparse.ArgumentParser:
+    """Adds the command `name`, which `function` carries out, with those of the `_SHARED` options that it takes."""
+    parser = commands.add_parser(name, **texts)
+    parser.set_defaults(function=function)
+    for option in shared:
+        parser.add_argument(option, **_SHARED[option])
+    return parser
+
+
+# --- run: execute the notebooks
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "run",
+        _run,
+        *("--profile", "--only", "--budget", "--force"),
+        help="execute the notebooks under a profile",
+        description="Executes the notebooks under a profile, into notebooks/executed/PROFILE. "
+        "Exit status: 0 if every notebook ran, 1 if one failed, 2 for a request that cannot be met, "
+        "3 if the budget was spent before the end.",
+    )
+    parser.add_argument("--check", action="store_true", help="only check the request; needs nothing installed")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from satlib.study import notebooks
+
+    if arguments.check:
+        notebooks.check(arguments.profile, only=arguments.only)
+        return 0
+    limits = {"deadline": _deadline(arguments), "force": arguments.force}
+    return notebooks.run(arguments.profile, only=arguments.only, **limits)
+
+
+# --- sweep: a profile's runs without notebooks
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _command(
+        commands,
         "sweep",
+        _sweep,
+        *("--profile", "--only", "--budget", "--force"),
         help="carry out a profile's runs without notebooks",
         description="Carries out the runs of a profile that have no record yet, most important first. Needs no "
         "Jupyter. Exit status: 0 when all are done, 1 when some failed, 3 when the budget was spent before; the next "
         "call goes on.",
     )
-    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
-    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
-    parser.add_argument("--force", action="store_true", help="compute again what is already known")
     parser.add_argument(
         "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="of a dry run: write what each section costs to FILE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", **_SHARED["--device"])
     group = parser.add_argument_group("on a cluster (extra `cluster`)")
     group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
     group.add_argument("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)")
@@ -39,10 +142,9 @@ def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
     group.add_argument(
         "--scratch", type=Path, metavar="DIR", help="for nodes without this folder: where they keep records meanwhile"
     )
-    parser.set_defaults(function=lambda arguments: _sweep(arguments, deadline(arguments.budget)))
 
 
-def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
+def _sweep(arguments: argparse.Namespace) -> int:
     from satlib.study import cluster, experiments
     from satlib.study.runs import BudgetSpent, Runner
 
@@ -62,11 +164,10 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
         )
     if arguments.json and not arguments.dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
-    runs = experiments.profile_runs(arguments.profile)
-    here = (
-        arguments.device if arguments.on == "here" or arguments.dry_run else "cpu"
-    )  # the driver of a cluster only looks after it
-    runner = Runner(profile=arguments.profile, device=here, force=arguments.force, deadline=deadline)
+    runs = experiments.profile_runs(arguments.profile, only=arguments.only)
+    alone = arguments.on == "here" or arguments.dry_run  # the driver of a cluster only looks after it
+    device = arguments.device if alone else "cpu"
+    runner = Runner(profile=arguments.profile, device=device, force=arguments.force, deadline=_deadline(arguments))
     if arguments.dry_run:
         _dry_run(runner, runs, arguments.json)
         return 0
@@ -86,7 +187,8 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     elif failed:
         print(f"{len(failed)} runs have no record; see {runner.ledger.root / 'failed'}; the same call tries them again")
     else:
-        print(f"all runs of the profile {arguments.profile!r} have a record")
+        chosen = f"all runs of {arguments.only} in" if arguments.only else "all runs of"
+        print(f"{chosen} the profile {arguments.profile!r} have a record")
     return 1 if failed else 3 if left else 0
 
 
@@ -109,10 +211,15 @@ def _dry_run(runner: "Runner", runs: list["Run"], path: Path | None) -> None:
         costs.write(path, found)
 
 
-def add_train(commands: Any, budget: Any, deadline: Any) -> None:
-    """`train`: trainings of a profile, on one process or on all that torchrun starts."""
-    parser = commands.add_parser(
+# --- train: trainings of a profile, on one process or on all that torchrun starts
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
         "train",
+        _train,
+        *("--profile", "--budget", "--device"),
         help="carry out trainings of a profile, on several GPUs or nodes by torchrun",
         description="Carries out the trainings of a profile that have no record yet, data-parallel under torchrun: "
         "`torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 "
@@ -120,14 +227,10 @@ def add_train(commands: Any, budget: Any, deadline: Any) -> None:
         "train on one process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent "
         "before all was done.",
     )
-    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
-    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.set_defaults(function=lambda arguments: _train(arguments, deadline(arguments.budget)))
 
 
-def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     from satlib import parallel
     from satlib.study import experiments
     from satlib.study.kinds import TRAININGS
@@ -141,7 +244,7 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
         ranks = parallel.here()
         if ranks.count > 1:
             chosen = [run for run in chosen if "defense" not in run.config]
-        runner = Runner(profile=arguments.profile, device=device, deadline=deadline)
+        runner = Runner(profile=arguments.profile, device=device, deadline=_deadline(arguments))
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:
             parallel.follow(runner, runs)
@@ -158,12 +261,13 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
     return 0
 
 
-def add_results(commands: Any) -> None:
-    """`results`: the paper's numbers beside ours."""
-    parser = commands.add_parser("results", help="the paper's numbers beside ours, from the records")
+# --- results: the paper's numbers beside ours
+
+
+def _add_results(commands: Any) -> None:
+    parser = _command(commands, "results", _results, help="the paper's numbers beside ours, from the records")
     parser.add_argument("--profile", help="only this profile's (default: for each number the weightiest profile)")
     parser.add_argument("--json", action="store_true", help="a list of rows; numbers as numbers, null for none")
-    parser.set_defaults(function=_results)
 
 
 def _results(arguments: argparse.Namespace) -> int:
@@ -176,10 +280,15 @@ def _results(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_bench(commands: Any) -> None:
-    """`bench`: how fast are the kernels, beside the peers and the hardware's limit?"""
-    parser = commands.add_parser(
+# --- bench: how fast are the kernels, beside the peers and the hardware's limit?
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
         "bench",
+        _bench,
+        "--device",
         help="time the kernels against other libraries",
         description="Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the "
         "same model and data. Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the "
@@ -188,9 +297,7 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
     parser.add_argument("--only", metavar="a,c", help="only these rows")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement (default: 3)")
-    parser.set_defaults(function=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -202,11 +309,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_verify(commands: Any) -> None:
-    """`verify`: do figures still show what the records say?"""
-    parser = commands.add_parser("verify", help="check figures against the records that they were drawn from")
+# --- verify: do figures still show what the records say?
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, help="check figures against the records that they were drawn from")
     parser.add_argument("folder", type=Path, nargs="?", help="default: figures/ of the project")
-    parser.set_defaults(function=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -220,17 +328,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def add_data(commands: Any) -> None:
-    """`data`: which data sets are here, and are they sound?"""
-    parser = commands.add_parser(
+# --- data: which data sets are here, and are they sound?
+
+
+def _add_data(commands: Any) -> None:
+    parser = _command(
+        commands,
         "data",
+        _data,
         help="which data sets are here; check them; download CIFAR-10",
         description="status: which data sets are here, without reading them. verify: read and check every image of "
         "those that are here, or of NAME. download: fetch NAME (cifar10).",
     )
     parser.add_argument("action", choices=("status", "verify", "download"))
     parser.add_argument("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)")
-    parser.set_defaults(function=_data)
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -259,25 +370,26 @@ def _data(arguments: argparse.Namespace) -> int:
     return status
 
 
-def add_ledger(commands: Any) -> None:
-    """`ledger`: carry runs between machines, and publish them."""
+# --- ledger: carry runs between machines, and publish them
+
+
+def _add_ledger(commands: Any) -> None:
     parser = commands.add_parser("ledger", help="status of the records; pack, merge and publish them")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    status = actions.add_parser("status", help="how many records there are, and what is damaged or in progress")
-    status.set_defaults(function=_ledger_status)
-    pack = actions.add_parser("pack", help="put runs into an archive to carry to another machine")
+    text = "how many records there are, and what is damaged or in progress"
+    _command(actions, "status", _ledger_status, help=text)
+    pack = _command(actions, "pack", _ledger_pack, help="put runs into an archive to carry to another machine")
     pack.add_argument("out", type=Path, metavar="OUT.tar")
     pack.add_argument("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first")
-    pack.set_defaults(function=_ledger_pack)
-    merge = actions.add_parser("merge", help="take in archives; every entry is checked, none is trusted")
+    text = "take in archives; every entry is checked, none is trusted"
+    merge = _command(actions, "merge", _ledger_merge, help=text)
     merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    merge.set_defaults(function=_ledger_merge)
-    publish = actions.add_parser("publish", help="copy records into data/ledger, which is tracked")
+    text = "copy records into data/ledger, which is tracked"
+    publish = _command(actions, "publish", _ledger_publish, help=text)
     publish.add_argument("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME")
     publish.add_argument(
         "--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"
     )
-    publish.set_defaults(function=_ledger_publish)
 
 
 def _ledger_status(arguments: argparse.Namespace) -> int:

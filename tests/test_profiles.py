@@ -162,19 +162,3 @@ def test_damaged_notebook_is_named(tmp_path):
     path.write_text('{"cells": ')
     with pytest.raises(SatlibError, match=r"01_one\.ipynb is not a notebook"):
         profiles.declared(path)
-
-
-def test_selection_by_number_and_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
-    write_project(tmp_path, {"00_a": [], "01_b": [], "10_c": []})
-    assert list(profiles.select(None)) == ["00_a", "01_b", "10_c"]
-    assert list(profiles.select("10, 00_a")) == ["00_a", "10_c"]
-    for wrong in ("02", "0", "b", "", "00,", "01_"):
-        with pytest.raises(SatlibError, match="unknown notebook"):
-            profiles.select(wrong)
-
-
-def test_no_notebooks_at_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
-    with pytest.raises(SatlibError, match="no notebooks"):
-        profiles.notebook_paths()

@@ -9,15 +9,14 @@ set that must be there before the notebook starts.
 """
 
 import ast
-import difflib
 import json
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from satlib.errors import SatlibError
-from satlib.paths import project_root
+from satlib.errors import SatlibError, nearest
+from satlib.paths import notebook_paths, project_root
 
 EMBEDDED = ("shapes32", "shapes64", "streets128x64", "streets256x128")  # data sets made in code: never missing
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -55,16 +54,7 @@ class Parameter:
     default: object
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `names`, else all of them."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names)}" if names else "; there is none"
-
-
-# --- which profiles and notebooks exist (standard library only: told before anything is installed)
+# --- which profiles exist (standard library only: told before anything is installed)
 
 
 def profile_paths() -> dict[str, Path]:
@@ -79,32 +69,6 @@ def profile_path(name: str) -> Path:
         folder = project_root() / "notebooks" / "profiles"
         raise SatlibError(f"unknown profile {name!r} in {folder}{nearest(name, known)}")
     return known[name]
-
-
-def notebook_paths() -> dict[str, Path]:
-    """All notebooks by stem (`04_cifar10`), in order. Raises `SatlibError` where there are none."""
-    folder = project_root() / "notebooks"
-    found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
-    if not found:
-        raise SatlibError(f"no notebooks (NN_name.ipynb) in {folder}; set SATLIB_HOME to the project's folder")
-    return found
-
-
-def select(only: str | None) -> dict[str, Path]:
-    """The notebooks named in `only` ("04,06", numbers or full stems), in order; all of them for None.
-
-    Raises `SatlibError` for a notebook that does not exist, and for an empty selection.
-    """
-    paths = notebook_paths()
-    if only is None:
-        return paths
-    chosen = set()
-    for word in (word.strip() for word in only.split(",")):
-        matches = [stem for stem in paths if word and word in (stem, stem[:2])]
-        if not matches:
-            raise SatlibError(f"unknown notebook {word!r}; --only takes numbers or names of {', '.join(paths)}")
-        chosen.update(matches)
-    return {stem: path for stem, path in paths.items() if stem in chosen}
 
 
 # --- profiles

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment
 
 from satlib.files import write_text
-from satlib.paths import project_root
+from satlib.paths import notebook_paths, project_root
 from satlib.study import profiles, results
 from satlib.study.figures import alt_text
 
@@ -48,7 +48,7 @@ def write_index(profile: profiles.Profile) -> Path:
     Notebooks that were not executed under the profile are named, with the call that does it. Returns its path.
     """
     folder = folder_of(profile.name)
-    stems = profiles.notebook_paths()
+    stems = notebook_paths()
     chapters = [chapter(page) for stem in stems if (page := folder / f"{stem}.html").is_file()]
     picture = folder.parent / f"{FIRST_PICTURE}.png"
     page = _PAGE.render(

@@ -16,6 +16,7 @@ from satlib.paper import (
     Method,
     Trust,
 )
+from satlib.paths import notebook_paths, select_notebooks
 from satlib.study import profiles
 from satlib.study.experiments.classification import Plan, cifar10, erm_run, imagenet, robustness_run
 from satlib.study.experiments.method import MethodPlan, method
@@ -47,12 +48,12 @@ METHOD_NOTEBOOKS = ("01_preliminaries", "02_shared_adversarial_training", "03_qu
 
 def parameters(profile: str, stem: str) -> dict[str, object]:
     """What a profile sets for the notebook `stem`, as its execution gets it."""
-    return profiles.parameters_for(profiles.load(profile), stem, profiles.declared(profiles.notebook_paths()[stem]))
+    return profiles.parameters_for(profiles.load(profile), stem, profiles.declared(notebook_paths()[stem]))
 
 
-def profile_runs(profile: str) -> list[Run]:
-    """Every run that a profile's notebooks need, in order of importance."""
-    present, found = profiles.notebook_paths(), []
+def profile_runs(profile: str, only: str | None = None) -> list[Run]:
+    """Every run that a profile's notebooks (or those of them in `only`: "04,06") need, in order of importance."""
+    present, found = select_notebooks(only), []
     for stem in ("04_cifar10", "05_imagenet", "06_cityscapes", "09_can_we_trust_it", *METHOD_NOTEBOOKS):
         if stem not in present:
             continue
