@@ -1,6 +1,7 @@
 """The command line: `python -m satlib COMMAND`. What a command needs is imported only when it runs."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,44 @@ if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner
 
 
+def budget(text: str) -> float:
+    """Seconds in `9m`, `90s`, `1.5h` or `1h30m`, for options that limit the time."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
+    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected for example 9m, 90s or 1h30m")
+    return seconds
+
+
+def _deadline(text: str) -> float:
+    """When the budget is spent, in seconds since the epoch; set-up by a script counts as well."""
+    return float(os.environ.get("SATLIB_STARTED", time.time())) + budget(text)
+
+
+# --- how a function becomes a command
+
+_Option = tuple[str, dict[str, Any]]  # name, settings for argparse
+_Function = Callable[..., int | None]
+_COMMANDS: dict[str, tuple[_Function, tuple[_Option | str, ...]]] = {}
+
+
+def _option(name: str, **settings: Any) -> _Option:
+    return name, settings
+
+
+def _command(name: str, *options: _Option | str) -> Callable[[_Function], _Function]:
+    """Makes a function a command with these options, those after a title in a group of their own.
+
+    Its docstring is what --help says. It gets the options by name, and returns the exit status, None for 0.
+    """
+
+    def register(function: _Function) -> _Function:
+        _COMMANDS[name] = function, options
+        return function
+
+    return register
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -24,157 +63,110 @@ class _Parser(argparse.ArgumentParser):
         raise SatlibError(f"{message}; --help shows what there is")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 2 for bad input, 130 when stopped by Ctrl-C."""
+def _parser() -> _Parser:
     parser = _Parser(prog="python -m satlib", description="Shared adversarial training, reproduced step by step.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_run, _add_sweep, _add_train, _add_results, _add_bench, _add_verify, _add_data, _add_ledger):
-        add(commands)
-    try:
-        try:
-            arguments = parser.parse_args(argv)
-            return arguments.function(arguments)
-        finally:
-            sys.stdout.flush()
-    except SatlibError as error:
-        print(f"satlib: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsatlib: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough: no traceback, nor one when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-
-
-def budget(text: str) -> float:
-    """Seconds in `9m`, `90s`, `1.5h` or `1h30m`, for options that limit the time."""
-    units = {"h": 3600, "m": 60, "s": 1}
-    if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected for example 9m, 90s or 1h30m")
-    seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([hms])", text))
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time at all; expected for example 9m, 90s or 1h30m")
-    return seconds
-
-
-def _deadline(arguments: argparse.Namespace) -> float | None:
-    """When the budget is spent, in seconds since the epoch; set-up by a script counts as well."""
-    started = float(os.environ.get("SATLIB_STARTED", time.time()))
-    return None if arguments.budget is None else started + arguments.budget
-
-
-# Options that mean the same in several commands.
-_SHARED: dict[str, dict[str, Any]] = {
-    "--profile": {"default": "quick", "help": "a file of notebooks/profiles (default: quick)"},
-    "--only": {"metavar": "04,06", "help": "only these notebooks, by number or name"},
-    "--budget": {"type": budget, "metavar": "9m", "help": "stop cleanly before this time is spent"},
-    "--force": {"action": "store_true", "help": "compute again what is already known"},
-    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one"},
-}
-
-
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], *shared: str, **texts: str
-) -> argparse.ArgumentParser:
-    """Adds the command `name`, which `function` carries out, with those of the `_SHARED` options that it takes."""
-    parser = commands.add_parser(name, **texts)
-    parser.set_defaults(function=function)
-    for option in shared:
-        parser.add_argument(option, **_SHARED[option])
+    commands = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    for name, (function, options) in _COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in commands:
+            within = commands[""].add_parser(group, help=_GROUPS[group])
+            commands[group] = within.add_subparsers(title="actions", metavar="ACTION", required=True)
+        title, _, description = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+        place = command = commands[group].add_parser(
+            word, help=title[:1].lower() + title[1:-1], description=description
+        )
+        command.set_defaults(function=function)
+        for option in options:
+            if isinstance(option, str):
+                place = command.add_argument_group(option)
+            else:
+                place.add_argument(option[0], **option[1])
     return parser
 
 
-# --- run: execute the notebooks
+_PROFILE = _option("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
+_ONLY = _option("--only", metavar="04,06", help="only these notebooks, by number or name")
+_TITLES = _option("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
+_BUDGET = _option(
+    "--budget", dest="deadline", type=_deadline, metavar="9m", help="stop cleanly before this time is spent"
+)
+_FORCE = _option("--force", action="store_true", help="compute again what is already known")
+_CHECK = _option("--check", action="store_true", help="only check the request; needs nothing installed")
+_DEVICE = _option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+_JSON = {"dest": "path", "type": Path, "metavar": "FILE"}
+_COUNT = {"type": int, "metavar": "N", "default": 1}
+_GROUPS = {"ledger": "status of the records; pack, merge and publish them"}  # of commands, by their first word
 
 
-def _add_run(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "run",
-        _run,
-        *("--profile", "--only", "--budget", "--force"),
-        help="execute the notebooks under a profile",
-        description="Executes the notebooks under a profile, into notebooks/executed/PROFILE. "
-        "Exit status: 0 if every notebook ran, 1 if one failed, 2 for a request that cannot be met, "
-        "3 if the budget was spent before the end.",
-    )
-    parser.add_argument("--check", action="store_true", help="only check the request; needs nothing installed")
+@_command("run", _PROFILE, _ONLY, _BUDGET, _FORCE, _CHECK)
+def _run(profile: str, only: str | None, deadline: float | None, force: bool, check: bool) -> int:
+    """Execute the notebooks under a profile.
 
-
-def _run(arguments: argparse.Namespace) -> int:
+    Executes the notebooks under a profile, into notebooks/executed/PROFILE. Exit status: 0 if every notebook ran,
+    1 if one failed, 2 for a request that cannot be met, 3 if the budget was spent before the end.
+    """
     from satlib.study import notebooks
 
-    if arguments.check:
-        notebooks.check(arguments.profile, only=arguments.only)
+    if check:
+        notebooks.check(profile, only=only)
         return 0
-    limits = {"deadline": _deadline(arguments), "force": arguments.force}
-    return notebooks.run(arguments.profile, only=arguments.only, **limits)
+    return notebooks.run(profile, only=only, deadline=deadline, force=force)
 
 
-# --- sweep: a profile's runs without notebooks
-
-
-def _add_sweep(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "sweep",
-        _sweep,
-        *("--profile", "--only", "--budget", "--force"),
-        help="carry out a profile's runs without notebooks",
-        description="Carries out the runs of a profile that have no record yet, most important first. Needs no "
-        "Jupyter. Exit status: 0 when all are done, 1 when some failed, 3 when the budget was spent before; the next "
-        "call goes on.",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of a dry run: write what each section costs to FILE")
-    parser.add_argument("--device", **_SHARED["--device"])
-    group = parser.add_argument_group("on a cluster (extra `cluster`)")
-    group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
-    group.add_argument("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)")
-    group.add_argument("--gpus-per-run", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs")
-    group.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="default: 1")
-    group.add_argument(
-        "--ranks", type=int, metavar="N", default=1, help="trainings on larger images: by torchrun on N GPUs of a node"
-    )
-    group.add_argument(
+@_command(
+    "sweep",
+    *(_PROFILE, _ONLY, _BUDGET, _FORCE),
+    _option("--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"),
+    _option("--json", **_JSON, help="of a dry run: write what each section costs to FILE"),
+    _DEVICE,
+    "on a cluster (extra `cluster`)",
+    _option("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray"),
+    _option("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)"),
+    _option("--gpus-per-run", dest="gpus", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs"),
+    _option("--cpus-per-run", dest="cpus", **_COUNT, help="default: 1"),
+    _option("--ranks", **_COUNT, help="trainings on larger images: by torchrun on N GPUs of a node"),
+    _option(
         "--scratch", type=Path, metavar="DIR", help="for nodes without this folder: where they keep records meanwhile"
-    )
+    ),
+)
+def _sweep(
+    profile: str,
+    only: str | None,
+    deadline: float | None,
+    force: bool,
+    dry_run: bool,
+    path: Path | None,
+    device: str | None,
+    on: str,
+    **of_cluster: Any,
+) -> int:
+    """Carry out a profile's runs without notebooks.
 
-
-def _sweep(arguments: argparse.Namespace) -> int:
+    Carries out the runs of a profile that have no record yet, most important first. Needs no Jupyter. Exit status:
+    0 when all are done, 1 when some failed, 3 when the budget was spent before; the next call goes on.
+    """
     from satlib.study import cluster, experiments
     from satlib.study.runs import BudgetSpent, Runner
 
-    options = cluster.Options(
-        address=arguments.address,
-        gpus=arguments.gpus_per_run,
-        cpus=arguments.cpus_per_run,
-        ranks=arguments.ranks,
-        scratch=arguments.scratch,
-        device=arguments.device,
-    )
-    if arguments.on == "here" and options != cluster.Options(device=arguments.device):
+    options = cluster.Options(device=device, **of_cluster)
+    if on == "here" and options != cluster.Options(device=device):
         raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
-    if arguments.force and arguments.scratch:
+    if force and options.scratch:
         raise SatlibError(
             "--force --scratch: a record that comes back never replaces one that is here; drop one of them"
         )
-    if arguments.json and not arguments.dry_run:
+    if path and not dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
-    runs = experiments.profile_runs(arguments.profile, only=arguments.only)
-    alone = arguments.on == "here" or arguments.dry_run  # the driver of a cluster only looks after it
-    device = arguments.device if alone else "cpu"
-    runner = Runner(profile=arguments.profile, device=device, force=arguments.force, deadline=_deadline(arguments))
-    if arguments.dry_run:
-        _dry_run(runner, runs, arguments.json)
+    runs = experiments.profile_runs(profile, only=only)
+    alone = on == "here" or dry_run  # the driver of a cluster only looks after it
+    runner = Runner(profile=profile, device=device if alone else "cpu", force=force, deadline=deadline)
+    if dry_run:
+        _dry_run(runner, runs, path)
         return 0
     failed: list[Run] = []
     stopped = False
     try:
-        if arguments.on == "ray":
+        if on == "ray":
             state = cluster.sweep(runner, runs, options)
             failed, stopped = list(state.failed.values()), state.stopped
         else:
@@ -187,8 +179,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     elif failed:
         print(f"{len(failed)} runs have no record; see {runner.ledger.root / 'failed'}; the same call tries them again")
     else:
-        chosen = f"all runs of {arguments.only} in" if arguments.only else "all runs of"
-        print(f"{chosen} the profile {arguments.profile!r} have a record")
+        print(f"all runs of{f' {only} in' if only else ''} the profile {profile!r} have a record")
     return 1 if failed else 3 if left else 0
 
 
@@ -211,40 +202,29 @@ def _dry_run(runner: "Runner", runs: list["Run"], path: Path | None) -> None:
         costs.write(path, found)
 
 
-# --- train: trainings of a profile, on one process or on all that torchrun starts
+@_command("train", _PROFILE, _TITLES, _BUDGET, _DEVICE)
+def _train(profile: str, only: str, deadline: float | None, device: str | None) -> int:
+    """Carry out trainings of a profile, on several GPUs or nodes by torchrun.
 
-
-def _add_train(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "train",
-        _train,
-        *("--profile", "--budget", "--device"),
-        help="carry out trainings of a profile, on several GPUs or nodes by torchrun",
-        description="Carries out the trainings of a profile that have no record yet, data-parallel under torchrun: "
-        "`torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 "
-        "alone writes them, and the same call goes on from the last whole epoch. Evaluations, and the defences that "
-        "train on one process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent "
-        "before all was done.",
-    )
-    parser.add_argument("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
-
-
-def _train(arguments: argparse.Namespace) -> int:
+    Carries out the trainings of a profile that have no record yet, data-parallel under torchrun:
+    `torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 alone
+    writes them, and the same call goes on from the last whole epoch. Evaluations, and the defences that train on one
+    process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent before all was done.
+    """
     from satlib import parallel
     from satlib.study import experiments
     from satlib.study.kinds import TRAININGS
     from satlib.study.runs import BudgetSpent, Runner
 
-    planned = (each for run in experiments.profile_runs(arguments.profile) for each in run.ancestry())
-    chosen = [run for run in planned if run.kind in TRAININGS and arguments.only in run.title]
+    planned = (each for run in experiments.profile_runs(profile) for each in run.ancestry())
+    chosen = [run for run in planned if run.kind in TRAININGS and only in run.title]
     if not chosen:
-        raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
-    with parallel.joined(arguments.device) as device:
+        raise SatlibError(f"--only {only!r}: no training of the profile {profile!r} is called so")
+    with parallel.joined(device) as device:
         ranks = parallel.here()
         if ranks.count > 1:
             chosen = [run for run in chosen if "defense" not in run.config]
-        runner = Runner(profile=arguments.profile, device=device, deadline=_deadline(arguments))
+        runner = Runner(profile=profile, device=device, deadline=deadline)
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:
             parallel.follow(runner, runs)
@@ -257,142 +237,97 @@ def _train(arguments: argparse.Namespace) -> int:
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
         finally:
             ranks.told(None)
-        print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
+        print(f"{len(runs)} trainings of the profile {profile!r} have a record")
     return 0
 
 
-# --- results: the paper's numbers beside ours
-
-
-def _add_results(commands: Any) -> None:
-    parser = _command(commands, "results", _results, help="the paper's numbers beside ours, from the records")
-    parser.add_argument("--profile", help="only this profile's (default: for each number the weightiest profile)")
-    parser.add_argument("--json", action="store_true", help="a list of rows; numbers as numbers, null for none")
-
-
-def _results(arguments: argparse.Namespace) -> int:
+@_command(
+    "results",
+    _option("--profile", help="only this profile's (default: for each number the weightiest profile)"),
+    _option("--json", dest="as_json", action="store_true", help="a list of rows; numbers as numbers, null for none"),
+)
+def _results(profile: str | None, as_json: bool) -> None:
+    """The paper's numbers beside ours, from the records."""
     from satlib.study import results
 
-    if arguments.json:
-        print(json.dumps(results.as_json(results.rows(arguments.profile)), indent=1))
+    if as_json:
+        print(json.dumps(results.as_json(results.rows(profile)), indent=1))
     else:
-        print(results.table(arguments.profile))
-    return 0
+        print(results.table(profile))
 
 
-# --- bench: how fast are the kernels, beside the peers and the hardware's limit?
+@_command(
+    "bench",
+    _option("--json", **_JSON, help="write the rows to FILE as well"),
+    _option("--only", metavar="a,c", help="only these rows"),
+    _DEVICE,
+    _option("--repeats", type=int, default=3, help="of every measurement (default: 3)"),
+)
+def _bench(**options: Any) -> None:
+    """Time the kernels against other libraries.
 
-
-def _add_bench(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "bench",
-        _bench,
-        "--device",
-        help="time the kernels against other libraries",
-        description="Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the "
-        "same model and data. Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the "
-        "search for eps_uni, e the data pipeline, f segmentation, g images on disk. Other work on the machine "
-        "falsifies the ratios.",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
-    parser.add_argument("--only", metavar="a,c", help="only these rows")
-    parser.add_argument("--repeats", type=int, default=3, help="of every measurement (default: 3)")
-
-
-def _bench(arguments: argparse.Namespace) -> int:
+    Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the same model and data.
+    Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the search for eps_uni, e the data
+    pipeline, f segmentation, g images on disk. Other work on the machine falsifies the ratios.
+    """
     from satlib import bench
 
-    options = {"only": arguments.only, "device": arguments.device, "repeats": arguments.repeats}
-    rows, where = bench.run(**options, path=arguments.json)
+    rows, where = bench.run(**options)
     print(f"\n{where['device']}; PyTorch {where['versions']['torch']}; {where['platform']}\n\n{bench.table(rows)}")
-    return 0
 
 
-# --- verify: do figures still show what the records say?
-
-
-def _add_verify(commands: Any) -> None:
-    parser = _command(commands, "verify", _verify, help="check figures against the records that they were drawn from")
-    parser.add_argument("folder", type=Path, nargs="?", help="default: figures/ of the project")
-
-
-def _verify(arguments: argparse.Namespace) -> int:
+@_command("verify", _option("folder", type=Path, nargs="?", help="default: figures/ of the project"))
+def _verify(folder: Path | None) -> int:
+    """Check figures against the records that they were drawn from."""
     from satlib.paths import project_root
     from satlib.study import figures
 
-    count, problems = figures.verify(arguments.folder or project_root() / "figures")
+    count, problems = figures.verify(folder or project_root() / "figures")
     for problem in problems:
         print(problem)
     print(f"{count} figures checked, {len(problems)} problems")
     return 1 if problems else 0
 
 
-# --- data: which data sets are here, and are they sound?
+@_command(
+    "data",
+    _option("action", choices=("status", "verify", "download")),
+    _option("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)"),
+)
+def _data(action: str, name: str | None) -> int:
+    """Which data sets are here; check them; download CIFAR-10.
 
-
-def _add_data(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "data",
-        _data,
-        help="which data sets are here; check them; download CIFAR-10",
-        description="status: which data sets are here, without reading them. verify: read and check every image of "
-        "those that are here, or of NAME. download: fetch NAME (cifar10).",
-    )
-    parser.add_argument("action", choices=("status", "verify", "download"))
-    parser.add_argument("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)")
-
-
-def _data(arguments: argparse.Namespace) -> int:
+    status: which data sets are here, without reading them. verify: read and check every image of those that are here,
+    or of NAME. download: fetch NAME (cifar10).
+    """
     from satlib import data
     from satlib.paths import data_root
     from satlib.study import profiles
 
-    if arguments.action == "download":
-        data.download(arguments.name or "cifar10")
+    if action == "download":
+        data.download(name or "cifar10")
         return 0
     print(f"data root: {data_root()}")
     status = 0
-    for name in [arguments.name] if arguments.name else data.NAMES:
-        place = "made in code" if name in profiles.EMBEDDED else data.place(name.partition(":")[0])
-        if arguments.action == "status" or (place is None and not arguments.name):
-            print(f"{name}: {place or 'not here'}")
+    for each in [name] if name else data.NAMES:
+        place = "made in code" if each in profiles.EMBEDDED else data.place(each.partition(":")[0])
+        if action == "status" or (place is None and not name):
+            print(f"{each}: {place or 'not here'}")
             continue
         try:
-            splits = data.verify(name)
+            splits = data.verify(each)
         except SatlibError as error:
-            print(f"{name}: {error}")
+            print(f"{each}: {error}")
             status = 1
             continue
         sizes = ", ".join(f"{len(part)} {part.split}" for part in (splits.train, splits.val, splits.test))
-        print(f"{name}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
+        print(f"{each}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
     return status
 
 
-# --- ledger: carry runs between machines, and publish them
-
-
-def _add_ledger(commands: Any) -> None:
-    parser = commands.add_parser("ledger", help="status of the records; pack, merge and publish them")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    text = "how many records there are, and what is damaged or in progress"
-    _command(actions, "status", _ledger_status, help=text)
-    pack = _command(actions, "pack", _ledger_pack, help="put runs into an archive to carry to another machine")
-    pack.add_argument("out", type=Path, metavar="OUT.tar")
-    pack.add_argument("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first")
-    text = "take in archives; every entry is checked, none is trusted"
-    merge = _command(actions, "merge", _ledger_merge, help=text)
-    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    text = "copy records into data/ledger, which is tracked"
-    publish = _command(actions, "publish", _ledger_publish, help=text)
-    publish.add_argument("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME")
-    publish.add_argument(
-        "--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"
-    )
-
-
-def _ledger_status(arguments: argparse.Namespace) -> int:
+@_command("ledger status")
+def _ledger_status() -> None:
+    """How many records there are, and what is damaged or in progress."""
     from satlib.study.ledger import Ledger
 
     status = Ledger().status()
@@ -403,24 +338,30 @@ def _ledger_status(arguments: argparse.Namespace) -> int:
         print(f"  {'running' if entry['running'] else 'interrupted'}: {entry['id'][:12]}")
     for name in status["damaged"]:
         print(f"  damaged, set aside: {name}")
-    return 0
 
 
-def _ledger_pack(arguments: argparse.Namespace) -> int:
+@_command(
+    "ledger pack",
+    _option("out", type=Path, metavar="OUT.tar"),
+    _option("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first"),
+)
+def _ledger_pack(out: Path, max_mb: float | None) -> None:
+    """Put runs into an archive to carry to another machine."""
     from satlib.study.ledger import Ledger
 
-    packed = Ledger().pack(arguments.out, max_mb=arguments.max_mb)
+    packed = Ledger().pack(out, max_mb=max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
-    print(f"{arguments.out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
-    return 0
+    print(f"{out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
 
 
-def _ledger_merge(arguments: argparse.Namespace) -> int:
+@_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))
+def _ledger_merge(files: list[Path]) -> int:
+    """Take in archives; every entry is checked, none is trusted."""
     from satlib.study.ledger import Ledger
 
-    merged = Ledger().merge(arguments.files)
+    merged = Ledger().merge(files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
     new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")
@@ -428,22 +369,43 @@ def _ledger_merge(arguments: argparse.Namespace) -> int:
     return 1 if merged.refused else 0
 
 
-def _ledger_publish(arguments: argparse.Namespace) -> int:
+@_command(
+    "ledger publish",
+    _option("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME"),
+    _option("--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"),
+)
+def _ledger_publish(runs: list[str], artefacts: str) -> None:
+    """Copy records into data/ledger, which is tracked."""
     from satlib.study.ledger import Ledger
 
     ledger = Ledger()
     ids = []
-    for name in arguments.runs:
-        if profile := name.removeprefix("profile:") if name.startswith("profile:") else None:
-            found = [record.id for record in ledger.records() if record.labels.get("profile") == profile]
-            if not found:
-                raise SatlibError(
-                    f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`"
-                )
-            ids += found
-        else:
+    for name in runs:
+        profile = name.removeprefix("profile:")
+        if profile == name:
             ids.append(name)
-    artefacts = [name for name in arguments.artefacts.split(",") if name]
-    published = ledger.publish(ids, artefacts)
+            continue
+        ids += (of_profile := [record.id for record in ledger.records() if record.labels.get("profile") == profile])
+        if not of_profile:
+            raise SatlibError(f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`")
+    published = ledger.publish(ids, [name for name in artefacts.split(",") if name])
     print(f"{len(published)} records published in {ledger.ledger}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for bad input, 130 when stopped by Ctrl-C."""
+    try:
+        try:
+            arguments = vars(_parser().parse_args(argv))
+            return arguments.pop("function")(**arguments) or 0
+        finally:
+            sys.stdout.flush()
+    except SatlibError as error:
+        print(f"satlib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsatlib: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough: no traceback, nor one when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
