@@ -20,8 +20,9 @@ import satlib
 from satlib.cli import budget, main
 from satlib.errors import SatlibError
 from satlib.paths import notebook_paths, select_notebooks
-from satlib.study import notebooks, results
+from satlib.study import experiments, notebooks, results
 from satlib.study.notebooks import NotebookProgress
+from satlib.study.runs import Runner
 
 CHECKOUT = Path(satlib.__file__).resolve().parent.parent
 GOOD = [
@@ -226,6 +227,19 @@ def test_wrong_budget_is_one_line(words, capsys):
     assert main(["run", f"--budget={words}"]) == 2
     errors = capsys.readouterr().err
     assert re.fullmatch(r"satlib: argument --budget: .* expected for example 9m, 90s or 1h30m; .*\n", errors)
+
+
+def test_a_sweep_of_some_notebooks_needs_only_their_data(monkeypatch, capsys):
+    carried_out = []
+    monkeypatch.setattr(Runner, "carry_out", lambda runner, runs, failed: carried_out.extend(runs))
+    whole = experiments.profile_runs("laptop")
+    assert main(["sweep", "--profile", "laptop", "--only", "06,04_cifar10"]) == 0
+    assert capsys.readouterr().out == "all runs of 06,04_cifar10 in the profile 'laptop' have a record\n"
+    planned = [run.title for run in whole if run.labels["section"] in ("6.1", "6.3")]
+    assert [run.title for run in carried_out] == planned
+    assert {run.dataset for run in whole} > {run.dataset for each in carried_out for run in each.ancestry()}
+    assert main(["sweep", "--only", "0x"]) == 2
+    assert "unknown notebook '0x'; --only takes numbers or names of 00_start_here" in capsys.readouterr().err
 
 
 def test_reader_that_stops_reading_gets_no_traceback():

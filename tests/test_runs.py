@@ -18,7 +18,7 @@ import torch
 
 from satlib import cli as commands
 from satlib import data, paper
-from satlib.__main__ import main
+from satlib.cli import main
 from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.study import claims, experiments, profiles
