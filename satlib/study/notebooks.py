@@ -33,7 +33,7 @@ EVERY_SECONDS = 10.0
 MARK = "[run"  # lines of a notebook's output that start with this are shown while it runs
 
 
-# --- what a profile says of them: the only lines that know how profiles are kept
+# --- what a profile says of notebooks: the only lines that know how profiles are kept
 
 
 def _parameters(profile: str) -> dict[str, dict[str, object]]:
@@ -132,7 +132,7 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
     from satlib.study import report, results
 
     _print_summary(outcomes, folder)
-    print(f"Report: {report.write_index(settings)}", flush=True)
+    print(f"Report: {report.write_index(profile, settings.description)}", flush=True)
     print(results.table(profile), flush=True)
     statuses = {outcome.status for outcome in outcomes.values()}
     return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
