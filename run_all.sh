@@ -20,9 +20,9 @@ Options
   --help          this text
 
 HELP
-    echo "Profiles (notebooks/profiles/*.yaml)"
-    local file
-    for file in notebooks/profiles/*.yaml; do
+    local file profiles=satlib/study/profiles
+    echo "Profiles ($profiles/*.yaml)"
+    for file in "$profiles"/*.yaml; do
         [ -e "$file" ] || continue
         printf '  %-15s %s\n' "$(basename "$file" .yaml)" \
             "$(sed -n 's/^description: *//p' "$file" | sed "s/^[\"']//; s/[\"']\$//")"

@@ -1,9 +1,15 @@
-"""The subcommands that read and fill the ledger: `sweep`, `train`, `results`, `verify`, `data` and `ledger`."""
+"""The command line: `python -m satlib COMMAND`. What a command needs is imported only when it runs."""
 
 import argparse
+import inspect
 import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from satlib.errors import SatlibError
 
@@ -11,69 +17,157 @@ if TYPE_CHECKING:
     from satlib.study.runs import Run, Runner
 
 
-def add_sweep(commands: Any, budget: Any, deadline: Any) -> None:
-    """`sweep`: a profile's runs without notebooks."""
-    parser = commands.add_parser(
-        "sweep",
-        help="carry out a profile's runs without notebooks",
-        description="Carries out the runs of a profile that have no record yet, most important first. Needs no "
-        "Jupyter. Exit status: 0 when all are done, 1 when some failed, 3 when the budget was spent before; the next "
-        "call goes on.",
-    )
-    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
-    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
-    parser.add_argument("--force", action="store_true", help="compute again what is already known")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of a dry run: write what each section costs to FILE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    group = parser.add_argument_group("on a cluster (extra `cluster`)")
-    group.add_argument("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray")
-    group.add_argument("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)")
-    group.add_argument("--gpus-per-run", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs")
-    group.add_argument("--cpus-per-run", type=int, metavar="N", default=1, help="default: 1")
-    group.add_argument(
-        "--ranks", type=int, metavar="N", default=1, help="trainings on larger images: by torchrun on N GPUs of a node"
-    )
-    group.add_argument(
+def budget(text: str) -> float:
+    """Seconds in `9m`, `90s`, `1.5h` or `1h30m`, for options that limit the time."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
+    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected for example 9m, 90s or 1h30m")
+    return seconds
+
+
+def _deadline(text: str) -> float:
+    """When the budget is spent, in seconds since the epoch; set-up by a script counts as well."""
+    return float(os.environ.get("SATLIB_STARTED", time.time())) + budget(text)
+
+
+# --- how a function becomes a command
+
+_Option = tuple[str, dict[str, Any]]  # name, settings for argparse
+_Function = Callable[..., int | None]
+_COMMANDS: dict[str, tuple[_Function, tuple[_Option | str, ...]]] = {}
+
+
+def _option(name: str, **settings: Any) -> _Option:
+    return name, settings
+
+
+def _command(name: str, *options: _Option | str) -> Callable[[_Function], _Function]:
+    """Makes a function a command with these options, those after a title in a group of their own.
+
+    Its docstring is what --help says. It gets the options by name, and returns the exit status, None for 0.
+    """
+
+    def register(function: _Function) -> _Function:
+        _COMMANDS[name] = function, options
+        return function
+
+    return register
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise SatlibError(f"{message}; --help shows what there is")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m satlib", description="Shared adversarial training, reproduced step by step.")
+    commands = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    for name, (function, options) in _COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in commands:
+            within = commands[""].add_parser(group, help=_GROUPS[group])
+            commands[group] = within.add_subparsers(title="actions", metavar="ACTION", required=True)
+        title, _, description = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+        place = command = commands[group].add_parser(
+            word, help=title[:1].lower() + title[1:-1], description=description
+        )
+        command.set_defaults(function=function)
+        for option in options:
+            if isinstance(option, str):
+                place = command.add_argument_group(option)
+            else:
+                place.add_argument(option[0], **option[1])
+    return parser
+
+
+_PROFILE = _option("--profile", default="quick", help="quick, laptop, gpu or paper (default: quick)")
+_ONLY = _option("--only", metavar="04,06", help="only these notebooks, by number or name")
+_TITLES = _option("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
+_BUDGET = _option(
+    "--budget", dest="deadline", type=_deadline, metavar="9m", help="stop cleanly before this time is spent"
+)
+_FORCE = _option("--force", action="store_true", help="compute again what is already known")
+_CHECK = _option("--check", action="store_true", help="only check the request; needs nothing installed")
+_DEVICE = _option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+_JSON = {"dest": "path", "type": Path, "metavar": "FILE"}
+_COUNT = {"type": int, "metavar": "N", "default": 1}
+_GROUPS = {"ledger": "status of the records; pack, merge and publish them"}  # of commands, by their first word
+
+
+@_command("run", _PROFILE, _ONLY, _BUDGET, _FORCE, _CHECK)
+def _run(profile: str, only: str | None, deadline: float | None, force: bool, check: bool) -> int:
+    """Execute the notebooks under a profile.
+
+    Executes the notebooks under a profile, into notebooks/executed/PROFILE. Exit status: 0 if every notebook ran,
+    1 if one failed, 2 for a request that cannot be met, 3 if the budget was spent before the end.
+    """
+    from satlib.study import notebooks
+
+    if check:
+        notebooks.check(profile, only=only)
+        return 0
+    return notebooks.run(profile, only=only, deadline=deadline, force=force)
+
+
+@_command(
+    "sweep",
+    *(_PROFILE, _ONLY, _BUDGET, _FORCE),
+    _option("--dry-run", action="store_true", help="only list the runs, with time (from a measured probe) and disk"),
+    _option("--json", **_JSON, help="of a dry run: write what each section costs to FILE"),
+    _DEVICE,
+    "on a cluster (extra `cluster`)",
+    _option("--on", choices=("here", "ray"), default="here", help="in this process (default), or on Ray"),
+    _option("--address", metavar="auto|[ray://]HOST:PORT", help="the cluster (default: the one at hand)"),
+    _option("--gpus-per-run", dest="gpus", type=float, metavar="0.25", help="default: 1 where the cluster has GPUs"),
+    _option("--cpus-per-run", dest="cpus", **_COUNT, help="default: 1"),
+    _option("--ranks", **_COUNT, help="trainings on larger images: by torchrun on N GPUs of a node"),
+    _option(
         "--scratch", type=Path, metavar="DIR", help="for nodes without this folder: where they keep records meanwhile"
-    )
-    parser.set_defaults(function=lambda arguments: _sweep(arguments, deadline(arguments.budget)))
+    ),
+)
+def _sweep(
+    profile: str,
+    only: str | None,
+    deadline: float | None,
+    force: bool,
+    dry_run: bool,
+    path: Path | None,
+    device: str | None,
+    on: str,
+    **of_cluster: Any,
+) -> int:
+    """Carry out a profile's runs without notebooks.
 
-
-def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
+    Carries out the runs of a profile that have no record yet, most important first. Needs no Jupyter. Exit status:
+    0 when all are done, 1 when some failed, 3 when the budget was spent before; the next call goes on.
+    """
+    from satlib.paths import select_notebooks
     from satlib.study import cluster, measurements
     from satlib.study.runs import BudgetSpent, Runner
 
-    options = cluster.Options(
-        address=arguments.address,
-        gpus=arguments.gpus_per_run,
-        cpus=arguments.cpus_per_run,
-        ranks=arguments.ranks,
-        scratch=arguments.scratch,
-        device=arguments.device,
-    )
-    if arguments.on == "here" and options != cluster.Options(device=arguments.device):
+    options = cluster.Options(device=device, **of_cluster)
+    if on == "here" and options != cluster.Options(device=device):
         raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
-    if arguments.force and arguments.scratch:
+    if force and options.scratch:
         raise SatlibError(
             "--force --scratch: a record that comes back never replaces one that is here; drop one of them"
         )
-    if arguments.json and not arguments.dry_run:
+    if path and not dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
-    runs = measurements.profile_runs(arguments.profile)
-    here = (
-        arguments.device if arguments.on == "here" or arguments.dry_run else "cpu"
-    )  # the driver of a cluster only looks after it
-    runner = Runner(profile=arguments.profile, device=here, force=arguments.force, deadline=deadline)
-    if arguments.dry_run:
-        _dry_run(runner, runs, arguments.json)
+    runs = measurements.profile_runs(profile, only=select_notebooks(only) if only else None)
+    alone = on == "here" or dry_run  # the driver of a cluster only looks after it
+    runner = Runner(profile=profile, device=device if alone else "cpu", force=force, deadline=deadline)
+    if dry_run:
+        _dry_run(runner, runs, path)
         return 0
     failed: list[Run] = []
     stopped = False
     try:
-        if arguments.on == "ray":
+        if on == "ray":
             state = cluster.sweep(runner, runs, options)
             failed, stopped = list(state.failed.values()), state.stopped
         else:
@@ -86,7 +180,7 @@ def _sweep(arguments: argparse.Namespace, deadline: float | None) -> int:
     elif failed:
         print(f"{len(failed)} runs have no record; see {runner.ledger.root / 'failed'}; the same call tries them again")
     else:
-        print(f"all runs of the profile {arguments.profile!r} have a record")
+        print(f"all runs of{f' {only} in' if only else ''} the profile {profile!r} have a record")
     return 1 if failed else 3 if left else 0
 
 
@@ -109,38 +203,28 @@ def _dry_run(runner: "Runner", runs: list["Run"], path: Path | None) -> None:
         costs.write(path, found)
 
 
-def add_train(commands: Any, budget: Any, deadline: Any) -> None:
-    """`train`: trainings of a profile, on one process or on all that torchrun starts."""
-    parser = commands.add_parser(
-        "train",
-        help="carry out trainings of a profile, on several GPUs or nodes by torchrun",
-        description="Carries out the trainings of a profile that have no record yet, data-parallel under torchrun: "
-        "`torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 "
-        "alone writes them, and the same call goes on from the last whole epoch. Evaluations, and the defences that "
-        "train on one process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent "
-        "before all was done.",
-    )
-    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
-    parser.add_argument("--budget", type=budget, metavar="9m", help="stop cleanly before this time is spent")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.set_defaults(function=lambda arguments: _train(arguments, deadline(arguments.budget)))
+@_command("train", _PROFILE, _TITLES, _BUDGET, _DEVICE)
+def _train(profile: str, only: str, deadline: float | None, device: str | None) -> int:
+    """Carry out trainings of a profile, on several GPUs or nodes by torchrun.
 
-
-def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
+    Carries out the trainings of a profile that have no record yet, data-parallel under torchrun:
+    `torchrun --nproc-per-node 2 -m satlib train --profile gpu`. The records are those of one process; rank 0 alone
+    writes them, and the same call goes on from the last whole epoch. Evaluations, and the defences that train on one
+    process only, are left to `sweep`. Exit status: 0; on one process 3 when the budget was spent before all was done.
+    """
     from satlib import parallel
     from satlib.study import measurements
     from satlib.study.runs import BudgetSpent, Runner
 
-    planned = (each for run in measurements.profile_runs(arguments.profile) for each in run.ancestry())
-    chosen = [run for run in planned if run.is_training and arguments.only in run.title]
+    planned = (each for run in measurements.profile_runs(profile) for each in run.ancestry())
+    chosen = [run for run in planned if run.is_training and only in run.title]
     if not chosen:
-        raise SatlibError(f"--only {arguments.only!r}: no training of the profile {arguments.profile!r} is called so")
-    with parallel.joined(arguments.device) as device:
+        raise SatlibError(f"--only {only!r}: no training of the profile {profile!r} is called so")
+    with parallel.joined(device) as device:
         ranks = parallel.current_ranks()
         if ranks.count > 1:
             chosen = [run for run in chosen if not run.settings["defense"]]
-        runner = Runner(profile=arguments.profile, device=device, deadline=deadline)
+        runner = Runner(profile=profile, device=device, deadline=deadline)
         runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
         if ranks.rank > 0:
             runner.follow(runs)
@@ -153,132 +237,96 @@ def _train(arguments: argparse.Namespace, deadline: float | None) -> int:
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
         finally:
             ranks.broadcast_object(None)
-        print(f"{len(runs)} trainings of the profile {arguments.profile!r} have a record")
+        print(f"{len(runs)} trainings of the profile {profile!r} have a record")
     return 0
 
 
-def add_results(commands: Any) -> None:
-    """`results`: the paper's numbers beside ours."""
-    parser = commands.add_parser("results", help="the paper's numbers beside ours, from the records")
-    parser.add_argument("--profile", help="only this profile's (default: for each number the weightiest profile)")
-    parser.add_argument("--json", action="store_true", help="a list of rows; numbers as numbers, null for none")
-    parser.set_defaults(function=_results)
-
-
-def _results(arguments: argparse.Namespace) -> int:
+@_command(
+    "results",
+    _option("--profile", help="only this profile's (default: for each number the weightiest profile)"),
+    _option("--json", dest="as_json", action="store_true", help="a list of rows; numbers as numbers, null for none"),
+)
+def _results(profile: str | None, as_json: bool) -> None:
+    """The paper's numbers beside ours, from the records."""
     from satlib.study import results
 
-    if arguments.json:
-        print(json.dumps([vars(row) for row in results.rows(arguments.profile)], indent=1))
+    if as_json:
+        print(json.dumps(results.as_json(results.rows(profile)), indent=1))
     else:
-        print(results.table(arguments.profile))
-    return 0
+        print(results.table(profile))
 
 
-def add_bench(commands: Any) -> None:
-    """`bench`: how fast are the kernels, beside the peers and the hardware's limit?"""
-    parser = commands.add_parser(
-        "bench",
-        help="time the kernels against other libraries",
-        description="Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the "
-        "same model and data. Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the "
-        "search for eps_uni, e the data pipeline, f segmentation, g images on disk. Other work on the machine "
-        "falsifies the ratios.",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
-    parser.add_argument("--only", metavar="a,c", help="only these rows")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--repeats", type=int, default=3, help="of every measurement (default: 3)")
-    parser.set_defaults(function=_bench)
+@_command(
+    "bench",
+    _option("--json", **_JSON, help="write the rows to FILE as well"),
+    _option("--only", metavar="a,c", help="only these rows"),
+    _DEVICE,
+    _option("--repeats", type=int, default=3, help="of every measurement (default: 3)"),
+)
+def _bench(**options: Any) -> None:
+    """Time the kernels against other libraries.
 
-
-def _bench(arguments: argparse.Namespace) -> int:
+    Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the same model and data.
+    Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the search for eps_uni, e the data
+    pipeline, f segmentation, g images on disk. Other work on the machine falsifies the ratios.
+    """
     from satlib import bench
 
-    options = {"only": arguments.only, "device": arguments.device, "repeats": arguments.repeats}
-    rows, where = bench.run(**options, path=arguments.json)
+    rows, where = bench.run(**options)
     print(f"\n{where['device']}; PyTorch {where['versions']['torch']}; {where['platform']}\n\n{bench.table(rows)}")
-    return 0
 
 
-def add_verify(commands: Any) -> None:
-    """`verify`: do figures still show what the records say?"""
-    parser = commands.add_parser("verify", help="check figures against the records that they were drawn from")
-    parser.add_argument("folder", type=Path, nargs="?", help="default: figures/ of the project")
-    parser.set_defaults(function=_verify)
-
-
-def _verify(arguments: argparse.Namespace) -> int:
+@_command("verify", _option("folder", type=Path, nargs="?", help="default: figures/ of the project"))
+def _verify(folder: Path | None) -> int:
+    """Check figures against the records that they were drawn from."""
     from satlib.paths import project_root
     from satlib.study import figures
 
-    count, problems = figures.verify(arguments.folder or project_root() / "figures")
+    count, problems = figures.verify(folder or project_root() / "figures")
     for problem in problems:
         print(problem)
     print(f"{count} figures checked, {len(problems)} problems")
     return 1 if problems else 0
 
 
-def add_data(commands: Any) -> None:
-    """`data`: which data sets are here, and are they sound?"""
-    parser = commands.add_parser(
-        "data",
-        help="which data sets are here; check them; download CIFAR-10",
-        description="status: which data sets are here, without reading them. verify: read and check every image of "
-        "those that are here, or of NAME. download: fetch NAME (cifar10).",
-    )
-    parser.add_argument("action", choices=("status", "verify", "download"))
-    parser.add_argument("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)")
-    parser.set_defaults(function=_data)
+@_command(
+    "data",
+    _option("action", choices=("status", "verify", "download")),
+    _option("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)"),
+)
+def _data(action: str, name: str | None) -> int:
+    """Which data sets are here; check them; download CIFAR-10.
 
-
-def _data(arguments: argparse.Namespace) -> int:
+    status: which data sets are here, without reading them. verify: read and check every image of those that are here,
+    or of NAME. download: fetch NAME (cifar10).
+    """
     from satlib import data
     from satlib.paths import data_root
 
-    if arguments.action == "download":
-        data.download(arguments.name or "cifar10")
+    if action == "download":
+        data.download(name or "cifar10")
         return 0
     print(f"data root: {data_root()}")
     status = 0
-    for name in [arguments.name] if arguments.name else data.DATASETS:
-        place = "made in code" if data.is_embedded(name) else data.find(name)
-        if arguments.action == "status" or (place is None and not arguments.name):
-            print(f"{name}: {place or 'not here'}")
+    for each in [name] if name else data.DATASETS:
+        place = "made in code" if data.is_embedded(each) else data.find(each)
+        if action == "status" or (place is None and not name):
+            print(f"{each}: {place or 'not here'}")
             continue
         try:
-            splits = data.verify(name)
+            splits = data.verify(each)
         except SatlibError as error:
-            print(f"{name}: {error}")
+            print(f"{each}: {error}")
             status = 1
             continue
         sizes = ", ".join(f"{len(part)} {part.split}" for part in (splits.train, splits.val, splits.test))
-        print(f"{name}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
+        print(f"{each}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
     return status
 
 
-def add_ledger(commands: Any) -> None:
-    """`ledger`: carry runs between machines, and publish them."""
-    parser = commands.add_parser("ledger", help="status of the records; pack, merge and publish them")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    status = actions.add_parser("status", help="how many records there are, and what is damaged or in progress")
-    status.set_defaults(function=_ledger_status)
-    pack = actions.add_parser("pack", help="put runs into an archive to carry to another machine")
-    pack.add_argument("out", type=Path, metavar="OUT.tar")
-    pack.add_argument("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first")
-    pack.set_defaults(function=_ledger_pack)
-    merge = actions.add_parser("merge", help="take in archives; every entry is checked, none is trusted")
-    merge.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    merge.set_defaults(function=_ledger_merge)
-    publish = actions.add_parser("publish", help="copy records into data/ledger, which is tracked")
-    publish.add_argument("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME")
-    publish.add_argument(
-        "--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"
-    )
-    publish.set_defaults(function=_ledger_publish)
-
-
-def _ledger_status(arguments: argparse.Namespace) -> int:
+@_command("ledger status")
+def _ledger_status() -> None:
+    """How many records there are, and what is damaged or in progress."""
     from satlib.study.ledger import Ledger
 
     status = Ledger().status()
@@ -289,26 +337,30 @@ def _ledger_status(arguments: argparse.Namespace) -> int:
         print(f"  {'running' if entry['running'] else 'interrupted'}: {entry['id'][:12]}")
     for name in status["damaged"]:
         print(f"  damaged, set aside: {name}")
-    return 0
 
 
-def _ledger_pack(arguments: argparse.Namespace) -> int:
-    from satlib.study import archive
+@_command(
+    "ledger pack",
+    _option("out", type=Path, metavar="OUT.tar"),
+    _option("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first"),
+)
+def _ledger_pack(out: Path, max_mb: float | None) -> None:
+    """Put runs into an archive to carry to another machine."""
     from satlib.study.ledger import Ledger
 
-    packed = archive.pack(Ledger(), arguments.out, max_mb=arguments.max_mb)
+    packed = Ledger().pack(out, max_mb=max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
-    print(f"{arguments.out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
-    return 0
+    print(f"{out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
 
 
-def _ledger_merge(arguments: argparse.Namespace) -> int:
-    from satlib.study import archive
+@_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))
+def _ledger_merge(files: list[Path]) -> int:
+    """Take in archives; every entry is checked, none is trusted."""
     from satlib.study.ledger import Ledger
 
-    merged = archive.merge(Ledger(), arguments.files)
+    merged = Ledger().merge(files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
     new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")
@@ -316,22 +368,43 @@ def _ledger_merge(arguments: argparse.Namespace) -> int:
     return 1 if merged.refused else 0
 
 
-def _ledger_publish(arguments: argparse.Namespace) -> int:
+@_command(
+    "ledger publish",
+    _option("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME"),
+    _option("--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"),
+)
+def _ledger_publish(runs: list[str], artefacts: str) -> None:
+    """Copy records into data/ledger, which is tracked."""
     from satlib.study.ledger import Ledger
 
     ledger = Ledger()
     ids = []
-    for name in arguments.runs:
-        if profile := name.removeprefix("profile:") if name.startswith("profile:") else None:
-            found = [record.id for record in ledger.records() if record.labels.get("profile") == profile]
-            if not found:
-                raise SatlibError(
-                    f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`"
-                )
-            ids += found
-        else:
+    for name in runs:
+        profile = name.removeprefix("profile:")
+        if profile == name:
             ids.append(name)
-    artefacts = [name for name in arguments.artefacts.split(",") if name]
-    published = ledger.publish(ids, artefacts)
+            continue
+        ids += (of_profile := [record.id for record in ledger.records() if record.labels.get("profile") == profile])
+        if not of_profile:
+            raise SatlibError(f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`")
+    published = ledger.publish(ids, [name for name in artefacts.split(",") if name])
     print(f"{len(published)} records published in {ledger.ledger}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for bad input, 130 when stopped by Ctrl-C."""
+    try:
+        try:
+            arguments = vars(_parser().parse_args(argv))
+            return arguments.pop("function")(**arguments) or 0
+        finally:
+            sys.stdout.flush()
+    except SatlibError as error:
+        print(f"satlib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsatlib: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough: no traceback, nor one when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from satlib import bench
-from satlib.__main__ import main
 from satlib.attacks import heap_pgd
 from satlib.bench import Bench, peers, rows
+from satlib.cli import main
 from satlib.data import Splits
 from satlib.models import FCN8s
 

@@ -17,7 +17,7 @@ import pytest
 from test_data import write_tree
 from tiny_project import parameters, write_project
 
-from satlib.__main__ import main
+from satlib.cli import main
 from satlib.errors import SatlibError
 from satlib.progress import Progress
 from satlib.study import experiments

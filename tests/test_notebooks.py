@@ -17,10 +17,12 @@ import pytest
 from tiny_project import PROFILE, code, parameters, text, write_project
 
 import satlib
-from satlib.__main__ import budget, main
+from satlib.cli import budget, main
 from satlib.errors import SatlibError
-from satlib.study import notebook_progress, notebooks, results
-from satlib.study.notebook_progress import NotebookProgress, Timings
+from satlib.paths import notebook_paths, select_notebooks
+from satlib.study import experiments, notebooks, results
+from satlib.study.notebooks import NotebookProgress
+from satlib.study.runs import Runner
 
 CHECKOUT = Path(satlib.__file__).resolve().parent.parent
 GOOD = [
@@ -53,7 +55,6 @@ def run(root: Path, **settings) -> tuple[int, str]:
         patch.setattr(logging.getLogger("papermill"), "handlers", [handler])
         patch.setenv("SATLIB_HOME", str(root))
         patch.delenv("SATLIB_DATA", raising=False)
-        patch.setattr(notebooks, "PRELOAD", ())
         patch.setattr(results, "table", lambda profile: f"paper vs ours under {profile}")
         status = notebooks.run("quick", **settings)
     return status, printed.getvalue()
@@ -126,7 +127,7 @@ def test_sources_and_settings_are_left_alone(executed):
     folder, _, _ = executed
     source = nbformat.read(folder.parent.parent / "00_good.ipynb", as_version=4)
     assert [cell.source for cell in source.cells] == [cell.source for cell in GOOD]
-    assert notebooks.KERNEL not in os.environ.get("JUPYTER_PATH", "")
+    assert "satlib" not in os.environ.get("JUPYTER_PATH", "")
     assert "SATLIB_FORCE" not in os.environ
 
 
@@ -228,6 +229,21 @@ def test_wrong_budget_is_one_line(words, capsys):
     assert re.fullmatch(r"satlib: argument --budget: .* expected for example 9m, 90s or 1h30m; .*\n", errors)
 
 
+def test_a_sweep_of_some_notebooks_needs_only_their_data(monkeypatch, capsys):
+    carried_out = []
+    monkeypatch.setattr(Runner, "carry_out", lambda runner, runs, failed: carried_out.extend(runs))
+    whole = experiments.profile_runs("laptop")
+    assert main(["sweep", "--profile", "laptop", "--only", "06,04_cifar10"]) == 0
+    assert capsys.readouterr().out == "all runs of 06,04_cifar10 in the profile 'laptop' have a record\n"
+    assert {run.labels["section"] for run in carried_out} == {"6.1", "6.3"}
+    parts = [experiments.profile_runs("laptop", only=stem) for stem in ("04_cifar10", "06_cityscapes")]
+    assert [run.title for run in carried_out] == [run.title for part in parts for run in part]
+    datasets = {run.dataset for each in carried_out for run in each.ancestry()}
+    assert datasets == {"cifar10", "camvid:240x180"} < {run.dataset for run in whole}
+    assert main(["sweep", "--only", "0x"]) == 2
+    assert "unknown notebook '0x'; --only takes numbers or names of 00_start_here" in capsys.readouterr().err
+
+
 def test_reader_that_stops_reading_gets_no_traceback():
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment["PYTHONPATH"] = str(CHECKOUT)
@@ -244,20 +260,35 @@ def test_reader_that_stops_reading_gets_no_traceback():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_selection_by_number_and_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    write_project(tmp_path, {"00_a": [], "01_b": [], "10_c": []})
+    assert list(select_notebooks(None)) == ["00_a", "01_b", "10_c"]
+    assert list(select_notebooks("10, 00_a")) == ["00_a", "10_c"]
+    for wrong in ("02", "0", "b", "", "00,", "01_"):
+        with pytest.raises(SatlibError, match="unknown notebook"):
+            select_notebooks(wrong)
+
+
+def test_no_notebooks_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    with pytest.raises(SatlibError, match="no notebooks"):
+        notebook_paths()
+
+
 # --- progress
 
 
 @pytest.fixture
 def progress(tmp_path, monkeypatch):
-    """A `NotebookProgress` that started the first of three notebooks a minute ago, and the times that it knows."""
+    """A `NotebookProgress` that started the first of three notebooks a minute ago."""
     now = [1000.0]
-    monkeypatch.setattr(notebook_progress.time, "monotonic", lambda: now[0])
-    timings = Timings(tmp_path / "timings.json")
-    progress = NotebookProgress(["00_a", "01_b", "02_c"], timings)
+    monkeypatch.setattr(notebooks.time, "monotonic", lambda: now[0])
+    progress = NotebookProgress(["00_a", "01_b", "02_c"], tmp_path / "timings.json")
     root = write_project(tmp_path / "project", {"00_a": GOOD})
-    progress.start("00_a", root / "notebooks" / "00_a.ipynb")
-    now[0] += 60
-    return progress, timings.seconds
+    progress.start(root / "notebooks" / "00_a.ipynb")
+    now[0] += 60.04
+    return progress
 
 
 @pytest.mark.parametrize(
@@ -271,16 +302,15 @@ def progress(tmp_path, monkeypatch):
     ],
 )
 def test_estimate_is_honest(progress, known, expected):
-    told, seconds = progress
-    seconds.update(known)
-    assert told.left() == expected
+    progress.seconds.update(known)
+    assert progress.left() == expected
 
 
 def test_place_in_the_notebook_is_told_every_few_seconds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(notebook_progress, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(notebooks, "EVERY_SECONDS", 0.01)
     root = write_project(tmp_path, {"00_a": GOOD})
-    with NotebookProgress(["00_a"], Timings(tmp_path / "timings.json")) as told:
-        told.start("00_a", root / "notebooks" / "00_a.ipynb")
+    with NotebookProgress(["00_a"], tmp_path / "timings.json") as told:
+        told.start(root / "notebooks" / "00_a.ipynb")
         injected = code("n = 5")
         injected.metadata.tags = ["injected-parameters"]
         for index, cell in enumerate([*GOOD[:-1], injected, GOOD[-1]]):
@@ -292,18 +322,17 @@ def test_place_in_the_notebook_is_told_every_few_seconds(tmp_path, monkeypatch, 
 
 
 def test_only_marked_lines_are_shown_and_only_whole_ones(progress, capsys):
-    told, _ = progress
     capsys.readouterr()
     for piece in ("[ru", "n] one\nother\n[run] t", "wo\r[run] three", "\nx [run] no\n"):
-        told.write(piece)
+        progress.write(piece)
     assert capsys.readouterr().out.splitlines() == ["  [run] one", "  [run] two", "  [run] three"]
 
 
-def test_timings_survive_and_damaged_ones_are_forgotten(tmp_path):
+def test_timings_survive_and_damaged_ones_are_forgotten(progress, tmp_path):
     path = tmp_path / "timings.json"
-    Timings(path).record("00_a", 12.34)
-    assert Timings(path).seconds == {"00_a": 12.3}
+    assert progress.end("done") == ("done", "", pytest.approx(60.04))
+    assert NotebookProgress([], path).seconds == {"00_a": 60.0}
     for damage in ("", "[1]", '{"00_a": "x"}', '{"00_a": null}', "\x00"):
         path.write_text(damage)
-        assert Timings(path).seconds == {}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["timings.json"]
+        assert NotebookProgress([], path).seconds == {}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"timings.json", "project"}

@@ -8,7 +8,7 @@ import pytest
 from tiny_project import text, write_notebook, write_project
 
 from satlib.paper import REPORTED
-from satlib.study import export, figures, profiles, report
+from satlib.study import export, figures, report
 
 CELLS = {
     "00_start": [text("# Start"), text("## First part\n\n## The size $\\varepsilon$ & more")],
@@ -36,7 +36,7 @@ def links_of(page: Path) -> list[str]:
 
 
 def test_every_link_leads_to_a_page_and_a_place_on_it(written):
-    index = report.write_index(profiles.load("quick"))
+    index = report.write_index("quick", "tiny notebooks")
     pages = sorted(index.parent.glob("*.html"))
     assert [page.name for page in pages] == ["00_start.html", "01_more.html", "index.html"]
     checked = 0
@@ -50,6 +50,7 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(written):
     assert {"00_start.html", "00_start.html#First-part", "01_more.html"} <= set(links_of(index))
     assert "index.html" in links_of(pages[0])
     assert "<math" in index.read_text()  # a section's formula
+    assert "profile <b>quick</b>: tiny notebooks. " in " ".join(index.read_text().split())
     assert "Not executed under this profile yet: 02_later." in index.read_text()
     assert not re.search(r"<script|<link|@import|https?://(?!www.w3.org)", index.read_text())
 
@@ -57,7 +58,7 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(written):
 def test_first_page_shows_both_scoreboards_and_figure_1(written):
     figures.save(plt.figure(), "figure1", profile="quick", records=[], alt='two rows, "clean" and fooled')
     plt.close("all")
-    page = report.write_index(profiles.load("quick")).read_text()
+    page = report.write_index("quick", "tiny notebooks").read_text()
     assert page.count("<table") == 2
     for reported in REPORTED:
         assert page.count(f"<td>{reported.quantity}</td>") >= 2

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from satlib import cli, data, paper
-from satlib.__main__ import main
+from satlib.cli import main
 from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.study import claims, measurements

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_project import code, parameters, text, write_project
 
-from satlib.__main__ import main
+from satlib.cli import main
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["run_all.sh", "run_tests.sh"]
@@ -126,7 +126,7 @@ def test_no_python_to_be_found(checkout, script, tmp_path):
 
 def test_request_is_checked_with_nothing_installed(checkout):
     command = [sys.executable, "-I", "-S", "-c"]  # no site-packages at all
-    program = f"import sys; sys.path.insert(0, {str(checkout)!r}); from satlib.__main__ import main; sys.exit(main())"
+    program = f"import sys; sys.path.insert(0, {str(checkout)!r}); from satlib.cli import main; sys.exit(main())"
     for arguments, status in ((["--profile", "quick"], 0), (["--only", "07"], 2)):
         done = subprocess.run([*command, program, "run", "--check", *arguments], capture_output=True, text=True)
         assert done.returncode == status, done.stderr

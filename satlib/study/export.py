@@ -8,7 +8,7 @@ import html
 import os
 import re
 import unicodedata
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
@@ -132,27 +132,23 @@ def mathml(latex: str, *, display: bool = False) -> str:
     """
     source = latex.replace("{aligned}", "{split}").replace(r"\operatorname*", r"\operatorname")
     try:
-        if _unbalanced(source):
+        bare = re.sub(r"\\.", "", source, flags=re.DOTALL)
+        depths = [0, *accumulate((character == "{") - (character == "}") for character in bare)]
+        if min(depths) < 0 or depths[-1] != 0:
             raise ValueError("its braces do not match")
         tree = converter.convert_to_element(source, display="block" if display else "inline")
         tree.attrib.pop("xmlns", None)  # HTML knows it; in headings nbconvert would turn it into a prefix
         for element in tree.iter():
             _tidy(element, display)
-        for element in tree.iter():
-            _mark_signs(element)
+        for row in tree.iter():
+            for before, child in pairwise(row):
+                # A minus behind an operator is a sign, not a difference: no space follows it.
+                if child.text == "\N{MINUS SIGN}" and before.tag == "mo" and before.text not in _CLOSING:
+                    child.set("form", "prefix")
     except Exception as error:  # latex2mathml's exceptions have no common base class
         reason = str(error) or type(error).__name__
         raise SatlibError(f"cannot draw the formula `{' '.join(latex.split())}`: {reason}") from error
     return tostring(tree, encoding="unicode")
-
-
-def _unbalanced(latex: str) -> bool:
-    depth = 0
-    for brace in re.findall(r"\\.|([{}])", latex, flags=re.DOTALL):
-        depth += {"{": 1, "}": -1, "": 0}[brace]
-        if depth < 0:
-            return True
-    return depth != 0
 
 
 def _tidy(element: Element, display: bool) -> None:
@@ -174,13 +170,6 @@ def _tidy(element: Element, display: bool) -> None:
     if text == "~" and element.tag == "mi":  # \sim: the operator, not the raised accent
         element.tag, text = "mo", "\N{TILDE OPERATOR}"
     element.text = text or None
-
-
-def _mark_signs(row: Element) -> None:
-    """A minus behind an operator is a sign, not a difference: no space follows it."""
-    for before, child in pairwise(row):
-        if child.text == "\N{MINUS SIGN}" and before.tag == "mo" and before.text not in _CLOSING:
-            child.set("form", "prefix")
 
 
 def _letter(character: str, style: str) -> str:

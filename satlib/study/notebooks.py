@@ -1,50 +1,46 @@
-"""Executes the notebooks under a profile with papermill and says how far they are.
+"""Executes the notebooks under a profile with papermill and tells how far they are.
 
 Each notebook is executed by this very Python, in the folder of the notebooks, into
 `notebooks/executed/<profile>/`, as a notebook and as an HTML page. The kernel finds in its environment
 `SATLIB_FORCE` (seconds since the epoch) if what was recorded before is to be computed again, and `SATLIB_DEADLINE`
 (likewise) if the time is limited: the code that it runs raises `BudgetSpent` when the time is up.
+
+A request is checked before anything is installed: what lies outside the standard library is imported when it is used.
 """
 
 import contextlib
-import importlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from satlib.errors import SatlibError
-from satlib.paths import data_root, project_root
+from satlib.paths import data_root, project_root, select_notebooks
 from satlib.progress import duration
-from satlib.study import profiles
-from satlib.study.notebook_progress import NotebookProgress, Timings
-
-if TYPE_CHECKING:
-    from jupyter_client import AsyncKernelManager
+from satlib.study import settings
 
 MIN_FREE_BYTES = 1e9
 BUDGET_STOP = "BudgetSpent"  # name of the exception by which a notebook's code says that the time is up
-KERNEL = "satlib"
-PRELOAD = ("satlib.study.runs", "satlib.study.results", "satlib.study.figures.method")  # imported while it waits
+EVERY_SECONDS = 10.0
+MARK = "[run"  # lines of a notebook's output that start with this are shown while it runs
 
 
-@dataclass(frozen=True)
-class Outcome:
+# --- their execution
+
+
+class Outcome(NamedTuple):
     """What became of one notebook: status is "done", "failed", "stopped" or "not started"."""
 
-    stem: str
     status: str
-    seconds: float = 0.0
     message: str = ""
+    seconds: float = 0.0
 
 
 def check(profile: str, *, only: str | None = None) -> Path:
@@ -53,8 +49,8 @@ def check(profile: str, *, only: str | None = None) -> Path:
     Raises `SatlibError` for an unknown profile or notebook, a folder that cannot be written, a full disk, and
     a data root that is not there.
     """
-    profiles.profile_path(profile)
-    profiles.select(only)
+    settings.check_profile(profile)
+    select_notebooks(only)
     root = project_root()
     folder = root / "notebooks" / "executed" / profile
     for target in (folder, root / "figures" / profile, root / "data"):
@@ -77,183 +73,90 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
 
     `deadline` (seconds since the epoch): no notebook starts after it. `force`: compute again what is known.
     Returns the exit status: 0 if every notebook ran, 1 if one failed, 3 if the time was spent before the end.
-    Raises `SatlibError`, before anything runs, for a request that cannot be met: see `check`, and unknown or
-    mistyped parameters, missing or damaged data, missing packages.
+    Raises `SatlibError`, before anything runs, for a request that cannot be met: see `check`, and settings that are
+    unknown or mistyped, missing or damaged data, missing packages.
     """
-    _require_packages()
-    folder = check(profile, only=only)
-    settings = profiles.load(profile)
-    declared = {stem: profiles.declared(path) for stem, path in profiles.notebook_paths().items()}
-    profiles.check_common(settings, declared)
-    given = {stem: profiles.parameters_for(settings, stem, declared[stem]) for stem in declared}
-    parameters = {stem: profiles.changed(given[stem], declared[stem]) for stem in declared}
-    selected = profiles.select(only)
-    _require_data(settings, [_dataset(declared[stem], parameters[stem]) for stem in selected])
-
-    timings = Timings(folder / "timings.json")
-    print(f"satlib: profile {profile}: {settings.description} ({settings.time})", flush=True)
-    outcomes, pages = [], {}
-    # Kernels work in processes of their own: pages, and what the table at the end imports, are ready meanwhile.
-    with (
-        ThreadPoolExecutor(1) as meanwhile,
-        _kernel(deadline, force),
-        _Kernels(len(selected)) as kernels,
-        NotebookProgress(list(selected), timings) as progress,
-    ):
-        results = meanwhile.submit(importlib.import_module, "satlib.study.results")
-        for stem, path in selected.items():
-            if deadline is not None and time.time() >= deadline:
-                outcomes.append(Outcome(stem, "not started", message="the time was spent"))
-                continue
-            progress.start(stem, path)
-            outcome = _execute(path, folder / path.name, parameters[stem], kernels, progress)
-            progress.end(outcome.status, outcome.message)
-            if outcome.status == "done":
-                timings.record(stem, outcome.seconds)
-            outcomes.append(outcome)
-            pages[stem] = meanwhile.submit(_write_pages, folder / path.name, path.parent, profile)
-    outcomes = [_with_page(outcome, pages) for outcome in outcomes]
-    _print_summary(outcomes, folder)
-    print(f"Report: {_write_index(settings)}", flush=True)
-    print(results.result().table(profile), flush=True)
-    statuses = {outcome.status for outcome in outcomes}
-    return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
-
-
-def _require_packages() -> None:
     for name in ("papermill", "nbconvert", "ipykernel", "latex2mathml"):
         if importlib.util.find_spec(name) is None:
             raise SatlibError(
                 f"executing notebooks needs {name}, which is not installed; call ./run_all.sh, which sets it up, "
                 "or install satlib[notebooks]"
             )
+    folder, selected = check(profile, only=only), select_notebooks(only)
+    from satlib import data
+
+    stated = settings.load(profile)
+    for name in settings.datasets(profile, selected):
+        if not data.is_embedded(name):
+            data.load(name)  # each notebook would find out alone what is missing; what is decoded is kept for them
+    print(f"satlib: profile {profile}: {stated.description} ({stated.time})", flush=True)
+    outcomes, pages = {}, {}
+    # Kernels work in processes of their own: pages are written meanwhile.
+    with ThreadPoolExecutor(1) as writer, NotebookProgress(list(selected), folder / "timings.json") as progress:
+        kernels = _kernels(deadline, force)
+        for stem, path in selected.items():
+            if deadline is not None and time.time() >= deadline:
+                outcomes[stem] = Outcome("not started", "the time was spent")
+                continue
+            outcomes[stem] = _execute(path, folder / path.name, profile, kernels, progress)
+            pages[stem] = writer.submit(_write_pages, folder / path.name, path.parent, profile)
+    for stem, page in pages.items():
+        if problem := page.result():
+            _, message, seconds = outcomes[stem]
+            outcomes[stem] = Outcome("failed", message or problem, seconds)
+    from satlib.study import report, results
+
+    _print_summary(outcomes, folder)
+    print(f"Report: {report.write_index(profile, stated.description)}", flush=True)
+    print(results.table(profile), flush=True)
+    statuses = {outcome.status for outcome in outcomes.values()}
+    return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
 
 
-def _dataset(declared: dict[str, profiles.Parameter], given: dict[str, object]) -> object:
-    """The data set that a notebook is told to use by its parameter `dataset`, if it has one."""
-    return given.get("dataset", declared["dataset"].default) if "dataset" in declared else None
+def _kernels(deadline: float | None, force: bool) -> type:
+    """The class of the notebooks' kernels: this Python with this satlib, whatever kernels are installed here."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
 
-
-def _require_data(profile: profiles.Profile, used: list[object]) -> None:
-    """Raises `SatlibError` for a missing or damaged data set, which each notebook would else find out alone.
-
-    `used`: the values of the notebooks' parameter `dataset`. What has to be decoded is decoded here, with a
-    progress bar, and kept for the notebooks.
-    """
-    for name in sorted({name for name in used if isinstance(name, str)}):
-        if name.partition(":")[0] not in profile.datasets:
-            raise SatlibError(f"{profile.path}: a notebook uses {name!r}, which `datasets` does not list")
-        if name not in profiles.EMBEDDED:
-            from satlib import data
-
-            data.load(name)
-
-
-@contextlib.contextmanager
-def _kernel(deadline: float | None, force: bool) -> Iterator[None]:
-    """A kernel named `KERNEL` that is this Python with this satlib, known to this process only."""
-    here = str(Path(__file__).resolve().parents[2])
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    satlib = str(Path(__file__).resolve().parents[2])
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [satlib, os.environ.get("PYTHONPATH")]))}
     if deadline is not None:
         environment["SATLIB_DEADLINE"] = repr(deadline)
     if force:
         environment["SATLIB_FORCE"] = repr(time.time())
-    imports = [*PRELOAD, "ipykernel.kernelapp"]
-    code = f"import {', '.join(imports)}; ipykernel.kernelapp.launch_new_instance()"
-    command = [sys.executable, "-Xfrozen_modules=off", "-c", code, "-f", "{connection_file}"]
-    # No warning about encryption, no traceback of its end by Ctrl-C, no history of what the notebooks did.
-    command += ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
-    specification = {"argv": command, "display_name": KERNEL, "language": "python", "env": environment}
-    before = os.environ.get("JUPYTER_PATH")
-    with tempfile.TemporaryDirectory(prefix="satlib-") as folder:
-        target = Path(folder, "kernels", KERNEL, "kernel.json")
-        target.parent.mkdir(parents=True)
-        target.write_text(json.dumps(specification))
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["JUPYTER_PATH"]
-            else:
-                os.environ["JUPYTER_PATH"] = before
-
-
-class _Kernels:
-    """Running kernels, each started one notebook ahead: when its turn comes, its imports are done.
-
-    count: how many will be asked for. Used in `with`, at whose end none is left.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-        self._running: list[AsyncKernelManager] = []
-
-    def __enter__(self) -> "_Kernels":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        while self._running:
-            self._stop()
-
-    @contextlib.contextmanager
-    def next(self) -> Iterator["AsyncKernelManager"]:
-        """A kernel for the next notebook."""
-        while self._left and len(self._running) < 2:
-            self._start()
-        try:
-            yield self._running[0]
-        finally:
-            self._stop()
-
-    def _start(self) -> None:
-        from jupyter_client import AsyncKernelManager
-        from jupyter_core.utils import run_sync
-
-        manager = AsyncKernelManager(kernel_name=KERNEL)
-        run_sync(manager.start_kernel)(cwd=str(project_root() / "notebooks"))
-        self._running.append(manager)
-        self._left -= 1
-
-    def _stop(self) -> None:
-        from jupyter_core.utils import run_sync
-
-        run_sync(self._running.pop(0).shutdown_kernel)(now=True)
+    command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command.append("--IPKernelApp.log_level=CRITICAL")  # no warning about encryption
+    specification = KernelSpec(argv=command, env=environment, language="python", display_name="satlib")
+    return type("Kernels", (AsyncKernelManager,), {"kernel_spec": specification})
 
 
 def _execute(
-    source: Path, target: Path, parameters: dict[str, object], kernels: _Kernels, progress: NotebookProgress
+    source: Path, target: Path, profile: str, kernels: type, progress: "NotebookProgress"
 ) -> Outcome:
     """Executes one notebook. Whatever goes wrong in it is its outcome, so that the others still run."""
-    start, status, message = time.monotonic(), "done", ""
     import papermill
 
-    # It looks for names in the last cell of parameters alone and would warn of all others; ours are checked.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    progress.start(source)
+    status, message = "done", ""
     try:
-        with kernels.next() as kernel:
-            papermill.execute_notebook(
-                source,
-                target,
-                parameters,
-                kernel_name=KERNEL,
-                km=kernel,
-                progress_bar=False,
-                stdout_file=progress,
-                on_cell_start=progress.cell,
-            )
+        papermill.execute_notebook(
+            source,
+            target,
+            {"profile": profile},
+            cwd=source.parent,
+            kernel_name="python3",
+            kernel_manager_class=kernels,
+            shutdown_kernel="immediate",
+            progress_bar=False,
+            stdout_file=progress,
+            on_cell_start=progress.cell,
+        )
     except papermill.PapermillExecutionError as error:
         status = "stopped" if error.ename == BUDGET_STOP else "failed"
         message = f"{error.ename}: {(error.evalue.strip().splitlines() or [''])[-1]}"
     except Exception as error:  # the kernel died, the disk is full
         status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return Outcome(source.stem, status, time.monotonic() - start, message)
-
-
-def _write_index(profile: profiles.Profile) -> Path:
-    from satlib.study import report
-
-    return report.write_index(profile)
+    return progress.end(status, message)
 
 
 def _write_pages(notebook: Path, folder: Path, profile: str) -> str:
@@ -269,16 +172,102 @@ def _write_pages(notebook: Path, folder: Path, profile: str) -> str:
     return ""
 
 
-def _with_page(outcome: Outcome, pages: dict[str, Future[str]]) -> Outcome:
-    """The outcome of a notebook with that of its page: without one it has failed."""
-    problem = pages[outcome.stem].result() if outcome.stem in pages else ""
-    return replace(outcome, status="failed", message=outcome.message or problem) if problem else outcome
-
-
-def _print_summary(outcomes: list[Outcome], folder: Path) -> None:
-    width = max(len(outcome.stem) for outcome in outcomes)
+def _print_summary(outcomes: dict[str, Outcome], folder: Path) -> None:
+    width = max(map(len, outcomes))
     print(f"\nExecuted notebooks and pages: {folder}")
-    for outcome in outcomes:
+    for stem, outcome in outcomes.items():
         time_taken = duration(outcome.seconds) if outcome.seconds else ""
-        print(f"  {outcome.stem:{width}}  {outcome.status:11}  {time_taken:>12}  {outcome.message}".rstrip())
+        print(f"  {stem:{width}}  {outcome.status:11}  {time_taken:>12}  {outcome.message}".rstrip())
     print(flush=True)
+
+
+class NotebookProgress:
+    """Prints where the execution of the notebooks `stems` is: at each start and end, and every few seconds in between.
+
+    Passed to papermill as the file for a notebook's output, and its method `cell` as the hook for each cell. The
+    JSON file `timings` keeps how many seconds each notebook took when it was last executed under the profile.
+    """
+
+    def __init__(self, stems: list[str], timings: Path) -> None:
+        self._stems, self._timings = stems, timings
+        self.seconds: dict[str, float] = {}
+        # None yet, or not readable: only estimates are lost.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            self.seconds = {str(stem): float(value) for stem, value in json.loads(timings.read_text()).items()}
+        self._stem = ""
+        self._lock = threading.Lock()  # of what says which notebook is executed
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "NotebookProgress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def start(self, path: Path) -> None:
+        """The notebook at `path` starts."""
+        self._cells = sum(cell["cell_type"] == "code" for cell in json.loads(path.read_text())["cells"])
+        self._cell, self._heading, self._text = 0, "", ""
+        self._started, self._stem = time.monotonic(), path.stem
+        last = self.seconds.get(path.stem)
+        self._print("starts" + (f"; last time it took {duration(last)}" if last is not None else ""))
+
+    def end(self, status: str, message: str = "") -> Outcome:
+        """The notebook that was started has come to its end; its time is kept if it was executed whole."""
+        seconds = time.monotonic() - self._started
+        with self._lock:
+            self._print(f"{status} after {duration(seconds)}{message and ': '}{message}")
+            stem, self._stem = self._stem, ""
+        if status == "done":
+            from satlib.files import write_text
+
+            self.seconds[stem] = round(seconds, 1)
+            write_text(self._timings, json.dumps(self.seconds, indent=1))
+        return Outcome(status, message, seconds)
+
+    def cell(self, cell: Any, cell_index: int) -> None:
+        """A cell starts: a heading names those that follow it."""
+        if cell.cell_type == "code":
+            self._cell += "injected-parameters" not in cell.metadata.get("tags", [])
+        for line in cell.source.splitlines() if cell.cell_type == "markdown" else ():
+            if line.startswith("#"):
+                self._heading = line.lstrip("# ")
+
+    def write(self, text: str) -> None:
+        """A piece of the notebook's output; whole lines that start with `MARK` are shown."""
+        *lines, self._text = (self._text + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            if line.startswith(MARK):
+                print(f"  {line}", flush=True)
+
+    def flush(self) -> None:
+        """Part of what papermill expects of a file; lines are shown as they come."""
+
+    def left(self) -> str:
+        """What is left by the last execution's times, or that it is not known."""
+        elapsed = time.monotonic() - self._started
+        current, *waiting = self._stems[self._stems.index(self._stem) :]
+        last = self.seconds.get(current, 0.0)
+        if current in self.seconds and elapsed > last:
+            more = f", and {len(waiting)} more after this" if waiting else ""
+            return f"longer than last time ({duration(last)}){more}"
+        seconds = max(0.0, last - elapsed) + sum(self.seconds.get(stem, 0.0) for stem in waiting)
+        unknown = [stem for stem in (current, *waiting) if stem not in self.seconds]
+        if not unknown:
+            return f"about {duration(seconds)} left, if it takes as long as last time"
+        if seconds:
+            return f"at least {duration(seconds)} left ({len(unknown)} not timed yet)"
+        return "time left unknown: not timed yet"
+
+    def _tick(self) -> None:
+        while not self._stop.wait(EVERY_SECONDS):
+            with self._lock, contextlib.suppress(BrokenPipeError):  # which the main thread meets as well
+                if self._stem:
+                    where = f"cell {self._cell} of {self._cells}" + (f", {self._heading!r}" if self._heading else "")
+                    self._print(f"{where}, {duration(time.monotonic() - self._started)} in; {self.left()}")
+
+    def _print(self, text: str) -> None:
+        print(f"[{self._stems.index(self._stem) + 1}/{len(self._stems)}] {self._stem}: {text}", flush=True)

@@ -6,28 +6,18 @@
 import base64
 import html
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 from jinja2 import Environment
 
 from satlib.files import write_text
-from satlib.paths import project_root
-from satlib.study import profiles, results
+from satlib.paths import notebook_paths, project_root
+from satlib.study import results
 from satlib.study.figures import alt_text
 
 FIRST_PICTURE = "figure1"  # of figures/<profile>/, shown on the first page where it is drawn
 _HEADING = re.compile(r'<h([12]) id="([^"]*)">(.*?)<a class="anchor-link"', re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """An executed notebook's page: its file name, its title, and (anchor, text) of its sections, as HTML."""
-
-    page: str
-    title: str
-    sections: tuple[tuple[str, str], ...]
 
 
 def folder_of(profile: str) -> Path:
@@ -35,38 +25,38 @@ def folder_of(profile: str) -> Path:
     return project_root() / "figures" / profile / "report"
 
 
-def chapter(page: Path) -> Chapter:
-    """What the contents say of a page, from its headings."""
-    found = _HEADING.findall(page.read_text(encoding="utf-8"))
-    title = next((text for level, _, text in found if level == "1"), html.escape(page.stem))
-    return Chapter(page.name, title, tuple((anchor, text) for level, anchor, text in found if level == "2"))
-
-
-def write_index(profile: profiles.Profile) -> Path:
+def write_index(profile: str, description: str) -> Path:
     """Write the first page: what the report holds, the scoreboards of this profile and of all published records.
 
-    Notebooks that were not executed under the profile are named, with the call that does it. Returns its path.
+    description: of the profile, in words. Notebooks that were not executed under it are named, with the call that
+    does it. Returns the page's path.
     """
-    folder = folder_of(profile.name)
-    stems = profiles.notebook_paths()
-    chapters = [chapter(page) for stem in stems if (page := folder / f"{stem}.html").is_file()]
+    folder = folder_of(profile)
+    pages = [folder / f"{stem}.html" for stem in notebook_paths()]
     picture = folder.parent / f"{FIRST_PICTURE}.png"
     page = _PAGE.render(
         profile=profile,
-        chapters=chapters,
-        missing=[stem for stem in stems if not (folder / f"{stem}.html").is_file()],
+        description=description,
+        chapters=[_chapter(page) for page in pages if page.is_file()],
+        missing=[page.stem for page in pages if not page.is_file()],
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         alt=alt_text(picture) if picture.is_file() else "",
-        live=_table(results.rows(profile.name)),
+        live=_table(results.rows(profile)),
         published=_table(results.rows(published=True)),
     )
     write_text(folder / "index.html", page)
     return folder / "index.html"
 
 
+def _chapter(page: Path) -> dict[str, Any]:
+    """What the contents say of a page: its file name, and as HTML its title, and (anchor, text) of its sections."""
+    headings = _HEADING.findall(page.read_text(encoding="utf-8"))
+    title = next((text for level, _, text in headings if level == "1"), html.escape(page.stem))
+    return {"page": page.name, "title": title, "sections": [each[1:] for each in headings if each[0] == "2"]}
+
+
 def _table(rows: list[results.Row]) -> str:
-    frame: pd.DataFrame = results.scoreboard(rows)
-    return frame.to_html(index=False, border=0, classes="numbers", na_rep="–")
+    return results.scoreboard(rows).to_html(index=False, border=0, classes="numbers", na_rep="–")
 
 
 _PAGE = Environment(autoescape=False).from_string("""<!DOCTYPE html>
@@ -74,7 +64,7 @@ _PAGE = Environment(autoescape=False).from_string("""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Shared adversarial training: the report of profile {{ profile.name | e }}</title>
+<title>Shared adversarial training: the report of profile {{ profile | e }}</title>
 <style>
   body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em; }
   h1 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
@@ -88,7 +78,7 @@ _PAGE = Environment(autoescape=False).from_string("""<!DOCTYPE html>
 <body>
 <h1>Defending Against Universal Perturbations With Shared Adversarial Training</h1>
 <p>The paper by Mummadi, Brox and Metzen (ICCV 2019), reproduced by executed notebooks. This report was made with the
-profile <b>{{ profile.name | e }}</b>: {{ profile.description | e }}. Every number on these pages was computed by the
+profile <b>{{ profile | e }}</b>: {{ description | e }}. Every number on these pages was computed by the
 code beside it, or comes from a published record of such a run.</p>
 {%- if picture %}
 <p><img src="data:image/png;base64,{{ picture }}" alt="{{ alt | e }}"></p>
@@ -109,7 +99,7 @@ code beside it, or comes from a published record of such a run.</p>
 </ol>
 {%- if missing %}
 <p>Not executed under this profile yet: {{ missing | join(", ") | e }}.
-<code>./run_all.sh --profile {{ profile.name | e }}</code> does it.</p>
+<code>./run_all.sh --profile {{ profile | e }}</code> does it.</p>
 {%- endif %}
 <h2 id="scoreboard">The paper's numbers beside those of this profile</h2>
 <div class="scroll">{{ live }}</div>

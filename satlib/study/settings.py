@@ -4,7 +4,6 @@ A profile is a file `satlib/study/profiles/NAME.yaml` with one line of text each
 `time`, and under `sections` by section only what differs from the paper, or where the paper is silent from our default.
 """
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-from satlib.errors import SatlibError
+from satlib.errors import SatlibError, nearest
 from satlib.paper import CHECKS, CIFAR10, CITYSCAPES, IMAGENET, METHOD
 
 # What each section is asked with in the paper; "method": sections 3 to 5; "checks": whether evaluations can be trusted.
@@ -42,23 +41,21 @@ class Profile:
     sections: Mapping[str, Mapping[str, object]]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `names`, else all of them."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names) or 'none'}"
-
-
 def profile_names() -> list[str]:
     """All profiles, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def check_profile(name: str) -> None:
+    """Raises `SatlibError` for an unknown profile, with the nearest name; needs nothing installed."""
+    if name not in profile_names():
+        raise SatlibError(f"unknown profile {name!r}{nearest(name, profile_names())}")
+
+
 @cache
 def load(name: str) -> Profile:
     """The profile `name`. Raises `SatlibError` naming the file, the key and what was expected."""
-    if name not in profile_names():
-        raise SatlibError(f"unknown profile {name!r}{nearest(name, profile_names())}")
+    check_profile(name)
     path = FOLDER / f"{name}.yaml"
     content = _read_yaml(path)
     expected = dict.fromkeys(TEXTS, str) | {"sections": dict}
