@@ -75,11 +75,13 @@ class Options:
 class Task:
     """What a worker is told: a run, its id as the driver knows it, and how to work.
 
-    marker: a file that every node sees that shares the driver's folder; None where workers keep a scratch folder.
+    needs: the data sets of the run and of what it builds on, by name. marker: a file that every node sees that shares
+    the driver's folder; None where workers keep a scratch folder.
     """
 
     run: Run
     key: str
+    needs: str
     profile: str
     device: str
     cpus: int
@@ -90,11 +92,6 @@ class Task:
 
 class Unfit(SatlibError):
     """A node cannot carry out runs on some data sets, or ("") any. Arguments: the node's id, the data sets, why."""
-
-
-def _needs(run: Run) -> str:
-    """The data sets of a run and of what it builds on."""
-    return ", ".join(dict.fromkeys(each.dataset for each in run.ancestry()))
 
 
 # On a worker
@@ -108,7 +105,7 @@ def carry_out(task: Task, board: Any, *parents: tuple[float, bytes]) -> tuple[fl
         if text.strip():
             board.say.remote(task.key, text.strip().removeprefix("[run] "))
 
-    node, run, needs = ray.get_runtime_context().get_node_id(), task.run, _needs(task.run)
+    run, needs, node = task.run, task.needs, ray.get_runtime_context().get_node_id()
     name = f"node {ray.util.get_node_ip_address()} ({node[:8]})"
     tell(f"{run.title}: starts on {name}")
     if task.marker and not task.marker.is_file():
@@ -125,8 +122,7 @@ def carry_out(task: Task, board: Any, *parents: tuple[float, bytes]) -> tuple[fl
         why = "its content (fingerprint) is not the driver's; give all nodes the same"
         raise Unfit(node, needs, f"{name}: {needs} in {data_root()}: {why}")
     for _, archive in parents if task.marker is None else ():
-        with FileLock(project_root() / ".merging.lock"):  # other workers of this node are sent the same
-            _unpack(runner.ledger, archive)
+        _unpack(runner.ledger, archive)
     if task.ranks > 1 and runner.find(run, whole=True) is None:
         _train_on_ranks(task)
     record = runner.record(run, whole=True)
@@ -145,15 +141,13 @@ def _train_on_ranks(task: Task) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(1, 1, task.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    elastic_launch(config, _rank)(task, os.getpid())
+    elastic_launch(config, _rank)(task)
 
 
-def _rank(task: Task, parent: int) -> None:
+def _rank(task: Task) -> None:
     """One rank of a training: as `python -m satlib train` under torchrun."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: be killed when the parent ends, in any way
-    if os.getppid() != parent:
-        sys.exit(1)
     with parallel.joined(task.device) as device:
         runner = _runner(task.profile, device or task.device, task.cpus)
         if parallel.here().rank > 0:
@@ -166,9 +160,6 @@ def _rank(task: Task, parent: int) -> None:
             parallel.here().told(None)
 
 
-# Records on their way
-
-
 def _pack(ledger: Ledger, key: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix=".", dir=ledger.root) as folder:
         ledger.pack(path := Path(folder, "run.tar"), [key])
@@ -176,8 +167,8 @@ def _pack(ledger: Ledger, key: str) -> bytes:
 
 
 def _unpack(ledger: Ledger, archive: bytes) -> None:
-    ledger.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=ledger.root) as folder:
+    one_at_a_time = FileLock(ledger.runs / ".locks" / "merging.lock")  # workers of a node may be sent the same
+    with one_at_a_time, tempfile.TemporaryDirectory(prefix=".", dir=ledger.root) as folder:
         (path := Path(folder, "run.tar")).write_bytes(archive)
         if refused := ledger.merge([path]).refused:
             raise SatlibError(f"a record that Ray carried was not taken over: {refused[0]}")
@@ -300,21 +291,23 @@ class _Driver:
 
         self.ray, self.state, self.runner, self.options, self.marker = ray, state, state.runner, options, marker
         have = ray.cluster_resources()
-        gpus = float(have.get("GPU", 0) > 0) if options.gpus is None else options.gpus
-        if options.device:
-            gpus = 0.0 if options.device == "cpu" else gpus or 1.0
-        self.share = {"CPU": options.cpus, "GPU": gpus}
+        on_gpus = have.get("GPU", 0) > 0 if options.gpus is None else options.gpus > 0
+        self.device = options.device or ("cuda" if on_gpus else "cpu")
+        self.gpus = 0.0 if self.device == "cpu" else options.gpus or 1.0
         if self.slots() < options.ranks:
-            need, has = (f"{each.get('CPU', 0):g} cores and {each.get('GPU', 0):g} GPUs" for each in (self.share, have))
-            ranks = f" for each of {options.ranks} ranks" if options.ranks > 1 else ""
-            raise SatlibError(f"a run needs {need}{ranks}, the cluster has {has}; lower --gpus-per-run, --cpus-per-run")
+            need = f"{options.ranks} x ({options.cpus} cores and {self.gpus:g} GPUs)"
+            has = f"{have.get('CPU', 0):g} cores and {have.get('GPU', 0):g} GPUs"
+            raise SatlibError(
+                f"a run needs {need}, the cluster has {has}; lower --gpus-per-run, --cpus-per-run, --ranks"
+            )
         self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
         self.unfit: dict[str, dict[str, str]] = defaultdict(dict)  # data sets ("" for all) -> node -> why
 
     def slots(self) -> int:
         """How many runs the cluster can carry out at a time, now."""
         have = self.ray.cluster_resources()
-        return int(min(have.get(name, 0) / amount for name, amount in self.share.items() if amount))
+        cards = have.get("GPU", 0) / self.gpus if self.gpus else float("inf")
+        return int(min(have.get("CPU", 0) / self.options.cpus, cards))
 
     def work(self) -> None:
         """Until nothing is left, or the time is up."""
@@ -338,22 +331,22 @@ class _Driver:
     def submit(self, key: str) -> None:
         """Have Ray carry out a run after its parents, on a node that is not known to be unfit for it."""
         tasks, runner, options, run = self.state.tasks, self.runner, self.options, self.state.todo[key]
-        unfit = self.unfit[""] | self.unfit[_needs(run)]
+        needs = ", ".join(dict.fromkeys(each.dataset for each in run.ancestry()))
+        unfit = self.unfit[""] | self.unfit[needs]
         alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
         if alive and alive <= unfit.keys():
             self.state.fail(key, "no node is fit for it:\n" + "\n".join(unfit[node] for node in alive))
             return
         large = runner.splits(run.dataset).train.images.shape[-1] > SMALL
         ranks = options.ranks if run.kind in TRAININGS and "defense" not in run.config and large else 1
-        device = "cuda" if self.share["GPU"] else "cpu"
-        task = Task(run, key, runner.profile, device, options.cpus, ranks, self.marker, data_root())
+        task = Task(run, key, needs, runner.profile, self.device, options.cpus, ranks, self.marker, data_root())
         parents = runner.parents_of([run])
         for parent in parents - tasks.keys() if self.marker is None else ():
             tasks[parent] = self.ray.put((0.0, _pack(runner.ledger, parent)))
         remote = self.ray.remote(carry_out).options(
             name=run.title,
             num_cpus=options.cpus * ranks,
-            num_gpus=self.share["GPU"] * ranks,
+            num_gpus=self.gpus * ranks,
             max_retries=RETRIES,
             label_selector={"ray.io/node-id": f"!in({','.join(unfit)})"} if unfit else None,
         )
@@ -365,7 +358,6 @@ class _Driver:
             seconds, archive = self.ray.get(self.state.tasks[key])
             if archive:
                 _unpack(self.runner.ledger, archive)
-            self.state.finish(key, seconds)
         except Exception as error:
             match getattr(error, "cause", None):
                 case BudgetSpent():
@@ -378,3 +370,5 @@ class _Driver:
                     del self.state.tasks[key]
                 case _:  # the run failed, its worker died again and again, what it sent is damaged, the disk is full
                     self.state.fail(key, traceback.format_exc())
+        else:
+            self.state.finish(key, seconds)
