@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import secrets
 import subprocess
 import sys
@@ -316,19 +317,30 @@ def test_a_sweep_keeps_account_of_its_runs(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SATLIB_DATA", str(root))
     runner = Runner(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
     state = Sweep(runner, runner.todo(experiments.profile_runs("quick")))
-    total, erm = len(state.waiting), state.next()
-    assert state.start(erm).title == "ERM" and state.next() is None, "everything builds on the ERM model"
-    state.put_back(erm)
-    assert state.next() == erm
-    state.start(erm)
-    state.finish(erm, 60.0)
-    assert [state.start(state.next()).title for _ in range(4)][2] == "s=8, eps=8, sigma=0.5"
-    line = state.line({erm: "over", next(iter(state.running)): "half"})
+    total, plan = len(state.todo), list(state.todo)
+
+    def submit(window: int) -> list[str]:
+        """Titles of what is due."""
+        return [state.tasks.setdefault(key, state.todo[key].title) for key in state.due(window)]
+
+    erm, *building_on_erm = submit(4)
+    assert erm == "ERM" and len(building_on_erm) == 4, "everything builds on the ERM model"
+    assert list(state.tasks) == plan[:5] and not submit(4), "the first of the plan, and no more"
+    del state.tasks[plan[0]]
+    assert submit(4) == ["ERM"], "what was put back is the next"
+    state.finish(plan[0], 60.0)
+    assert "s=8, eps=8, sigma=0.5" in (titles := submit(3) + building_on_erm) and len(titles) > 4, titles
+    assert plan[0] in state.tasks, "what builds on it takes what it gives"
+    running = [key for key in state.todo if key in state.tasks]
+    line = state.line({plan[0]: "over", running[0]: "half"})
     assert f"1 done, 1 running, {total - 2} waiting, about " in line and line.endswith(": half")
-    bad = list(state.running)[2]
+    (bad,) = (key for key, run in state.todo.items() if run.title == "s=8, eps=8, sigma=0.5")
     state.fail(bad, "Traceback\nSomeError: no")
     assert len(state.failed) == 3 and "and with it 2 that build on it: SomeError: no" in capsys.readouterr().out
-    assert ", 3 failed" in state.line({})
+    assert ", 3 failed" in state.line({}) and not state.failed.keys() & (state.todo.keys() | state.tasks.keys())
+    for key in list(state.todo):
+        state.finish(key, 1.0)
+    assert not state.tasks and len(state.done) == total - 3
 
 
 @pytest.mark.parametrize(
@@ -348,5 +360,5 @@ def test_bad_options_are_named(options, named):
 
 
 def test_what_a_node_lacks_survives_the_way_to_the_driver():
-    kind, arguments = Unfit("id", "cifar10", "it has no data").__reduce__()
-    assert str(kind(*arguments)) == "node it has no data" and kind(*arguments).dataset == "cifar10"
+    unfit = pickle.loads(pickle.dumps(Unfit("id", "cifar10", "node it has no data")))
+    assert isinstance(unfit, Unfit) and unfit.args == ("id", "cifar10", "node it has no data")

@@ -1,5 +1,6 @@
 """A measurement is one function whose signature is its configuration; a run is one call of it, as a plan states it."""
 
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,10 @@ class Measurement:
     def kind(self) -> str:
         """The function's name, under which its records are kept."""
         return self.compute.__name__
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Other processes find it by its name."""
+        return _named, (self.compute.__module__, self.kind)
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -101,6 +106,10 @@ class Measurement:
             raise SatlibError(f"{self.kind}: the setting {wrong[0]!r} is unknown or missing; expected {sorted(names)}")
         labels = {"section": section or settings.section, **(labels or {})}
         return Run(self, title, dataset or settings.dataset, stated, parents, cost, labels)
+
+
+def _named(module: str, name: str) -> Measurement:
+    return getattr(importlib.import_module(module), name)
 
 
 def measurement(version: int, **options: Any) -> Callable[[Callable[..., dict]], Measurement]:

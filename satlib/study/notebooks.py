@@ -130,9 +130,7 @@ def _kernels(deadline: float | None, force: bool) -> type:
     return type("Kernels", (AsyncKernelManager,), {"kernel_spec": specification})
 
 
-def _execute(
-    source: Path, target: Path, profile: str, kernels: type, progress: "NotebookProgress"
-) -> Outcome:
+def _execute(source: Path, target: Path, profile: str, kernels: type, progress: "NotebookProgress") -> Outcome:
     """Executes one notebook. Whatever goes wrong in it is its outcome, so that the others still run."""
     import papermill
 
