@@ -27,7 +27,7 @@ def measured(
     *,
     eps: float,
     attack: dict = {},  # noqa: B006
-    seed: int = 0,  # noqa: B006
+    seed: int = 0,
 ) -> dict:
     """A measurement that is only planned."""
     return {}

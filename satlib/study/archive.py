@@ -132,7 +132,7 @@ class _Header(tarfile.TarInfo):
     """A header of a plain tar file: none of tar's extensions, and no broken one, which tarfile takes for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -188,6 +188,7 @@ def _take_run(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[s
         for header in members.values():
             tar.extract(header, folder.parent, set_attrs=False, filter="data")
         record = read_record(folder)
+        assert record is not None  # its file is there
         if unlisted := members.keys() - {"record.json", *record.artefacts}:
             raise Damage(f"{min(unlisted)} is not listed in the record")
     return True
@@ -195,7 +196,8 @@ def _take_run(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[s
 
 def _take_checkpoint(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[str, tarfile.TarInfo]) -> bool:
     """Check an unfinished run's checkpoint and put it in place; False if the run is known. Raises `Damage`."""
-    content = tar.extractfile(members[CHECKPOINT]).read()
+    file = tar.extractfile(members[CHECKPOINT])
+    content = file.read() if file else b""
     if not is_checkpoint(content):
         raise Damage(f"{CHECKPOINT}: its SHA-256 is not the recorded one")
     target = ledger.runs / ".work" / run_id / CHECKPOINT

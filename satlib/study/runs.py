@@ -270,6 +270,7 @@ class Runner:
 
     def new_model(self, run: Run) -> nn.Module:
         """The untrained model of a training, initialised from its seed, on the runner's device."""
+        assert run.measurement.builds is not None, f"{run.kind} is no training"
         return run.measurement.builds(self.splits(run.dataset), run.settings)
 
     def passes_per_second(self, run: Run) -> float:

@@ -126,7 +126,11 @@ def segmentations(
     captioned = any(row.get("captions") for row in rows)
     row_height, width = 2.5 * shape[0] / shape[1] + (0.3 if captioned else 0.1), 2.5 * len(columns) + 1.2
     figure, axes = picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
-    drawn = {"labels": partial(colour, classes=classes), "picture": as_picture, "perturbation": perturbation_picture}
+    drawn: dict[str, Any] = {
+        "labels": partial(colour, classes=classes),
+        "picture": as_picture,
+        "perturbation": perturbation_picture,
+    }
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):

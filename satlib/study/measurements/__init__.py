@@ -1,6 +1,6 @@
 """What is measured, a file for each section: measurements, and beside them the plans of their runs."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from satlib.study.measurement import Run
@@ -23,7 +23,7 @@ __all__ = [
     "settings",
 ]
 
-PLANS = {"6.1": cifar10, "6.2": imagenet, "6.3": cityscapes, "method": method}
+PLANS: dict[str, Callable[[Any], Any]] = {"6.1": cifar10, "6.2": imagenet, "6.3": cityscapes, "method": method}
 BY_IMPORTANCE = ("6.1", "6.2", "6.3", "checks", "method")
 
 

@@ -151,12 +151,13 @@ def checks(
     audits = {title: _audit(settings, model, plan.robustness[model][0]) for title, model in models.items()}
     for section, other in (("6.2", imagenet), ("6.3", scenes)):
         if other is not None and section in settings.sections:
-            classifies = isinstance(other, Plan)
-            chosen = 0 if classifies else -1  # the first seed, or the last part of the training
-            defended = {point[0]: runs[chosen] for point, runs in reversed(other.models.items())}  # the first of each s
+            which = 0 if isinstance(other, Plan) else -1  # the first seed, or the last part of the training
+            defended = {point[0]: runs[which] for point, runs in reversed(other.models.items())}  # the first of each s
             for model in (other.erm, *(defended[s] for s in sorted(defended))):
-                search = other.robustness[model][0] if classifies else other.untargeted[model]
-                images = settings.images if classifies else settings.scenes
+                if isinstance(other, Plan):
+                    search, images = other.robustness[model][0], settings.images
+                else:
+                    search, images = other.untargeted[model], settings.scenes
                 audits[f"{section}: {model.title}"] = _audit(settings, model, search, images=images)
     shorter = {"erm_epochs": settings.depth_epochs, "erm_restart_epochs": 0} if settings.depth_epochs else {}
     others = [

@@ -287,8 +287,9 @@ def method(settings: Method) -> MethodPlan:
         attack = {"steps": settings.adversarial_steps} | schedule
         cost = settings.adversarial_images * settings.adversarial_steps * settings.search_iterations
         options = {"images": settings.adversarial_images, "iterations": settings.search_iterations}
-        options |= {"delta": settings.delta, "attack": attack}
-        return planned(adversarial_robustness, "eps_adv", "5", model, cost, **options)
+        return planned(
+            adversarial_robustness, "eps_adv", "5", model, cost, delta=settings.delta, attack=attack, **options
+        )
 
     unseen = {"unseen_images": settings.unseen_images}
     return MethodPlan(
