@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 from test_data import write_tree
-from tiny_project import parameters, write_project
+from tiny_project import write_project
 
 from satlib.cli import main
 from satlib.errors import SatlibError
 from satlib.progress import Progress
-from satlib.study import experiments
+from satlib.study import measurements
 from satlib.study.cluster import Options, Sweep, Unfit
 from satlib.study.ledger import Ledger
 from satlib.study.records import CHECKPOINT, Record
@@ -40,28 +40,29 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if name.st
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray has no wheel for this Python or machine")
 
 EPOCHS = 30
-SETTINGS = f"""
-dataset: str = "cifar10"
-depth: int = 8
-width: int = 2
-erm_epochs: int = 2
-erm_batch_size: int = 20
-erm_schedule: str = "one-cycle"
-finetune_epochs: int = {EPOCHS}
-finetune_epoch_images: int = 64
-points: list = [[8, 8.0, 0.5], [1, 4.0, 0.5]]
-baselines: list = []
-steps: int = 2
-search_steps: int = 5
-search_iterations: int = 3
-search_batch: int = 8
-craft_images: int = 10
-choose_images: int = 10
-report_images: int = 10
-deepfool_images: int = 10
-deepfool_passes: int = 1
-cost_images: int = 20
-"""
+STEMS = {"6.1": "04_cifar10", "6.2": "05_imagenet"}
+SETTINGS = {
+    "dataset": "cifar10",
+    "depth": 8,
+    "width": 2,
+    "erm_epochs": 2,
+    "erm_batch_size": 20,
+    "erm_schedule": "one-cycle",
+    "finetune_epochs": EPOCHS,
+    "finetune_epoch_images": 64,
+    "points": [[8, 8.0, 0.5], [1, 4.0, 0.5]],
+    "baselines": [],
+    "steps": 2,
+    "search_steps": 5,
+    "search_iterations": 3,
+    "search_batch": 8,
+    "craft_images": 10,
+    "choose_images": 10,
+    "report_images": 10,
+    "deepfool_images": 10,
+    "deepfool_passes": 1,
+    "cost_images": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +98,15 @@ def alone(root, tmp_path_factory) -> dict[str, Record]:
     return found(home)
 
 
-def project(home: Path, stem: str = "04_cifar10", settings: str = SETTINGS) -> Path:
-    write_project(home, {stem: [parameters(settings)]})
-    values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in settings.strip().splitlines()}
-    profile = home / "notebooks" / "profiles" / "quick.yaml"
-    text = profile.read_text().replace("shapes32", values["dataset"])
-    profile.write_text(text + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
-    return home
+def project(home: Path, section: str = "6.1", settings: dict = SETTINGS) -> Path:
+    return write_project(home, {STEMS[section]: []}, {section: settings})
 
 
 def sweep(home: Path, root: Path, *more: str) -> subprocess.Popen:
     environment = os.environ | ENVIRONMENT | {"SATLIB_HOME": str(home), "SATLIB_DATA": str(root)}
     with (home / "out").open("w") as out:
-        command = [sys.executable, "-m", "satlib", "sweep", *more]
+        (notebook,) = (home / "notebooks").iterdir()
+        command = [sys.executable, "-m", "satlib", "sweep", "--only", notebook.stem, *more]
         return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
@@ -262,23 +259,23 @@ def test_a_node_without_data_is_named_and_the_others_go_on(cluster, root, alone,
 
 def test_a_training_on_several_ranks_is_one_run(cluster, root, tmp_path):
     """Its images are larger than 32x32, so that torchrun shares them out."""
-    settings = """
-dataset: str = "shapes64"
-group_width: int = 2
-expansion: int = 1
-layers: list = [1, 1, 1, 1]
-erm_epochs: int = 1
-finetune_epochs: int = 1
-finetune_epoch_images: int = 32
-points: list = [[8, 8.0, 0.5]]
-search_steps: int = 2
-search_iterations: int = 2
-search_batch: int = 8
-craft_images: int = 16
-choose_images: int = 16
-report_images: int = 16
-"""
-    home, ranks = project(tmp_path / "home", "05_imagenet", settings), 0
+    settings = {
+        "dataset": "shapes64",
+        "group_width": 2,
+        "expansion": 1,
+        "layers": [1, 1, 1, 1],
+        "erm_epochs": 1,
+        "finetune_epochs": 1,
+        "finetune_epoch_images": 32,
+        "points": [[8, 8.0, 0.5]],
+        "search_steps": 2,
+        "search_iterations": 2,
+        "search_batch": 8,
+        "craft_images": 16,
+        "choose_images": 16,
+        "report_images": 16,
+    }
+    home, ranks = project(tmp_path / "home", "6.2", settings), 0
     node = cluster.add_node(num_cpus=2)
     try:
         with sweep(home, root, *on(cluster), "--ranks", "2") as process:
@@ -298,9 +295,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_carried_out(root, alone, t
     home = project(tmp_path / "home")
     monkeypatch.setenv("SATLIB_HOME", str(home))
     monkeypatch.setenv("SATLIB_DATA", str(root))
-    runs, failed = experiments.profile_runs("quick"), []
+    runs, failed = measurements.profile_runs("quick", ["04_cifar10"]), []
     (bad,) = (run for run in runs if run.title == "s=8, eps=8, sigma=0.5")
-    bad.config["training"]["optimizer"] = "none such"
+    bad.settings["training"]["optimizer"] = "none such"
     runner = Runner(ledger=Ledger(home / "data"), device="cpu")
     runner.carry_out(runs, failed=failed.append)
     assert [run.title for run in failed] == [bad.title, f"eps_uni of {bad.title}", f"DeepFool on {bad.title}"]
@@ -316,7 +313,7 @@ def test_a_sweep_keeps_account_of_its_runs(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SATLIB_HOME", str(home))
     monkeypatch.setenv("SATLIB_DATA", str(root))
     runner = Runner(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
-    state = Sweep(runner, runner.todo(experiments.profile_runs("quick")))
+    state = Sweep(runner, runner.todo(measurements.profile_runs("quick", ["04_cifar10"])))
     total, plan = len(state.todo), list(state.todo)
 
     def submit(window: int) -> list[str]:

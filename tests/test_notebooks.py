@@ -14,21 +14,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from tiny_project import PROFILE, code, parameters, text, write_project
+from tiny_project import code, parameters, text, write_project
 
 import satlib
 from satlib.cli import budget, main
 from satlib.errors import SatlibError
 from satlib.paths import notebook_paths, select_notebooks
-from satlib.study import experiments, notebooks, results
+from satlib.study import measurements, notebooks, results
 from satlib.study.notebooks import NotebookProgress
 from satlib.study.runs import Runner
 
 CHECKOUT = Path(satlib.__file__).resolve().parent.parent
 GOOD = [
     text("# Good\n\n$\\varepsilon$"),
-    parameters("n: int = 1", "earlier-parameters"),
-    parameters("profile: str = 'none'"),
+    parameters("profile: str = 'none'\nn: int = 1"),
     code(
         "import os, sys, satlib\n"
         "print('got', profile, n, float(os.environ['SATLIB_FORCE']) > 1e9, os.getcwd())\n"
@@ -65,7 +64,7 @@ def executed(tmp_path_factory):
     """One execution of a good, a failing, a dying and another good notebook: folder, exit status, printed text."""
     root = tmp_path_factory.mktemp("project")
     notebooks = {"00_good": GOOD, "01_failing": FAILING, "02_dying": DYING, "03_good": GOOD}
-    write_project(root, notebooks, PROFILE + "common: {n: 5}\nnotebooks:\n  03_good: {n: 6}\n")
+    write_project(root, notebooks)
     status, printed = run(root, force=True)
     return root / "notebooks" / "executed" / "quick", status, printed
 
@@ -78,8 +77,8 @@ def outputs(path: Path) -> str:
 def test_parameters_kernel_and_folder(executed):
     folder, _, _ = executed
     notebooks = folder.parent.parent
-    assert f"got quick 5 True {notebooks}\n" in outputs(folder / "00_good.ipynb")
-    assert f"got quick 6 True {notebooks}\n" in outputs(folder / "03_good.ipynb")
+    assert f"got quick 1 True {notebooks}\n" in outputs(folder / "00_good.ipynb")
+    assert f"got quick 1 True {notebooks}\n" in outputs(folder / "03_good.ipynb")
     assert f"python {sys.executable} {satlib.__file__}\n" in outputs(folder / "00_good.ipynb")
 
 
@@ -114,7 +113,7 @@ def test_progress_is_told(executed):
     assert "[4/4] 03_good: done after" in printed
     assert "  [run] 1/2 training: 50%, 3 s left\n" in printed
     assert "not shown" not in printed
-    assert "unknown parameter" not in printed  # papermill's warning of one that an earlier cell declares
+    assert printed.count("unknown parameter: profile") == 2  # papermill's warning, of the notebooks that declare none
     assert printed.endswith("paper vs ours under quick\n")
 
 
@@ -154,28 +153,25 @@ def test_formula_that_cannot_be_drawn_fails_the_notebook(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("addition", "expected"),
+    ("sections", "expected"),
     [
-        ("common: {m: 5}\n", "no notebook has a parameter 'm'"),
-        ("common: {n: '5'}\n", "00_good: n is '5', expected int"),
+        ({"6.1": {"m": 5}}, "there is no setting 'm'"),
+        ({"6.1": {"depth": "5"}}, "section 6.1: depth is '5', expected something like 20"),
+        ({"6.5": {}}, "unknown section '6.5'"),
     ],
 )
-def test_wrong_parameters_stop_before_anything_runs(tmp_path, addition, expected):
-    write_project(tmp_path, {"00_good": GOOD}, PROFILE + addition)
+def test_wrong_settings_stop_before_anything_runs(tmp_path, sections, expected):
+    write_project(tmp_path, {"04_cifar10": GOOD}, sections)
     with pytest.raises(SatlibError, match=expected):
         run(tmp_path)
     assert list((tmp_path / "notebooks" / "executed" / "quick").iterdir()) == []
 
 
-def test_data_set_must_be_there_and_be_listed(tmp_path):
-    cells = [parameters("dataset: str = 'shapes32'"), code("print(dataset)")]
-    write_project(tmp_path, {"00_data": cells}, PROFILE + "common: {dataset: cifar10}\n")
-    with pytest.raises(SatlibError, match="a notebook uses 'cifar10', which `datasets` does not list"):
-        run(tmp_path)
-    profile = tmp_path / "notebooks" / "profiles" / "quick.yaml"
-    profile.write_text(profile.read_text().replace("[shapes32]", "[cifar10]"))
+def test_data_of_the_notebooks_asked_for_must_be_there(tmp_path):
+    write_project(tmp_path, {"00_a": GOOD, "04_cifar10": GOOD}, {"6.1": {"dataset": "cifar10"}})
     with pytest.raises(SatlibError, match="CIFAR-10"):
         run(tmp_path)
+    assert run(tmp_path, only="00")[0] == 0
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -232,11 +228,11 @@ def test_wrong_budget_is_one_line(words, capsys):
 def test_a_sweep_of_some_notebooks_needs_only_their_data(monkeypatch, capsys):
     carried_out = []
     monkeypatch.setattr(Runner, "carry_out", lambda runner, runs, failed: carried_out.extend(runs))
-    whole = experiments.profile_runs("laptop")
+    whole = measurements.profile_runs("laptop")
     assert main(["sweep", "--profile", "laptop", "--only", "06,04_cifar10"]) == 0
     assert capsys.readouterr().out == "all runs of 06,04_cifar10 in the profile 'laptop' have a record\n"
     assert {run.labels["section"] for run in carried_out} == {"6.1", "6.3"}
-    parts = [experiments.profile_runs("laptop", only=stem) for stem in ("04_cifar10", "06_cityscapes")]
+    parts = [measurements.profile_runs("laptop", only=[stem]) for stem in ("04_cifar10", "06_cityscapes")]
     assert [run.title for run in carried_out] == [run.title for part in parts for run in part]
     datasets = {run.dataset for each in carried_out for run in each.ancestry()}
     assert datasets == {"cifar10", "camvid:240x180"} < {run.dataset for run in whole}
@@ -316,9 +312,9 @@ def test_place_in_the_notebook_is_told_every_few_seconds(tmp_path, monkeypatch, 
         for index, cell in enumerate([*GOOD[:-1], injected, GOOD[-1]]):
             told.cell(cell=cell, cell_index=index)
         seen, until = "", time.monotonic() + 60
-        while "cell 3 of 3" not in seen and time.monotonic() < until:
+        while "cell 2 of 2" not in seen and time.monotonic() < until:
             seen += capsys.readouterr().out
-    assert "[1/1] 00_a: cell 3 of 3, 'Good', 0 s in; time left unknown" in seen
+    assert "[1/1] 00_a: cell 2 of 2, 'Good', 0 s in; time left unknown" in seen
 
 
 def test_only_marked_lines_are_shown_and_only_whole_ones(progress, capsys):

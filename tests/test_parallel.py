@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_project import parameters, write_project
+from tiny_project import write_project
 
 from satlib.attacks import random_start
 from satlib.parallel import Ranks, current_ranks
@@ -148,30 +148,27 @@ def test_a_process_on_its_own_is_the_only_rank():
     assert Ranks().share(7, 3) == slice(0, 7) and Ranks().broadcast_object([1]) == [1]
 
 
-SMALL = """
-depth: int = 8
-width: int = 2
-erm_epochs: int = 1
-erm_batch_size: int = 64
-erm_schedule: str = "one-cycle"
-finetune_epochs: int = 2
-finetune_epoch_images: int = 128
-dataset: str = "shapes32"
-points: list = [[8, 8.0, 0.5]]
-baselines: list = [["fictitious play", 8.0]]
-"""
+SMALL = {
+    "depth": 8,
+    "width": 2,
+    "erm_epochs": 1,
+    "erm_batch_size": 64,
+    "erm_schedule": "one-cycle",
+    "finetune_epochs": 2,
+    "finetune_epoch_images": 128,
+    "dataset": "shapes32",
+    "points": [[8, 8.0, 0.5]],
+    "baselines": [["fictitious play", 8.0]],
+}
 
 
 def two_ranks(home: Path, *, wait: bool = True) -> subprocess.Popen:
     """`train` on two ranks, in a project of its own with the profile of SMALL."""
     if not home.exists():
-        write_project(home, {"04_cifar10": [parameters(SMALL)]})
-        values = {line.split(":")[0]: line.split("= ")[1].replace('"', "") for line in SMALL.strip().splitlines()}
-        profile = home / "notebooks" / "profiles" / "quick.yaml"
-        profile.write_text(profile.read_text() + "common:\n" + "".join(f"  {k}: {v}\n" for k, v in values.items()))
+        write_project(home, {}, {"6.1": SMALL})
     environment = os.environ | {"SATLIB_HOME": str(home), "SATLIB_PRECISION": "float32", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "satlib", "train", "--only", "=8", "--device", "cpu"]
+    command = [*torchrun, "-m", "satlib", "train", "--only", "=8, eps=8", "--device", "cpu"]
     with (home / "out").open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     if wait:

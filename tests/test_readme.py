@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from satlib.study.kinds import KINDS
 from torch import nn
 
-from satlib.study import results
+from satlib.study import measurements, results
 from satlib.study.claims import Records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +63,9 @@ def test_a_number_that_no_record_holds_is_replaced():
 @pytest.mark.parametrize("section", ["6.1", "6.2", "6.3", "checks"])
 def test_published_records_save_the_laptop_profile_its_hours(section):
     """All that notebooks 04 to 09 ask for, but for what is needed on demand, is published."""
-    plan = results.section_plan(section, "laptop")
+    plan = measurements.plan(section, "laptop")
     records = Records(published=True)
     for run in {id(r): r for planned in plan.runs for r in planned.ancestry()}.values():
-        record, kind = records.of(run), KINDS[run.kind]
+        record, what = records.of(run), run.measurement
         assert record is not None, run.title
-        assert kind.on_demand or all(record.has(name) for name in kind.artefacts), run.title
+        assert what.on_demand or all(record.has(name) for name in what.artefacts), run.title

@@ -14,12 +14,12 @@ from satlib.data import ImageSet
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.robustness import adversarial_robustness
-from satlib.study import experiments
-from satlib.study import runs as lab_module
+from satlib.study import runs as runs_module
 from satlib.study.display import segmented
-from satlib.study.experiments import with_parameters
 from satlib.study.ledger import Ledger
+from satlib.study.measurements import cityscapes
 from satlib.study.runs import Runner
+from satlib.study.settings import settings
 from satlib.training import Training, class_iou, confusion, share_right, train, training_loss
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -190,8 +190,8 @@ SMALL = {
 
 
 def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: scenes)
-    plan = experiments.cityscapes(with_parameters(paper.CITYSCAPES, SMALL))
+    monkeypatch.setattr(runs_module.data, "load", lambda name: scenes)
+    plan = cityscapes(settings("6.3", "paper", **SMALL))
     assert plan.epochs == (1, 3) and all(len(parts) == 2 for parts in plan.models.values())
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     records = runner.carry_out(plan.runs)
@@ -224,11 +224,10 @@ def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
 
 
 def test_a_training_in_parts_is_the_whole_one(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: scenes)
-    settings = with_parameters(paper.CITYSCAPES, SMALL)
+    monkeypatch.setattr(runs_module.data, "load", lambda name: scenes)
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     parts, (whole,) = (
-        experiments.cityscapes(with_parameters(settings, {"evaluated": epochs})).models[5, 30.0, 0.7]
+        cityscapes(settings("6.3", "paper", **SMALL | {"evaluated": epochs})).models[5, 30.0, 0.7]
         for epochs in ([1, 2, 3], [3])
     )
     one, other = runner.record(parts[-1]), runner.record(whole)
@@ -236,16 +235,16 @@ def test_a_training_in_parts_is_the_whole_one(scenes, tmp_path, monkeypatch):
     for name, value in one.tensors("weights").items():
         assert torch.equal(value, other.tensors("weights")[name])
     with pytest.raises(SatlibError, match=r"evaluated=\(1, 2\): expected epochs in their order, the last of them"):
-        experiments.cityscapes(with_parameters(settings, {"evaluated": [1, 2]}))
+        cityscapes(settings("6.3", "paper", **SMALL | {"evaluated": [1, 2]}))
 
 
 def test_section_6_3_is_the_paper_s():
-    plan = experiments.cityscapes(paper.CITYSCAPES)
+    plan = cityscapes(paper.CITYSCAPES)
     assert plan.epochs == tuple(range(1, 21)) and set(plan.models) == {(1, 8.0, 0.5), (5, 30.0, 0.7)}
-    training = plan.models[5, 30.0, 0.7][-1].config["training"]
+    training = plan.models[5, 30.0, 0.7][-1].settings["training"]
     assert (training["optimizer"], training["batch_size"], training["learning_rate"]) == ("adam", 5, 1e-4)
     assert (training["steps"], training["relative_step_size"], training["milestones"]) == (5, 0.4, [15])
-    search = plan.targeted[plan.erm].config
+    search = plan.targeted[plan.erm].settings
     assert (search["delta"], search["iterations"], search["images"]["report"]) == (0.95, 10, 16)
     attack = search["attack"]
     assert (attack["steps"], attack["batch_size"], attack["gamma"], attack["beta"]) == (200, 5, 0.99, 2.0)

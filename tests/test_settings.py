@@ -14,7 +14,7 @@ from satlib import paper
 from satlib.errors import SatlibError
 from satlib.study import measurements
 from satlib.study import settings as module
-from satlib.study.settings import NOTEBOOKS, SECTIONS, load, profile_names, settings
+from satlib.study.settings import NOTEBOOKS, SECTIONS, load, profile_paths, settings
 
 START = "description: tiny\nhardware: any\ntime: seconds\n"
 NOTEBOOK_PATHS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -25,15 +25,14 @@ WITH_SETTINGS = [pytest.param(path, id=path.stem) for path in NOTEBOOK_PATHS if 
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
     """The settings of a section under a profile whose file is what the test appends to the common start."""
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    (tmp_path / "profiles").mkdir()
 
     def of(sections: str, section: str = "6.1", start: str = START, **changes: object):
-        load.cache_clear()
-        (tmp_path / "quick.yaml").write_text(start + sections)
+        (tmp_path / "profiles" / "quick.yaml").write_text(start + sections)
         return settings(section, "quick", **changes)
 
-    yield of
-    load.cache_clear()
+    return of
 
 
 # What a profile and a reader change
@@ -66,7 +65,7 @@ def test_sections_3_to_5_share_the_models_of_section_6_1(profile):
 def test_the_paper_profile_is_the_paper():
     for section, stated in SECTIONS.items():
         assert settings(section, "paper") == stated
-    assert load("paper").sections == {} and len((module.FOLDER / "paper.yaml").read_text().splitlines()) <= 30
+    assert load("paper").sections == {} and len(module.profile_path("paper").read_text().splitlines()) <= 30
     assert len(measurements.plan("6.1", "paper").models) == 9 * 4 * 3
     assert len(measurements.plan("6.3", "paper").epochs) == 20
 
@@ -156,7 +155,7 @@ def test_an_unknown_profile_suggests_the_nearest():
         load("qick")
     with pytest.raises(SatlibError, match=r"unknown profile '\.\./quick'"):
         load("../quick")
-    assert profile_names() == ["gpu", "laptop", "paper", "quick"]
+    assert list(profile_paths()) == ["gpu", "laptop", "paper", "quick"]
 
 
 def test_data_sets_are_those_of_the_notebooks_asked_for():
@@ -265,7 +264,7 @@ def test_profiles_and_notebooks_are_known_without_packages(tmp_path):
     """`run_all.sh` checks a request before anything is installed."""
     code = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'yaml', 'pandas'))\n"
-        "from satlib.study.settings import profile_names; import json; print(json.dumps(profile_names()))"
+        "from satlib.study.settings import profile_paths; import json; print(json.dumps(list(profile_paths())))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == ["gpu", "laptop", "paper", "quick"]

@@ -1,12 +1,13 @@
 """Writes a project folder with small notebooks and a profile, for the tests of what executes them."""
 
+import json
 from pathlib import Path
 
 import nbformat
 from nbformat import v4
 from nbformat.notebooknode import NotebookNode
 
-PROFILE = "description: tiny notebooks\nhardware: any\ntime: seconds\ndatasets: [shapes32]\n"
+PROFILE = "description: tiny notebooks\nhardware: any\ntime: seconds\nsections:"  # and what a test gives them
 
 
 def text(source: str) -> NotebookNode:
@@ -17,8 +18,8 @@ def code(source: str) -> NotebookNode:
     return v4.new_code_cell(source)
 
 
-def parameters(source: str, tag: str = "parameters") -> NotebookNode:
-    return v4.new_code_cell(source, metadata={"tags": [tag]})
+def parameters(source: str) -> NotebookNode:
+    return v4.new_code_cell(source, metadata={"tags": ["parameters"]})
 
 
 def write_notebook(path: Path, *cells: NotebookNode) -> Path:
@@ -27,10 +28,13 @@ def write_notebook(path: Path, *cells: NotebookNode) -> Path:
     return path
 
 
-def write_project(root: Path, notebooks: dict[str, list[NotebookNode]], profile: str = PROFILE) -> Path:
-    """Notebooks by stem and the profile `quick` in `root`, laid out as in the checkout."""
-    (root / "notebooks" / "profiles").mkdir(parents=True)
+def write_project(
+    root: Path, notebooks: dict[str, list[NotebookNode]], sections: dict[str, dict] | None = None
+) -> Path:
+    """Notebooks by stem in `root`, and a profile `quick` of its own that changes the settings of these sections."""
+    (root / "notebooks").mkdir(parents=True)
+    (root / "profiles").mkdir()
     for stem, cells in notebooks.items():
         write_notebook(root / "notebooks" / f"{stem}.ipynb", *cells)
-    (root / "notebooks" / "profiles" / "quick.yaml").write_text(profile)
+    (root / "profiles" / "quick.yaml").write_text(f"{PROFILE} {json.dumps(sections or {})}\n")  # JSON is YAML
     return root

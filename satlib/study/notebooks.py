@@ -49,7 +49,7 @@ def check(profile: str, *, only: str | None = None) -> Path:
     Raises `SatlibError` for an unknown profile or notebook, a folder that cannot be written, a full disk, and
     a data root that is not there.
     """
-    settings.check_profile(profile)
+    settings.profile_path(profile)
     select_notebooks(only)
     root = project_root()
     folder = root / "notebooks" / "executed" / profile

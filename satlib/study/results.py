@@ -16,7 +16,7 @@ from satlib.study.claims.scenes import SceneModel
 from satlib.study.measurement import Run
 from satlib.study.records import Record
 from satlib.study.settings import SECTIONS as STATED
-from satlib.study.settings import profile_names, settings
+from satlib.study.settings import profile_paths, settings
 
 COSTS = {  # a reported time, and the way of training whose epoch it is
     "cifar10/cost/shared": "s = 64",
@@ -312,7 +312,7 @@ def section_rows(section: str, profile: str, settings: Any, models: list, cost: 
 def rows(profile: str | None = None, *, published: bool = False) -> list[Row]:
     """Every number of the paper with ours under `profile`; without one, for each the weightiest profile that has it."""
     records = Records(published=published)
-    names = [profile] if profile else [name for name in BY_WEIGHT if name in profile_names()]
+    names = [profile] if profile else [name for name in BY_WEIGHT if name in profile_paths()]
     by_profile = [
         [row for section in SECTIONS for row in section_rows(section, name, *evaluated(section, name, records))]
         for name in names

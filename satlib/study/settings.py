@@ -1,7 +1,8 @@
 """Settings flow one way: the paper's (`satlib.paper`), what a profile changes, what a reader changes.
 
-A profile is a file `satlib/study/profiles/NAME.yaml` with one line of text each under `description`, `hardware` and
-`time`, and under `sections` by section only what differs from the paper, or where the paper is silent from our default.
+A profile is a file `satlib/study/profiles/NAME.yaml` (or one of your own, `profiles/NAME.yaml` in the project's folder)
+with one line of text each under `description`, `hardware` and `time`, and under `sections` by section only what differs
+from the paper, or where the paper is silent from our default.
 """
 
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from satlib.errors import SatlibError, nearest
 from satlib.paper import CHECKS, CIFAR10, CITYSCAPES, IMAGENET, METHOD
+from satlib.paths import project_root
 
 # What each section is asked with in the paper; "method": sections 3 to 5; "checks": whether evaluations can be trusted.
 SECTIONS = {"6.1": CIFAR10, "6.2": IMAGENET, "6.3": CITYSCAPES, "method": METHOD, "checks": CHECKS}
@@ -26,7 +28,6 @@ NOTEBOOKS = {  # the sections whose runs a notebook needs
     "08_teaser": ("6.2", "6.3"),
     "09_can_we_trust_it": ("checks",),
 }
-FOLDER = Path(__file__).with_name("profiles")
 TEXTS = ("description", "hardware", "time")
 
 
@@ -41,22 +42,28 @@ class Profile:
     sections: Mapping[str, Mapping[str, object]]
 
 
-def profile_names() -> list[str]:
-    """All profiles, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def profile_paths() -> dict[str, Path]:
+    """The files of all profiles by name, sorted; needs nothing installed."""
+    folders = (Path(__file__).with_name("profiles"), project_root() / "profiles")
+    paths = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    return dict(sorted(paths.items()))
 
 
-def check_profile(name: str) -> None:
-    """Raises `SatlibError` for an unknown profile, with the nearest name; needs nothing installed."""
-    if name not in profile_names():
-        raise SatlibError(f"unknown profile {name!r}{nearest(name, profile_names())}")
+def profile_path(name: str) -> Path:
+    """The file of a profile. Raises `SatlibError` for an unknown one, with the nearest name."""
+    if name not in (paths := profile_paths()):
+        raise SatlibError(f"unknown profile {name!r}{nearest(name, paths)}")
+    return paths[name]
+
+
+def load(name: str) -> Profile:
+    """The profile `name`. Raises `SatlibError` naming the file, the key and what was expected."""
+    path = profile_path(name)
+    return _loaded(path, path.stat().st_mtime_ns)
 
 
 @cache
-def load(name: str) -> Profile:
-    """The profile `name`. Raises `SatlibError` naming the file, the key and what was expected."""
-    check_profile(name)
-    path = FOLDER / f"{name}.yaml"
+def _loaded(path: Path, changed: int) -> Profile:
     content = _read_yaml(path)
     expected = dict.fromkeys(TEXTS, str) | {"sections": dict}
     if not isinstance(content, dict):
@@ -75,7 +82,7 @@ def load(name: str) -> Profile:
         if not isinstance(changes, dict):
             raise SatlibError(f"{path}: sections: {section} is {changes!r}, expected settings as `name: value`")
     texts = {key: content[key].strip() for key in TEXTS}
-    return Profile(name=name, **texts, sections=content["sections"])
+    return Profile(name=path.stem, **texts, sections=content["sections"])
 
 
 def _read_yaml(path: Path) -> object:

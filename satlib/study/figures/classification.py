@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from satlib.study.claims import Model, front
-from satlib.study.claims.evaluation import size
+from satlib.study.claims import Model, front, size_text
 from satlib.study.figures import (
     ACCURACY,
     BLUE,
@@ -69,7 +68,7 @@ def _draw_fronts_by_eps_uni(
         axis.plot([], [], label=paper, **REFERENCE)
     axis.set(xlabel=ACCURACY, ylabel=robustness_label("uni", delta))
     if unbroken := [model.title for model in models if model.eps_uni is None]:
-        axis.text(0.02, 0.02, f"{size(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
+        axis.text(0.02, 0.02, f"{size_text(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
 
 
 def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from satlib.attacks import perturb
-from satlib.study.claims import Model, front
-from satlib.study.claims.evaluation import size
+from satlib.study.claims import Model, front, size_text
 from satlib.study.figures import EPS, PALETTE, RED, as_picture, finish, look, perturbation_picture
 from satlib.study.figures.scenes import colour
 from satlib.study.live import BATCH, Attacked, Shared, interval
@@ -139,7 +138,7 @@ def trade_figure(
     axis.set(xlabel="clean accuracy (%)", ylabel="eps_uni(0.75) (pixel units of 255)")
     axis.grid(alpha=0.4)
     axis.legend(fontsize=7, loc="lower left")
-    title = f"{chosen.title}: accuracy {chosen.accuracy:.1f} %, eps_uni {size(chosen.eps_uni)} · {dataset}"
+    title = f"{chosen.title}: accuracy {chosen.accuracy:.1f} %, eps_uni {size_text(chosen.eps_uni)} · {dataset}"
     finish(figure, title, size=11)
     if row is None or pictures is None:
         figure.text(0.74, 0.5, "neither its perturbation nor its weights\nare here: only its numbers", ha="center")

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from satlib.robustness import LARGEST
-from satlib.study.claims.evaluation import size
+from satlib.study.claims import size_text
 from satlib.study.claims.scenes import SceneModel
 from satlib.study.figures import (
     BLUE,
@@ -99,7 +99,7 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
             each is None for m in models for each in (getattr(m, untargeted), *(getattr(e, name) for e in m.curve))
         ):
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
-            axis.annotate(f"{size(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
+            axis.annotate(f"{size_text(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
         for key in paper:
             point = (1.16 * last, reported[f"cityscapes/{key}"])
             axis.plot(*point, **REFERENCE)

@@ -5,20 +5,17 @@ import types
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from satlib.study.experiments import with_parameters
-from satlib.study.experiments.trust import ATTACKS, attack_run
-from satlib.study.kinds.trust import after_saving
 
 from satlib import evaluation_checks as audit
-from satlib import paper
 from satlib.data import ImageSet, Splits
 from satlib.errors import SatlibError
-from satlib.study import experiments
-from satlib.study import runs as lab_module
+from satlib.study import runs as runs_module
 from satlib.study.claims import evaluation_checks as claims
 from satlib.study.figures import evaluation_checks as drawings
 from satlib.study.ledger import Ledger
+from satlib.study.measurements.evaluation_checks import SEARCHES, after_saving, attack_run, checks, differences
 from satlib.study.runs import Runner
+from satlib.study.settings import settings
 
 SMALL = {
     "dataset": "shapes32",
@@ -46,20 +43,19 @@ CHOICES = {
     "epsilons": [8.0, 255.0],
     "images": 32,
     "steps": 2,
-    "attacks": list(ATTACKS),
+    "attacks": list(SEARCHES),
     "depths": [14],
     "seeds": 2,
 }
 
 
 def plan_of(changes=()):
-    settings = with_parameters(paper.CIFAR10, SMALL)
-    choices = with_parameters(paper.TRUST, CHOICES | dict(changes))
-    return settings, experiments.trust(settings, choices)
+    cifar10 = settings("6.1", "paper", **SMALL)
+    return cifar10, checks(settings("checks", "paper", **CHOICES | dict(changes)), cifar10)
 
 
 def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
-    monkeypatch.setattr(lab_module.data, "load", lambda name: tiny)
+    monkeypatch.setattr(runs_module.data, "load", lambda name: tiny)
     _, plan = plan_of()
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     runner.carry_out(plan.runs)
@@ -69,8 +65,8 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     masked = runner.record(plan.masked["rounded"]).metrics
     assert masked["without gradient"] == 1 and runner.record(plan.audits["ERM"]).metrics["without gradient"] < 1
     found = {model: {name: runner.record(run) for name, run in runs.items()} for model, runs in plan.attacks.items()}
-    assert all(set(runs) == set(ATTACKS) for runs in found.values())
-    assert len({record.id for runs in found.values() for record in runs.values()}) == 2 * len(ATTACKS)
+    assert all(set(runs) == set(SEARCHES) for runs in found.values())
+    assert len({record.id for runs in found.values() for record in runs.values()}) == 2 * len(SEARCHES)
     carried = runner.record(plan.transfer).metrics
     assert carried["titles"] == ["ERM", "s=8, eps=10, sigma=0.7", "ERM, 14 layers"]
     assert len(carried["rates"]) == len(carried["noise"]) == len(carried["clean"]) == 3
@@ -80,15 +76,26 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     assert len({runner.record(run).id for run in plan.seeds["ERM"]}) == 2
 
 
-def test_attacks_take_as_many_gradients_as_the_papers():
-    settings, plan = plan_of()
-    for name in ATTACKS:
-        run = attack_run(settings, plan.models["ERM"], name)
-        attack = run.config["attack"]
-        assert attack["steps"] * attack["batch_size"] * run.config.get("restarts", 1) == 8 * 8, name
-    assert attack_run(settings, plan.models["ERM"], "paper").config == plan.attacks["ERM"]["paper"].config | {
-        "search": settings.search
-    }
+def test_variants_of_the_paper_s_attack_take_as_many_gradients():
+    cifar10, plan = plan_of()
+    for name in SEARCHES.keys() - {"mean of signs", "DeepFool"}:
+        attack = attack_run(cifar10, plan.models["ERM"], name).settings["attack"]
+        larger, restarts = attack.get("larger", 1), attack.get("restarts", 1)
+        steps = attack["steps"] // (larger * restarts)
+        assert steps * attack["batch_size"] * larger * restarts == 8 * 8, name
+    binary = attack_run(cifar10, plan.models["ERM"], "paper").settings
+    assert binary == plan.attacks["ERM"]["paper"].settings | {"search": cifar10.search}
+
+
+def test_what_an_attack_changes_about_the_paper_s_stays_changed():
+    cifar10, plan = plan_of()
+    of = {name: attack_run(cifar10, plan.models["ERM"], name).settings["attack"] for name in SEARCHES}
+    assert of["paper"]["loss_threshold"] == of["momentum"]["loss_threshold"] == cifar10.loss_threshold
+    assert of["uncapped"]["loss_threshold"] is None and of["uncapped"]["label_smoothing"] == cifar10.label_smoothing
+    assert of["margin"]["loss_threshold"] is None and of["margin"]["label_smoothing"] == 0
+    assert differences("paper") == {} and differences("warm start") == {"warm_start": True}
+    assert differences("momentum") == {"update": "momentum"} and differences("restarts") == {"restarts": 4}
+    assert differences("hard targets") == {"loss_threshold": None, "label_smoothing": 0.0}
 
 
 @pytest.mark.parametrize(
