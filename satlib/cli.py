@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -186,8 +187,8 @@ def _sweep(
 
 def _dry_run(runner: "Runner", runs: list["Run"], path: Path | None) -> None:
     """Every run of the plan in its order, with an estimate of its time from a measured probe of its model."""
+    from satlib.device import device_name
     from satlib.study import costs
-    from satlib.study.provenance import device_name
 
     lines, found = costs.estimate(runner, runs)
     print("\n".join(lines))
@@ -251,7 +252,7 @@ def _results(profile: str | None, as_json: bool) -> None:
     from satlib.study import results
 
     if as_json:
-        print(json.dumps(results.as_json(results.rows(profile)), indent=1))
+        print(json.dumps([asdict(row) for row in results.rows(profile)], indent=1))
     else:
         print(results.table(profile))
 

@@ -13,12 +13,14 @@ import functools
 import io
 import os
 import pickle
+import platform
 import statistics
 import time
 import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,17 @@ def fastest_dtype(device_type: str) -> torch.dtype:
     finally:
         torch.set_num_threads(threads)
     return torch.bfloat16 if statistics.median(ratios) < 0.8 else torch.float32
+
+
+def device_name() -> str:
+    """The GPU's name once this process has used it, else the processor's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def used_dtype() -> torch.dtype | None:

@@ -171,7 +171,7 @@ def test_data_of_the_notebooks_asked_for_must_be_there(tmp_path):
     write_project(tmp_path, {"00_a": GOOD, "04_cifar10": GOOD}, {"6.1": {"dataset": "cifar10"}})
     with pytest.raises(SatlibError, match="CIFAR-10"):
         run(tmp_path)
-    assert run(tmp_path, only="00")[0] == 0
+    assert run(tmp_path, only="00", force=True)[0] == 0
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_interrupt_ends_the_kernel(tmp_path):
     slow = [code("import os, time\nprint(f'[run] {os.getpid()}', flush=True)\ntime.sleep(600)")]
-    write_project(tmp_path, {"00_slow": slow})
+    write_project(tmp_path, {"00_slow": [parameters("profile: str = 'none'"), *slow]})
     environment = os.environ | {"SATLIB_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, "-m", "satlib", "run"]
     # A shell that runs this in the background has SIGINT ignored, which children inherit: a person's Ctrl-C is not.

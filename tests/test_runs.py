@@ -28,6 +28,7 @@ from satlib.study.ledger import Ledger
 from satlib.study.measurement import Measurement, Run
 from satlib.study.measurements import cifar10, cityscapes, imagenet, method
 from satlib.study.measurements.classification import entropy_bits, erm_run, robustness_run
+from satlib.study.measurements.training import start
 from satlib.study.runs import BudgetSpent, Runner
 from satlib.study.settings import settings as settings_of
 
@@ -418,7 +419,8 @@ def test_erm_starts_from_more_classes_and_keeps_all_but_the_head(tiny, tmp_path,
     runner = Runner(ledger=Ledger(tmp_path), device="cpu")
     first = plan.erm.parents["init"]
     assert (first.title, first.dataset, plan.erm.dataset) == ("ERM on many", "many", "few")
-    begun, fitted = runner.initial_model(plan.erm)
+    begun = runner.new_model(plan.erm)
+    fitted = start(begun, runner.record(first, whole=True), "", {})
     assert set(fitted.other_shape) == {"net.fc.weight", "net.fc.bias"} and not fitted.missing and not fitted.unused
     parent = runner.record(first, whole=True).tensors("weights")
     for name, value in begun.state_dict().items():

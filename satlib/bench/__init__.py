@@ -1,136 +1,23 @@
 """Speed: ours against torchattacks, Foolbox and ART, in one process, on the same model and data.
 
-`rows` measures, `peers` calls the others as their documentation shows. Here is what all rows share: a trained model,
-the clock, and the table. Timings are no tests; what every fast path computes is held by tests.
+`rows` measures, `peers` calls the others as their documentation shows, `race` has the model and the clock. Timings are
+no tests; what every fast path computes is held by tests.
 """
 
-import functools
 import json
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from satlib import files
-from satlib.data import Splits
-from satlib.device import autocast, fastest_dtype
+from satlib.bench.race import Bench, Row
+from satlib.bench.rows import ROWS
 from satlib.errors import SatlibError
-from satlib.paper import Cifar10
-from satlib.study import experiments
-from satlib.study.provenance import device_name, provenance
-from satlib.study.runs import Runner
 
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. ours and peer are medians in `unit`; ratio is how many times better ours is (above 1: better).
-
-    peer is None where nothing of the kind exists or is installed; spread is the range of our repeats, in `unit`.
-    """
-
-    row: str
-    what: str
-    ours: float
-    peer: float | None
-    peer_name: str
-    unit: str
-    ratio: float | None
-    spread: float
-    device: str
-    note: str = ""
-
-
-class Bench:
-    """A device with a model trained on the embedded images, and how to time things there.
-
-    On a CPU the network is ResNet-20 of width 16, on CUDA the paper's (width 64). Training is a run of the ledger.
-    """
-
-    def __init__(self, *, device: str | None = None, repeats: int = 3) -> None:
-        self.runner = Runner(profile="bench", device=device)
-        self.device, self.repeats, self.progress = self.runner.device, repeats, self.runner.progress
-        self.on_cuda = self.device.type == "cuda"
-        threads = "" if self.on_cuda else f", {torch.get_num_threads()} threads"
-        self.name = (torch.cuda.get_device_name() if self.on_cuda else device_name()) + threads
-        self.settings = Cifar10(
-            dataset="shapes32",
-            width=64 if self.on_cuda else 16,
-            erm_epochs=6,
-            erm_batch_size=64,
-            erm_learning_rate=0.2,
-            erm_schedule="one-cycle",
-        )
-
-    @functools.cached_property
-    def splits(self) -> Splits:
-        return self.runner.splits(self.settings.dataset)
-
-    @functools.cached_property
-    def model(self) -> nn.Module:
-        return self.runner.model(experiments.erm_run(self.settings))
-
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Wall time of one call, with all work on the device done."""
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize()
-
-    def race(self, functions: Mapping[str, Callable[[], object]], *, warm_up: bool = True) -> dict[str, list[float]]:
-        """Seconds of every function, `repeats` of each, in turn: a slow moment of the machine meets all of them."""
-        taken: dict[str, list[float]] = {name: [] for name in functions}
-        if warm_up:
-            for function in functions.values():
-                function()
-        for _ in range(self.repeats):
-            for name, function in functions.items():
-                taken[name].append(self.seconds(function))
-                self.progress.update(f"[bench] {name}: {taken[name][-1]:.2f} s")
-        return taken
-
-    def row(
-        self,
-        row: str,
-        *,
-        what: str,
-        unit: str,
-        ours: list[float],
-        peer: list[float] | None,
-        peer_name: str,
-        more_is_better: bool,
-        note: str,
-    ) -> Row:
-        """A row from repeated measurements, by their medians."""
-        mine, other = statistics.median(ours), statistics.median(peer) if peer else None
-        below, above = (other, mine) if more_is_better else (mine, other)
-        ratio = above / below if above is not None and below else None
-        return Row(row, what, mine, other, peer_name, unit, ratio, max(ours) - min(ours), self.name, note)
-
-    @functools.cached_property
-    def peak(self) -> float:
-        """FLOP/s of a large matrix product in the format that convolutions use here: what the hardware can do."""
-        size = 8192 if self.on_cuda else 2048
-        a, b = (torch.randn(size, size, device=self.device, dtype=fastest_dtype(self.device.type)) for _ in range(2))
-        a @ b
-        return 2 * size**3 / min(self.seconds(lambda: a @ b) for _ in range(10))
-
-    def share_of_peak(self, function: Callable[[], object], seconds: float) -> str:
-        """How much of the peak a call reaches that takes `seconds`, counting the FLOPs of its matrix products."""
-        with FlopCounterMode(display=False) as counter, autocast(self.device):
-            function()
-        share = counter.get_total_flops() / seconds / self.peak
-        return f"{share:.0%} of the {self.peak / 1e12:.2f} TFLOP/s that a large matrix product reaches here"
+__all__ = ["Bench", "Row", "run", "table", "write"]
 
 
 def run(
@@ -141,8 +28,6 @@ def run(
     path: a JSON file of the rows, written anew after each, so that a kill loses the row in progress alone. Raises
     SatlibError for an unknown row, before anything is measured.
     """
-    from satlib.bench.rows import ROWS
-
     wanted = list(ROWS) if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in ROWS:
@@ -156,7 +41,8 @@ def run(
         if path:
             write(path, found)
         print(f"[bench] {name}: {ROWS[name].__doc__} ({time.monotonic() - start:.0f} s)", flush=True)
-    return found, provenance() | {"device": bench.name, "platform": platform.platform(), "repeats": repeats}
+    where = {"device": bench.name, "platform": platform.platform(), "versions": {"torch": str(torch.__version__)}}
+    return found, where | {"repeats": repeats}
 
 
 def table(rows: list[Row]) -> str:

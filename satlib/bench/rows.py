@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, success_rates, universal_pgd
-from satlib.bench import Bench, Row, peers
+from satlib.bench import peers
+from satlib.bench.race import Bench, Row
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile, workers_here
 from satlib.data.streamed import StreamedImages, StreamedSet

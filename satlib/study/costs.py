@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from satlib.device import device_name
 from satlib.files import write_text
 from satlib.paths import project_root
 from satlib.progress import duration
-from satlib.study.provenance import device_name
 from satlib.study.runs import Run, Runner, network
 
 
@@ -38,7 +38,7 @@ def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]
     unique = list(dict.fromkeys(each for run in runs for each in run.ancestry()))
     lines, costs = [], {}
     for dataset in dict.fromkeys(run.dataset for run in unique):
-        if why := runner.stand_in(dataset):
+        if why := runner.dummy_data(dataset):
             lines.append(f"{dataset}: not here, so that none of its records can be looked up: {why}")
     waiting, timed = runner.todo(runs), set()
     for key, run in {runner.spec(run).id: run for run in unique}.items():

@@ -1,6 +1,5 @@
 """Where and with what a run was made."""
 
-import contextlib
 import functools
 import os
 import platform
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 import satlib
-from satlib.device import used_dtype
+from satlib.device import device_name, used_dtype
 from satlib.paths import project_root
 
 
@@ -37,17 +36,6 @@ def commit() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "satlib"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
-
-
-def device_name() -> str:
-    """The GPU's name once this process has used it, else the processor's."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def provenance() -> dict:

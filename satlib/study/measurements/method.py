@@ -23,12 +23,13 @@ from satlib.attacks import (
 from satlib.data import ImageSet, Splits
 from satlib.paper import Method
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
-from satlib.study.measurement import Measurement, Run, measurement, options_of
+from satlib.study.measurement import Measurement, Run, measurement
 from satlib.study.measurements.classification import erm_run, finetune_run, robustness_run
 from satlib.study.measurements.robustness import adversarial_robustness
 from satlib.study.records import Workspace
+from satlib.universal import options
 
-UNIVERSAL = {"universal": lambda given: options_of(universal_pgd)}  # the frozen defaults of its settings
+UNIVERSAL = {"universal": lambda given: options(universal_pgd)}  # the frozen defaults of its settings
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -101,7 +101,7 @@ def aims(data: Splits, part: ImageSet, target: str) -> Tensor:
     return repeated(scene_target(data, target), len(part)) if target else part.labels
 
 
-@measurement(version=1, nested={"attack": lambda given: options_of(deepfool)})
+@measurement(version=1, nested={"attack": lambda given: options(deepfool)})
 def universal_deepfool(
     model: nn.Module,
     data: Splits,

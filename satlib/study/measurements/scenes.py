@@ -21,12 +21,13 @@ from satlib.segmentation import (
     weakening,
     without,
 )
-from satlib.study.measurement import Run, measurement, options_of
+from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Point
 from satlib.study.measurements.robustness import adversarial_robustness, search_run
 from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
 from satlib.study.records import Record, Workspace
 from satlib.training import Training
+from satlib.universal import options
 
 
 @measurement(version=2, artefacts=("perturbations",), on_demand=True)
@@ -79,7 +80,7 @@ def perturbation_structure(
 
 
 @measurement(
-    version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options_of(universal_pgd)}
+    version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options(universal_pgd)}
 )
 def hiding(
     model: nn.Module,

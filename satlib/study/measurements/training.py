@@ -13,7 +13,7 @@ from torch import nn
 from satlib.data import Splits, training_images
 from satlib.defenses import DEFENSES
 from satlib.errors import SatlibError
-from satlib.models import build, load_matching, load_pretrained
+from satlib.models import Fitted, build, load_matching, load_pretrained
 from satlib.parallel import current_ranks
 from satlib.paths import named_file
 from satlib.study.measurement import Run, measurement, options_of
@@ -62,19 +62,10 @@ def train(
     as `previous` goes on from there, as if it had never stopped: so that models can be looked at along the way
     (Figure 5). defense: name and options of one of `satlib.defenses.DEFENSES`.
     """
-    settings, model = (
-        Training.from_config(training),
-        untrained(data, {"architecture": architecture, "training": training}),
-    )
+    settings = Training.from_config(training)
+    model = untrained(data, {"architecture": architecture, "training": training})
     last_epoch, state, history = until or settings.epochs, {}, []
-    fitted = None
-    if init:
-        fitted = load_matching(model, init.tensors("weights"), source=init.labels["title"])
-    elif pretrained and current_ranks().rank == 0:
-        path = named_file(labels["pretrained"])
-        if file_digest(path) != pretrained:
-            raise SatlibError(f"pretrained: {path} changed while this ran; start again")
-        fitted = load_pretrained(model, path)
+    fitted = start(model, init, pretrained, labels)
     if fitted and (fitted.missing or fitted.other_shape or fitted.unused):
         progress(str(fitted), 0.0, lasting=True)
     if previous:
@@ -117,6 +108,21 @@ def train(
     if last_epoch < settings.epochs:
         work.save_tensors("optimizer", {k: v for k, v in last.items() if not k.startswith("model.")})
     return _scores(model, data) | {"test_images": len(data.test), "history": history}
+
+
+def start(model: nn.Module, init: Record | None, pretrained: str, labels: dict) -> Fitted | None:
+    """Give the model the weights that its training starts from, and say what of them fitted; None without any.
+
+    Where classes differ, the head keeps its random weights.
+    """
+    if init:
+        return load_matching(model, init.tensors("weights"), source=init.labels["title"])
+    if not pretrained or current_ranks().rank > 0:  # the others get what rank 0 found
+        return None
+    path = named_file(labels["pretrained"])
+    if file_digest(path) != pretrained:
+        raise SatlibError(f"pretrained: {path} changed while this ran; start again")
+    return load_pretrained(model, path)
 
 
 def _scores(model: nn.Module, data: Splits) -> dict:
