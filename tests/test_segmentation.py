@@ -203,7 +203,7 @@ def test_section_6_3_in_miniature(scenes, tmp_path, monkeypatch):
     assert {"accuracy", "mean_iou", "validation_mean_iou", "class_iou"} <= metrics.keys()
     search = runner.record(plan.targeted[plan.erm])
     assert "loss_threshold" not in search.config["attack"] and search.config["target"] == "train_3"
-    assert runner.record(plan.untargeted[plan.erm]).config["attack"]["loss_threshold"] == paper.KAPPA
+    assert runner.record(plan.untargeted[plan.erm]).settings["attack"]["loss_threshold"] == paper.KAPPA
     structure = runner.record(plan.structure[plan.erm])
     assert len(structure.metrics["universal"]["weakening"]) == 4
     assert structure.arrays("perturbations")["segmented_own"].shape == (16, 24)

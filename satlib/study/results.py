@@ -296,7 +296,7 @@ def _fill_imagenet(rows: _Rows, models: list[Model], plan: experiments.Plan, rec
 def _fill_cityscapes(rows: _Rows, models: list[SceneModel], plan: experiments.ScenesPlan, records: Records) -> None:
     erm, *defended = matched(models)
     chosen = {m.family: m for m in (erm, *defended)}
-    delta = erm.searches[0].config["delta"]
+    delta = erm.searches[0].settings["delta"]
     where = {} if delta == CITYSCAPES.delta else {"dataset": f"{rows.dataset}, but delta = {delta:g}"}
     rows.fill("cityscapes/erm/iou", erm.iou, [erm], "other setting", seeds=1)
     names, measures = {"erm": "ERM", "s1": "s = 1", "s5": "s = 5"}, ("eps_uni_targeted", "eps_uni", "eps_adv")
