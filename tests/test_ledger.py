@@ -27,7 +27,16 @@ from hypothesis import strategies as st
 from satlib.errors import SatlibError
 from satlib.study import records
 from satlib.study.ledger import Ledger
-from satlib.study.records import CHECKPOINT, DamageWarning, RunSpec, Workspace, digest_of, read_record
+from satlib.study.records import (
+    CHECKPOINT,
+    DamageWarning,
+    RunSpec,
+    Workspace,
+    digest_of,
+    merge_settings,
+    read_record,
+    split_settings,
+)
 
 RUNS, EPOCHS = 12, 5
 processes = multiprocessing.get_context("fork")  # real processes to kill, without importing torch in each
@@ -155,6 +164,95 @@ def test_a_spec_keeps_its_id_when_the_callers_dict_changes():
     assert run.config["eps"] == before and run.id == RunSpec("kind", {"eps": [8, 16]}, 1).id
 
 
+# Settings: what differs from the defaults makes the id
+
+
+DEFAULTS = {"eps": 8, "loss": None, "attack": {"steps": 4, "beta": 4, "sizes": [1, 2]}, "sets": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, {}),
+        ({"eps": 8.0, "attack": {"steps": 4.0, "beta": 4, "sizes": (1.0, 2)}}, {}),
+        ({"eps": 8.5}, {"eps": 8.5}),
+        ({"eps": True}, {"eps": True}),
+        ({"eps": "8"}, {"eps": "8"}),
+        ({"attack": {"steps": 5, "beta": 4, "sizes": [1, 2]}}, {"attack": {"steps": 5}}),
+        ({"attack": DEFAULTS["attack"] | {"sizes": [2]}}, {"attack": {"sizes": [2]}}),
+        ({"attack": DEFAULTS["attack"] | {"new": {"a": 1}}}, {"attack": {"new": {"a": 1}}}),
+        ({"attack": {"steps": 5, "beta": 4}}, {"attack": {"steps": 5, "-sizes": None}}),
+        ({"attack": {}}, {"attack": {"-steps": None, "-beta": None, "-sizes": None}}),
+        ({"attack": None}, {"attack": None}),
+        ({"loss": {"a": 1}, "sets": {"b": 2}}, {"loss": {"a": 1}, "sets": {"b": 2}}),
+        ({"unknown": 3, "loss": {}}, {"unknown": 3, "loss": {}}),
+    ],
+)
+def test_settings_are_split_into_what_differs_from_the_defaults_and_the_rest(changes, config):
+    settings = DEFAULTS | changes
+    differing, equal = split_settings(settings, DEFAULTS)
+    assert differing == config and digest_of(differing) == digest_of(config)
+    for defaults in (equal, DEFAULTS):
+        assert digest_of(merge_settings(differing, defaults)) == digest_of(settings)
+
+
+names = st.text(alphabet="abc", min_size=1, max_size=2)
+some_settings = st.dictionaries(
+    names, st.recursive(json_values, lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=6), max_size=4
+)
+
+
+def with_plain_keys(value):
+    """Whether no name in these settings begins with the sign of what is left out."""
+    if isinstance(value, dict):
+        return all(not name.startswith("-") and with_plain_keys(item) for name, item in value.items())
+    return True
+
+
+@settings(deadline=None)
+@given(some_settings.filter(with_plain_keys), some_settings.filter(with_plain_keys))
+def test_what_settings_are_split_into_gives_them_back(chosen, defaults):
+    config, equal = split_settings(chosen, defaults)
+    merged = [merge_settings(config, rest) for rest in (equal, defaults)]
+    assert [digest_of(m) for m in merged] == [digest_of(chosen)] * 2
+    assert split_settings(chosen, chosen)[0] == {}
+
+
+def test_settings_that_cannot_be_kept_are_refused_by_name():
+    with pytest.raises(SatlibError, match=r"settings\['eps'\].*nan"):
+        split_settings({"eps": math.nan}, {})
+    with pytest.raises(SatlibError, match="'-eps' starts with '-'"):
+        split_settings({"attack": {"-eps": 8}}, {"attack": None})
+
+
+def test_an_option_that_is_added_with_a_default_leaves_the_records_found(tmp_path):
+    def planned(chosen, defaults):
+        config, equal = split_settings(chosen, defaults)
+        return RunSpec("toy", config, 1, defaults=equal)
+
+    ledger, chosen = Ledger(tmp_path), DEFAULTS | {"eps": 10}
+    made = ledger.get_or_compute(planned(chosen, DEFAULTS), lambda work: {})
+    assert (made.config, made.settings) == ({"eps": 10}, chosen)
+    assert made.defaults == {name: value for name, value in DEFAULTS.items() if name != "eps"}
+    longer = DEFAULTS["attack"] | {"schedule": "geometric"}
+    later = planned(chosen | {"attack": longer}, DEFAULTS | {"attack": longer})
+    assert later == planned(chosen, DEFAULTS) and later.defaults != planned(chosen, DEFAULTS).defaults
+    assert ledger.find(later.id) == made
+    assert ledger.find(planned(chosen | {"attack": longer | {"schedule": "none"}}, DEFAULTS).id) is None
+
+
+def test_a_record_without_defaults_is_read_as_it_was_written(tmp_path):
+    made = Ledger(tmp_path).get_or_compute(spec(eps=8), lambda work: {"value": 1})
+    content = json.loads((made.path / "record.json").read_text())
+    assert content.pop("defaults") == {}
+    text = records.render_record(content)
+    (made.path / "record.json").write_bytes(text)
+    with no_damage():
+        read = Ledger(tmp_path).find(made.id)
+    assert b"defaults" not in text and read == dataclasses.replace(made, digest=read.digest)
+    assert (read.defaults, read.settings) == ({}, {"number": 0, "eps": 8})
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [
@@ -171,6 +269,8 @@ def test_a_spec_keeps_its_id_when_the_callers_dict_changes():
 def test_what_is_not_plain_json_is_refused_by_name(tmp_path, value, named):
     with pytest.raises(SatlibError, match=r"config\['outer'\]\[1\].*" + named) as caught:
         spec(outer=[0, value])
+    with pytest.raises(SatlibError, match=r"defaults\['outer'\].*" + named):
+        RunSpec("toy", {}, 1, defaults={"outer": value})
     assert "\n" not in str(caught.value)
     ledger = Ledger(tmp_path)
     with pytest.raises(SatlibError, match=r"metrics\['accuracy'\].*" + named):

@@ -248,4 +248,4 @@ def test_section_6_3_is_the_paper_s():
     assert (search["delta"], search["iterations"], search["images"]["report"]) == (0.95, 10, 16)
     attack = search["attack"]
     assert (attack["steps"], attack["batch_size"], attack["gamma"], attack["beta"]) == (200, 5, 0.99, 2.0)
-    assert plan.erm.config["architecture"] == {"name": "fcn8s", "width": 64}
+    assert plan.erm.settings["architecture"] == {"name": "fcn8s", "width": 64}

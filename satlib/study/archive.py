@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from filelock import Timeout
 
@@ -132,7 +133,7 @@ class _Header(tarfile.TarInfo):
     """A header of a plain tar file: none of tar's extensions, and no broken one, which tarfile takes for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -187,17 +188,14 @@ def _take_run(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[s
     with new_run(ledger.runs / run_id) as folder:
         for header in members.values():
             tar.extract(header, folder.parent, set_attrs=False, filter="data")
-        record = read_record(folder)
-        assert record is not None  # its file is there
-        if unlisted := members.keys() - {"record.json", *record.artefacts}:
+        if (record := read_record(folder)) and (unlisted := members.keys() - {"record.json", *record.artefacts}):
             raise Damage(f"{min(unlisted)} is not listed in the record")
     return True
 
 
 def _take_checkpoint(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[str, tarfile.TarInfo]) -> bool:
     """Check an unfinished run's checkpoint and put it in place; False if the run is known. Raises `Damage`."""
-    file = tar.extractfile(members[CHECKPOINT])
-    content = file.read() if file else b""
+    content = file.read() if (file := tar.extractfile(members[CHECKPOINT])) else b""
     if not is_checkpoint(content):
         raise Damage(f"{CHECKPOINT}: its SHA-256 is not the recorded one")
     target = ledger.runs / ".work" / run_id / CHECKPOINT

@@ -41,18 +41,18 @@ class DamageWarning(UserWarning):
 # Canonical JSON, settings and the run's id
 
 
-def check_json(value: object, where: str) -> None:
+def check_json(value: Any, where: str) -> None:
     """Raise `SatlibError`, naming the place, unless `value` is plain JSON: no tuple, array, tensor or NaN."""
     kind = type(value)
-    if isinstance(value, dict) and kind is dict:
+    if kind is dict:
         for key, item in value.items():
             if type(key) is not str:
                 raise SatlibError(f"{where}: the key {key!r} is {type(key).__name__}, expected str; quote it")
             check_json(item, f"{where}[{key!r}]")
-    elif isinstance(value, list) and kind is list:
+    elif kind is list:
         for index, item in enumerate(value):
             check_json(item, f"{where}[{index}]")
-    elif isinstance(value, float) and kind is float and not math.isfinite(value):
+    elif kind is float and not math.isfinite(value):
         raise SatlibError(f"{where} is {value}, expected a finite number; use None where there is none")
     elif kind not in (str, int, float, bool, NoneType):
         shown = " ".join(reprlib.repr(value).split())
@@ -91,10 +91,12 @@ def split_settings(settings: dict, defaults: dict) -> tuple[dict, dict]:
         if name.startswith("-"):
             raise SatlibError(f"the setting {name!r} starts with '-', which marks one that is left out; rename it")
         default = defaults.get(name)
-        if isinstance(value, dict) and isinstance(default, dict):
-            changed, kept = split_settings(value, default)
-            differing |= {name: changed} if changed else {}
-            equal |= {name: kept} if kept or not changed else {}
+        if isinstance(value, dict):
+            changed, kept = split_settings(value, default if isinstance(default, dict) else {})
+            if changed or not isinstance(default, dict):
+                differing[name] = changed
+            if kept or name not in differing:
+                equal[name] = kept
         else:
             same = name in defaults and digest_of(value) == digest_of(default)
             (equal if same else differing)[name] = value

@@ -35,7 +35,7 @@ def _first(records: Mapping[int | None, Record]) -> Record:
 
 def error_curves(record: Record) -> Figure:
     """Misclassification rate of one model against eps, for each kind of perturbation (kind `error_curves`)."""
-    metrics, epsilons = record.metrics, [0.0, *record.config["epsilons"]]
+    metrics, epsilons = record.metrics, [0.0, *record.settings["epsilons"]]
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
     for name, errors in metrics["errors"].items():
         axis.plot(epsilons, [metrics["clean_error"], *errors], label=name, **_ATTACKS[name])
@@ -63,7 +63,7 @@ def three_risks(record: Record) -> Figure:
     axes[0].set(xlabel="mean cross-entropy", xlim=(0, 1.2 * max(risk["loss"] for risk in chain)))
     axes[1].set(xlabel="misclassified images", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6))
     axes[1].xaxis.set_major_formatter(PercentFormatter(1.0))
-    eps = record.config["eps"]
+    eps = record.settings["eps"]
     return finish(figure, f"Undefended model, eps = {eps:g} pixel units · {record.labels['dataset']}")
 
 
@@ -80,7 +80,7 @@ def risk_chain(records: Mapping[int | None, Record]) -> Figure:
     ticks = ["$\\rho_{exp}$", "$\\rho_{uni}$", *(f"$\\rho_{{heap}}^{{({s})}}$" for s in sizes)]
     if sizes[-1] == 1:
         ticks[-1] = "$\\rho_{adv}$"
-    eps = _first(records).config["eps"]
+    eps = _first(records).settings["eps"]
     for axis in axes:
         axis.set(xlabel="risk, from its lower bound to its upper bounds")
         axis.set_xticks(range(len(ticks)), ticks)
@@ -108,13 +108,13 @@ def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
         plain_ticks(axis.xaxis, sizes)
         axis.set(xlabel="sharedness s (images in the heap, log scale)", title=model_name(sharedness))
         percent(axis, "misclassified images" if axis is axes[0][0] else "")
-    title = f"A shared perturbation fits its heap, eps = {_first(records).config['eps']:g} pixel units"
+    title = f"A shared perturbation fits its heap, eps = {_first(records).settings['eps']:g} pixel units"
     return finish(figure, f"{title} · {_first(records).labels['dataset']}", legend=axes[0][0], fontsize=9)
 
 
 def loss_threshold(record: Record) -> Figure:
     """Winner takes all (section 4.3): loss of every image under perturbations found with and without kappa."""
-    losses, kappa = record.arrays("losses"), record.config["loss_threshold"]
+    losses, kappa = record.arrays("losses"), record.settings["loss_threshold"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), width_ratios=(1.35, 1))
     kinds = {"uncapped": ("without threshold", "0.6", "--"), "capped": ("with threshold $\\kappa$", GREEN, "-")}
     for offset, (name, (label, color, line)) in enumerate(kinds.items()):
@@ -134,7 +134,7 @@ def loss_threshold(record: Record) -> Figure:
     right.set(title="what it buys", xlabel="what the share counts")
     percent(right, "share")
     right.set_ylim(0, 1.12)
-    s, eps = record.config["sharedness"], record.config["eps"]
+    s, eps = record.settings["sharedness"], record.settings["eps"]
     return finish(figure, f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units · {record.labels['dataset']}")
 
 
@@ -161,7 +161,7 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
     figure, axes = plt.subplots(2, len(records), figsize=(4.8 * len(records), 6.4), sharey="row", squeeze=False)
     for (upper, lower), (sharedness, record) in zip(axes.T, records.items(), strict=True):
         asked, eps_uni = record.metrics["evaluations"][1:], record.metrics["eps_uni"]
-        delta, color = record.config["delta"], look(sharedness)["color"]
+        delta, color = record.settings["delta"], look(sharedness)["color"]
         low, high = 0.0, 255.0
         for step, question in enumerate(asked, start=1):
             upper.plot([step, step], [low, high], color="0.75", linewidth=5, solid_capstyle="butt", zorder=1)
@@ -214,8 +214,8 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
         axis.plot(x, y, linestyle="--", marker=".", label=f"{model_name(sharedness)}: universal", **style)
         for value, marker in ((record.metrics["eps_adv"], "o"), (universal[sharedness].metrics["eps_uni"], "D")):
             if value is not None:
-                axis.plot(max(value, smallest), record.config["delta"], marker, markersize=8, **style)
-    delta = _first(adversarial).config["delta"]
+                axis.plot(max(value, smallest), record.settings["delta"], marker, markersize=8, **style)
+    delta = _first(adversarial).settings["delta"]
     axis.axhline(delta, color="0.4", linestyle=":", zorder=1, label=f"delta = {delta:g}")
     axis.set_xscale("log", base=2)
     plain_ticks(axis.xaxis, [smallest, 1, 4, 16, 64, 255])

@@ -54,7 +54,7 @@ def _prediction_style(wrong: bool | None) -> dict[str, str]:
 
 def two_attacks(record: Record) -> Figure:
     """The same images under perturbations of their own and under one for all (kind `gallery`)."""
-    arrays, predictions, eps = record.arrays("gallery"), record.metrics["predictions"], record.config["eps"]
+    arrays, predictions, eps = record.arrays("gallery"), record.metrics["predictions"], record.settings["eps"]
     images = arrays["images"]
 
     def seen(name: str, pictures: np.ndarray, title: str) -> Row:
@@ -72,7 +72,7 @@ def two_attacks(record: Record) -> Figure:
 
 def shared_training(record: Record) -> Figure:
     """Figure 2 from the record of a real mini-batch (kind `heap_trace`): one lane for each heap, read left to right."""
-    arrays, config, names = record.arrays("trace"), record.config, record.metrics
+    arrays, config, names = record.arrays("trace"), record.settings, record.metrics
     images, s, eps, steps = arrays["images"], config["sharedness"], config["eps"], config["steps"]
     d, heaps = len(images), len(arrays["perturbations"][0])
     alpha = config["relative_step_size"] * eps

@@ -79,9 +79,7 @@ def perturbation_structure(
     return metrics
 
 
-@measurement(
-    version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options(universal_pgd)}
-)
+@measurement(version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options(universal_pgd)})
 def hiding(
     model: nn.Module,
     data: Splits,
