@@ -172,9 +172,9 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
         ):
             answered = [(step, q["eps"], q["rate"]) for step, q in enumerate(asked, 1) if q["success"] == success]
             steps, epsilons, rates = zip(*answered, strict=True) if answered else ((), (), ())
-            look_of = {**style, "linestyle": "none", "zorder": 3, "clip_on": False}
-            upper.plot(steps, epsilons, **look_of)
-            lower.plot(epsilons, rates, **look_of)
+            alone = {"linestyle": "none", "zorder": 3, "clip_on": False}
+            upper.plot(steps, epsilons, **style, **alone)
+            lower.plot(epsilons, rates, **style, **alone)
         lower.axhline(delta, color="0.4", linestyle=":", label=f"delta = {delta:g}")
         if eps_uni is not None:
             upper.axhline(eps_uni, color=color, linewidth=1.2, label=f"eps_uni = {eps_uni:.1f}")

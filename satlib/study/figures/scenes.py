@@ -1,6 +1,6 @@
 """Figures of sections 6.3 and 6.4, and Figure 1: segmentations, and the perturbations that change them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -126,11 +126,8 @@ def segmentations(
     captioned = any(row.get("captions") for row in rows)
     row_height, width = 2.5 * shape[0] / shape[1] + (0.3 if captioned else 0.1), 2.5 * len(columns) + 1.2
     figure, axes = picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
-    drawn: dict[str, Any] = {
-        "labels": partial(colour, classes=classes),
-        "picture": as_picture,
-        "perturbation": perturbation_picture,
-    }
+    drawn: dict[str, Callable[[np.ndarray], np.ndarray]] = {"picture": as_picture, "perturbation": perturbation_picture}
+    drawn["labels"] = partial(colour, classes=classes)
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):
