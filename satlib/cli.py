@@ -226,7 +226,7 @@ def _train(profile: str, only: str, deadline: float | None, device: str | None) 
         if ranks.count > 1:
             chosen = [run for run in chosen if not run.settings["defense"]]
         runner = Runner(profile=profile, device=device, deadline=deadline)
-        runs = {runner.spec(r).id: r for run in chosen for r in run.ancestry()}
+        runs = runner.by_id(chosen)
         if ranks.rank > 0:
             runner.follow(runs)
             return 0

@@ -35,13 +35,12 @@ def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]
     Of a data set that is not here, noise of its geometry is timed, and nothing is looked up; a line says so.
     """
     runs = list(runs)
-    unique = list(dict.fromkeys(each for run in runs for each in run.ancestry()))
     lines, costs = [], {}
-    for dataset in dict.fromkeys(run.dataset for run in unique):
+    for dataset in dict.fromkeys(each.dataset for run in runs for each in run.ancestry()):
         if why := runner.dummy_data(dataset):
             lines.append(f"{dataset}: not here, so that none of its records can be looked up: {why}")
     waiting, timed = runner.todo(runs), set()
-    for key, run in {runner.spec(run).id: run for run in unique}.items():
+    for key, run in runner.by_id(runs).items():
         state = "done"
         if key in waiting:
             speed = runner.passes_per_second(run)

@@ -110,6 +110,13 @@ class Runner:
             )
         return self._specs[run]
 
+    def by_id(self, plan: Iterable[Run]) -> dict[str, Run]:
+        """All runs of a plan with what they build on, by id, in their order; of equal ones the first."""
+        runs: dict[str, Run] = {}
+        for run in dict.fromkeys(each for run in plan for each in run.ancestry()):
+            runs.setdefault(self.spec(run).id, run)
+        return runs
+
     def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:
         what = run.measurement
         return (what.artefacts if whole or not what.on_demand else ()) + also
@@ -202,7 +209,7 @@ class Runner:
         A run that another process is computing is left to it while there is other work. With `failed`, a run that
         raises is noted and handed to it, and all others are carried out but for those that build on it.
         """
-        runs = {self.spec(r).id: r for run in plan for r in run.ancestry()}
+        runs = self.by_id(plan)
         self._order = {key: place for place, key in enumerate(runs, start=1)}
         self._waiting = self.todo(runs.values())
         self._mixed = len({network(run) for run in self._waiting.values()}) > 1
