@@ -10,6 +10,8 @@ from satlib.data import scenes, streets
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 
+CAMVID_CLASSES = tuple(name for name in scenes.label_values("camvid").values() if name)
+
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
@@ -61,9 +63,7 @@ def test_camvid_is_read_in_its_layout(root):
     splits = load("camvid:32x24", root)
     assert [len(s) for s in vars(splits).values()] == [3, 3, 3]
     train = splits.train
-    assert set(train.frames) == {"train_0", "train_1", "train_2"} and train.classes == tuple(
-        scenes.classes("camvid").values()
-    )
+    assert set(train.frames) == {"train_0", "train_1", "train_2"} and train.classes == CAMVID_CLASSES
     assert train.images.shape == (3, 3, 24, 32) and train.labels.shape == (3, 24, 32)
     assert set(splits.test.frames) == {f"test_{i}" for i in range(3)}
     first = np.asarray(Image.open(folder / "train" / "images" / f"{train.frames[0]}.png"))
@@ -171,10 +171,12 @@ def test_street_scenes_are_the_same_bits_on_every_machine(name):
 
 
 def test_label_values_and_classes_of_the_layouts():
-    assert list(scenes.classes("camvid")) == list(range(11)) and scenes.classes("camvid")[8] == "car"
-    assert scenes.classes("cityscapes")[7] == "road" and scenes.classes("cityscapes")[33] == "bicycle"
-    for name in scenes.LAYOUTS:
-        assert len(scenes.classes(name)) == data.DATASETS[name].classes
+    camvid, cityscapes = (scenes.label_values(name) for name in ("camvid", "cityscapes"))
+    assert list(camvid) == [*range(12)] and list(cityscapes) == [*range(34), 255]
+    assert camvid[8] == "car" and cityscapes[7] == "road" and cityscapes[33] == "bicycle"
+    assert camvid[11] == cityscapes[0] == cityscapes[255] == ""
+    for name in scenes.SCENES:
+        assert len([*filter(None, scenes.label_values(name).values())]) == data.DATASETS[name].classes
 
 
 def test_street_scenes_are_drawn_once_and_kept(tmp_path, monkeypatch):

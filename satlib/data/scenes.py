@@ -1,7 +1,6 @@
 """Driving scenes with a label for every pixel, from disk: Cityscapes in its own layout, and CamVid."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from satlib.errors import SatlibError
 Scene = tuple[str, ImageFile, ImageFile]  # its name, its image and its labels
 
 UNKNOWN = 254  # for what is no label at all
+VALUES = {"camvid": "0..11", "cityscapes": "0..33, 255"}  # those of `label_values`, in words
 LOOKED_FOR = {
     "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
     "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
@@ -51,28 +51,12 @@ def _pairs(folder: Path, images: str, labels: str, tails: tuple[str, str] = ("",
     return [(name, picture, maps[name]) for name, picture in pictures.items()]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a data set of scenes lies on disk; the values and names of its classes are in `scenes.tsv`.
-
-    scenes: those of each split below a folder. void: values in files of labels that are of no class, unless they are
-    in the table. known: all values, in words.
-    """
-
-    scenes: Callable[[Path], dict[str, list[Scene]]]
-    void: Sequence[int]
-    known: str
-
-
-LAYOUTS = {
-    "camvid": Layout(_camvid, void=(11,), known="0..11"),
-    "cityscapes": Layout(_cityscapes, void=(*range(34), 255), known="0..33, 255"),
-}
+SCENES = {"camvid": _camvid, "cityscapes": _cityscapes}  # of each split, below a folder
 
 
 @cache
-def classes(name: str) -> dict[int, str]:
-    """The names of a data set's classes, by their values in files of labels."""
+def label_values(name: str) -> dict[int, str]:
+    """What a data set's files of labels may hold: the class of each value, "" for none."""
     lines = Path(__file__).with_name("scenes.tsv").read_text(encoding="utf-8").splitlines()
     return {int(value): label for dataset, value, label in (line.split("\t") for line in lines) if dataset == name}
 
@@ -89,10 +73,10 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     folders are not there, a scene lacks its image or its labels, these differ in size, or a label has a value that the
     data set does not know.
     """
-    (_, height, width), named = dataset.shape, tuple(classes(dataset.name).values())
+    (_, height, width), classes = dataset.shape, tuple(filter(None, label_values(dataset.name).values()))
     scenes = {
         split: [ordered[i] for i in shuffled(len(ordered), 1).tolist()]
-        for split, ordered in LAYOUTS[dataset.name].scenes(folder).items()
+        for split, ordered in SCENES[dataset.name](folder).items()
     }
     stamps = [file.stamp for part in scenes.values() for _, *files in part for file in files]
     usual = dataset.shape == DATASETS[dataset.name].shape
@@ -103,7 +87,7 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
         for split, part in scenes.items():
             images, labels = _read(dataset, folder, part, split, progress)
             frames = tuple(scene for scene, *_ in part)
-            sets[split] = ImageSet(images, labels, named, dataset.full_name, title, split, frames)
+            sets[split] = ImageSet(images, labels, classes, dataset.full_name, title, split, frames)
         return Splits(**sets)
 
     sources = {"size": (width, height), "files": stamps}
@@ -112,9 +96,9 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
 
 def _read(dataset: Dataset, folder: Path, scenes: Sequence[Scene], split: str, progress: bool) -> tuple[Tensor, Tensor]:
     """Images uint8 (n, 3, H, W) and labels uint8 (n, H, W). Raises `SatlibError` for the first bad file."""
-    layout, class_of = LAYOUTS[dataset.name], np.full(256, UNKNOWN, dtype=np.uint8)
-    class_of[list(layout.void)] = IGNORE
-    class_of[list(classes(dataset.name))] = range(dataset.classes)
+    known, class_of = label_values(dataset.name), np.full(256, UNKNOWN, dtype=np.uint8)
+    class_of[list(known)] = IGNORE
+    class_of[[value for value, label in known.items() if label]] = range(dataset.classes)
     _, height, width = dataset.shape
     images = torch.empty((len(scenes), height, width, 3), dtype=torch.uint8)
     labels = torch.empty((len(scenes), height, width), dtype=torch.uint8)
@@ -133,7 +117,7 @@ def _read(dataset: Dataset, folder: Path, scenes: Sequence[Scene], split: str, p
         mapped = class_of[values.numpy()]
         if (mapped == UNKNOWN).any():
             strange = int(values.numpy()[mapped == UNKNOWN][0])
-            return label.path, f"the value {strange} is no label; expected some of {layout.known}"
+            return label.path, f"the value {strange} is no label; expected some of {VALUES[dataset.name]}"
         images[row] = _resized(pixels.numpy(), (width, height), Image.Resampling.BILINEAR)
         labels[row] = _resized(mapped, (width, height), Image.Resampling.NEAREST)
         return None
