@@ -20,9 +20,9 @@ Options
   --help          this text
 
 HELP
-    local file profiles=satlib/study/profiles
-    echo "Profiles ($profiles/*.yaml)"
-    for file in "$profiles"/*.yaml; do
+    local file
+    echo "Profiles (satlib/study/profiles/*.yaml; your own: profiles/*.yaml)"
+    for file in satlib/study/profiles/*.yaml profiles/*.yaml; do
         [ -e "$file" ] || continue
         printf '  %-15s %s\n' "$(basename "$file" .yaml)" \
             "$(sed -n 's/^description: *//p' "$file" | sed "s/^[\"']//; s/[\"']\$//")"

@@ -1,5 +1,6 @@
 """Whatever is wrong is one SatlibError of one line that names it, before the model computes anything."""
 
+import functools
 import math
 
 import pytest
@@ -11,12 +12,13 @@ from torch import nn
 from satlib import evaluation_checks as audit
 from satlib.attacks import heap_pgd, perturb, success_rates, universal_pgd
 from satlib.deepfool import universal_deepfool
-from satlib.defenses import DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining, mean_of_signs
+from satlib.defenses import DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining
 from satlib.errors import SatlibError
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.study import settings as settings_module
 from satlib.training import Training, train
+from satlib.universal import extended_pgd, mean_of_signs
 
 pytestmark = pytest.mark.usefixtures("float32")
 SHAPE = (3, 8, 8)
@@ -51,9 +53,15 @@ def universal(model, x, y, **changes):
     return universal_pgd(model, x, y, **{"eps": 8.0, "steps": 2, "batch_size": 4} | changes)
 
 
+def extended(model, x, y, **changes):
+    return extended_pgd(model, x, y, **{"eps": 8.0, "steps": 2, "batch_size": 4} | changes)
+
+
 def search(model, x, y, **changes):
-    given_ = {"craft": (x, y), "choose": (x, y), "report": (x, y), "steps": 2, "batch_size": 4, "iterations": 2}
-    return universal_robustness(model, **given_ | changes)
+    given_ = {"craft": (x, y), "choose": (x, y), "report": (x, y), "iterations": 2}
+    given_ |= {name: changes.pop(name) for name in ("delta", "iterations", "search") if name in changes}
+    attack = functools.partial(extended_pgd, **{"steps": 2, "batch_size": 4} | changes)
+    return universal_robustness(attack, model, **given_)
 
 
 def own_search(model, x, y, **changes):
@@ -81,7 +89,7 @@ def rates(model, x, y):
 
 
 def deepfool(model, x, y, **changes):
-    return universal_deepfool(model, x, **{"eps": 8.0, "passes": 1, "classes": 4, "steps": 2} | changes)
+    return universal_deepfool(model, x, y, **{"eps": 8.0, "passes": 1, "classes": 4, "steps": 2} | changes)
 
 
 def training(model, x, y, **changes):
@@ -110,7 +118,7 @@ def moved(model, x, y, **changes):
 
 
 def voted(model, x, y, **changes):
-    return mean_of_signs(model, Held(), **{"eps": 8.0, "steps": 2, "batch_size": 4} | changes)
+    return mean_of_signs(model, x, y, **{"eps": 8.0, "steps": 2, "batch_size": 4} | changes)
 
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -118,19 +126,20 @@ EPS = st.sampled_from(NOT_FINITE) | st.floats(max_value=-1e-6) | st.floats(min_v
 NOT_POSITIVE = st.integers(max_value=0)
 SHARE = st.sampled_from([*NOT_FINITE, 0.0, 1.0]) | st.floats(max_value=0) | st.floats(min_value=1)
 BAD = {
-    "eps": (EPS, [heap, universal, shared_risk, one_risk, deepfool, training, pooled, played, voted]),
+    "eps": (EPS, [heap, universal, extended, shared_risk, one_risk, deepfool, training, pooled, played, voted]),
     "steps": (NOT_POSITIVE, [heap, universal, search, own_search, shared_risk, one_risk, training, deepfool, voted]),
     "sharedness": (NOT_POSITIVE | st.integers(min_value=9), [heap, shared_risk, given_risk, added, training]),
     "batch_size": (NOT_POSITIVE, [universal, search, one_risk, training, deepfool, voted]),
     "delta": (SHARE, [search, own_search]),
     "iterations": (NOT_POSITIVE, [search, own_search]),
-    "restarts": (NOT_POSITIVE, [search]),
+    "restarts": (NOT_POSITIVE, [extended, search]),
+    "larger": (NOT_POSITIVE, [extended, search]),
     "beta": (st.sampled_from([*NOT_FINITE, 0.0]) | st.floats(max_value=0), [universal, search, own_search]),
     "gamma": (st.sampled_from([*NOT_FINITE, 0.0]) | st.floats(max_value=0), [universal, search, own_search]),
     "loss_threshold": (st.sampled_from([math.nan, 0.0]) | st.floats(max_value=0), [heap, universal, search, training]),
     "sigma": (st.sampled_from(NOT_FINITE) | st.floats(max_value=-1e-6) | st.floats(min_value=1.001), [training]),
     "learning_rate": (st.sampled_from([*NOT_FINITE, 0.0]) | st.floats(max_value=0), [training]),
-    "update": (st.text().filter(lambda s: s not in ("sign", "momentum", "adam")), [universal]),
+    "update": (st.text().filter(lambda s: s not in ("sign", "momentum", "adam")), [extended, search]),
     "search": (st.text().filter(lambda s: s not in ("binary", "k-ary")), [search]),
     "pool_size": (NOT_POSITIVE, [pooled]),
     "share": (st.sampled_from([math.nan, -0.1, 1.1]), [pooled]),

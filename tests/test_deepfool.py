@@ -172,19 +172,24 @@ def test_it_stops_when_enough_are_fooled_and_says_how_far_it_is(trained, tiny):
 
 
 def test_no_label_is_used_and_eps_0_is_no_perturbation(trained, tiny):
-    assert not universal_deepfool(trained, tiny.val.images[:16], eps=0.0, passes=1, generator=seeded()).any()
+    x = tiny.val.images[:16]
+    by_labels = [
+        universal_deepfool(trained, x, y, eps=9.0, passes=1, generator=seeded()) for y in (None, x[:, 0, 0, 0])
+    ]
+    assert torch.equal(*by_labels)
+    assert not universal_deepfool(trained, x, eps=0.0, passes=1, generator=seeded()).any()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eps": -1.0}, r"eps=-1\.0: expected a number from 0 to 255"),
+        ({"eps": -1.0}, r"eps=-1: expected numbers from 0 to 255"),
         ({"eps": math.nan}, r"eps=nan"),
         ({"fooling_rate": 0.0}, r"fooling_rate=0\.0: expected a share in \(0, 1\]"),
-        ({"batch_size": 0}, r"batch_size=0: expected at least 1"),
-        ({"passes": 0}, r"passes=0: expected at least 1"),
-        ({"classes": 1}, r"classes=1: expected at least 2"),
-        ({"steps": 0}, r"steps=0: expected at least 1"),
+        ({"batch_size": 0}, r"batch_size=0: expected a whole number of at least 1"),
+        ({"passes": 0}, r"passes=0: expected a whole number of at least 1"),
+        ({"classes": 1}, r"classes=1: expected a whole number of at least 2"),
+        ({"steps": 0}, r"steps=0: expected a whole number of at least 1"),
         ({"overshoot": -0.1}, r"overshoot=-0\.1: expected at least 0"),
     ],
 )

@@ -1,7 +1,6 @@
 """The baselines: what each trains against, when it renews it, and that training with it resumes bit-equal."""
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,9 +9,10 @@ import torch.nn.functional as F
 
 import satlib.defenses
 from satlib.attacks import success_rates
-from satlib.defenses import DEFENSES, DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining, mean_of_signs
+from satlib.defenses import DEFENSES, DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining
 from satlib.errors import SatlibError
 from satlib.training import Training, mixed_loss, train
+from satlib.universal import mean_of_signs
 
 pytestmark = pytest.mark.usefixtures("float32")
 SETTINGS = Training(epochs=3, batch_size=32, learning_rate=0.02, schedule="one-cycle", epoch_images=96, sigma=0.5)
@@ -89,24 +89,23 @@ def test_the_model_learns_to_resist_what_it_trains_against(name, tiny, trained):
 # ------------------------------------------------------------------------------------------------ DeepFool UAD
 
 
-def test_the_pool_is_made_anew_every_few_epochs_from_images_drawn_anew(tiny, trained, monkeypatch):
+def test_the_pool_is_made_anew_every_few_epochs_from_images_drawn_anew(tiny, trained):
     seen = []
 
-    def craft(model, images, *, eps, generator, **options):
+    def craft(model, images, labels, *, eps, generator, **options):
+        assert len(labels) == len(images)
         seen.append((images, eps, options))
         return torch.full((1, 3, 8, 8), float(len(seen)))
 
-    monkeypatch.setattr(satlib.defenses, "universal_deepfool", craft)
     said = []
-    adversary = DeepFoolUAD(
-        tiny.train, eps=7.0, pool_size=3, epochs_each=2, images_each=5, passes=4, progress=said.append
-    )
+    options = {"pool_size": 3, "epochs_each": 2, "images_each": 5, "passes": 4}
+    adversary = DeepFoolUAD(tiny.train, eps=7.0, attack=craft, progress=said.append, **options)
     pools = []
     for epoch in range(4):
         adversary.start_epoch(trained, epoch, seeded(epoch))
         pools.append(adversary.pool[:, 0, 0, 0].tolist())
     assert pools == [[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]]
-    assert all(len(images) == 5 and eps == 7.0 and options == {"passes": 4} for images, eps, options in seen)
+    assert all(len(images) == 5 and eps == [7.0] and options == {"passes": 4} for images, eps, options in seen)
     assert not torch.equal(seen[0][0], seen[1][0])
     assert said[:3] == [f"universal perturbation {i}/3" for i in (1, 2, 3)]
 
@@ -145,41 +144,42 @@ def test_every_sample_has_one_vote_a_pixel(linear, tiny):
     weight = torch.zeros(2, 192)
     weight[1] = 1.0
     model = linear(weight / 1000, bias=torch.tensor([0.0, -128 * 192 / 1000]))
-    data = replace(tiny.train, labels=tiny.train.labels.clamp(max=1), classes=("a", "b"))
+    images, labels = tiny.train.images, tiny.train.labels.clamp(max=1)
     options = {"eps": 10.0, "steps": 1, "batch_size": 5}
-    start = mean_of_signs(model, data, relative_step_size=1e-9, generator=seeded(), **options)
-    two = mean_of_signs(model, data, relative_step_size=0.1, generator=seeded(), **options)
+    start = mean_of_signs(model, images, labels, relative_step_size=1e-9, generator=seeded(), **options)
+    two = mean_of_signs(model, images, labels, relative_step_size=0.1, generator=seeded(), **options)
     generator = seeded()
     torch.rand(1, 3, 8, 8, generator=generator)
-    labels = data.labels[torch.randint(len(data), (5,), generator=generator)]
-    votes = (1 - 2 * labels.float()).mean()  # of a linear model: towards class 1 for class 0, and the other way round
+    chosen = labels[torch.randint(len(images), (5,), generator=generator)]
+    votes = (1 - 2 * chosen.float()).mean()  # of a linear model: towards class 1 for class 0, and the other way round
     expected = (start + votes).clamp(-10, 10)
     assert two.shape == (1, 3, 8, 8)
     torch.testing.assert_close(two, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_best_response_fools_unseen_images(tiny, trained):
-    xi = mean_of_signs(trained, tiny.val, eps=30.0, steps=60, batch_size=32, generator=seeded())
+    xi = mean_of_signs(trained, tiny.val.images, tiny.val.labels, eps=30.0, steps=60, batch_size=32, generator=seeded())
     noise = 30.0 * torch.randn(1, 3, 8, 8, generator=seeded()).sign()
     rates = success_rates(trained, tiny.test.images, tiny.test.labels, torch.cat([xi, noise]))
     assert xi.abs().max() <= 30.0 and rates[0] > rates[1] + 0.3
 
 
 def test_the_set_grows_by_one_response_an_epoch_and_each_is_met(tiny, trained, batch, monkeypatch):
-    monkeypatch.setattr(
-        satlib.defenses, "mean_of_signs", lambda model, data, **_: torch.full((1, 3, 8, 8), float(len(added)))
-    )
-    added, adversary = [], FictitiousPlay(tiny.train, eps=16.0)
+    def response(model, images, labels, *, eps, generator):
+        assert images is tiny.train.images and labels is tiny.train.labels and eps == [16.0]
+        return torch.full((1, 3, 8, 8), float(len(added)))
+
+    added, adversary = [], FictitiousPlay(tiny.train, eps=16.0, attack=response)
     for epoch in range(3):
         adversary.start_epoch(trained, epoch, seeded())
         added.append(epoch)
         assert len(adversary.pool) == epoch + 1
     met, generator = [], seeded()
-    monkeypatch.setattr(satlib.defenses, "perturb", lambda x, xi, s: met.append((xi.mean().item(), s)) or x)
+    monkeypatch.setattr(satlib.defenses, "perturb", lambda x, xi: met.append((xi.mean().item(), len(xi))) or x)
     x, y = batch
     for _ in range(60):
         adversary.loss(trained, x, y, SETTINGS, generator)
-    assert {value for value, _ in met} == {0.0, 1.0, 2.0} and {s for _, s in met} == {len(x)}
+    assert {value for value, _ in met} == {0.0, 1.0, 2.0} and {count for _, count in met} == {1}
 
 
 # -------------------------------------------------------------------------------- universal adversarial training
@@ -222,4 +222,4 @@ def test_a_defence_names_what_is_wrong(name, changes, message, tiny):
     with pytest.raises(SatlibError, match=message):
         DEFENSES[name](tiny.train, **({"eps": 8.0} | changes))
     with pytest.raises(SatlibError, match="steps=0: expected a whole number"):
-        mean_of_signs(None, tiny.train, eps=8.0, steps=0)
+        mean_of_signs(None, tiny.train.images, tiny.train.labels, eps=8.0, steps=0)

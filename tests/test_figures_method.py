@@ -15,9 +15,9 @@ matplotlib.use("agg")
 TITLE = "synthetic stand-in (made up)"
 
 
-def record(metrics, config, **arrays):
+def record(metrics, settings, **arrays):
     labels = {"dataset": TITLE}
-    return SimpleNamespace(metrics=metrics, config=config, labels=labels, arrays=lambda name: arrays)
+    return SimpleNamespace(metrics=metrics, settings=settings, labels=labels, arrays=lambda name: arrays)
 
 
 def risk_record(scale=1.0):

@@ -1,5 +1,6 @@
 """The searches for the smallest perturbation: known thresholds, what the search keeps, what it never sees."""
 
+import functools
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 import satlib.robustness
-from satlib.attacks import success_rates
+from satlib.attacks import success_rates, universal_pgd
 from satlib.errors import SatlibError
 from satlib.robustness import Evaluation, Robustness, adversarial_robustness, universal_robustness
+from satlib.universal import ATTACKS, mean_of_signs, named
 
 pytestmark = pytest.mark.usefixtures("float32")
 SHAPE = (3, 4, 4)
@@ -31,28 +33,28 @@ def brightness(linear):
     return linear(torch.cat([-ones, ones]) / 20, bias=torch.tensor([130.0, -130.0]) / 20)
 
 
-@pytest.fixture
-def scripted(monkeypatch):
-    """scripted(answer): every crafted perturbation is uniformly answer(eps); all eps asked are returned."""
+def scripted(answer):
+    """An attack whose every perturbation is uniformly answer(eps), and the list of all eps that it is asked."""
+    asked = []
 
-    def install(answer):
-        asked = []
+    def craft(model, images, labels, *, eps, generator=None):
+        model(images[:1].float())
+        asked.extend(eps)
+        return torch.stack([torch.full(SHAPE, float(answer(each))) for each in eps])
 
-        def craft(model, images, labels, *, eps, **attack):
-            asked.extend(eps)
-            return torch.stack([torch.full(SHAPE, float(answer(each))) for each in eps])
-
-        monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
-        return asked
-
-    return install
+    return craft, asked
 
 
-def search(model, *, label=0, choose=None, report=None, **options):
+SEARCHING = ("delta", "iterations", "search", "targeted", "warm_start", "generator", "progress")
+
+
+def search(model, *, attack=None, label=0, choose=None, report=None, **options):
     """universal_robustness with images that need eps 10, 20, 30 and 40, in equal shares."""
     four = (grey(120, 110, 100, 90), torch.full((4,), label))
-    attack = {"steps": 8, "batch_size": 4, "generator": seeded()} | options
-    return universal_robustness(model, craft=four, choose=choose or four, report=report or four, **attack)
+    given = {"generator": seeded()} | {name: options.pop(name) for name in SEARCHING if name in options}
+    if attack is None:
+        attack = functools.partial(universal_pgd, **{"steps": 8, "batch_size": 4} | options)
+    return universal_robustness(attack, model, craft=four, choose=choose or four, report=report or four, **given)
 
 
 # ------------------------------------------------------------------------------------------------ universal
@@ -115,30 +117,31 @@ def test_model_that_fails_on_clean_images_has_robustness_zero(linear):
     assert found.evaluations == [Evaluation(0.0, 0.0, 1.0, True)]
 
 
-def test_smallest_success_is_kept_when_later_iterations_fail(brightness, scripted):
-    asked = scripted(lambda eps: eps if eps in (127.5, 63.75) else 0)
-    found = search(brightness)
+def test_smallest_success_is_kept_when_later_iterations_fail(brightness):
+    attack, asked = scripted(lambda eps: eps if eps in (127.5, 63.75) else 0)
+    found = search(brightness, attack=attack)
     assert asked[:4] == [127.5, 63.75, 31.875, 47.8125] and len(asked) == 10
     assert [e.success for e in found.evaluations] == [False, True, True] + [False] * 8
     assert found.epsilon == 63.75 and found.rate == 1
     assert torch.equal(found.perturbation, torch.full((1, *SHAPE), 63.75))
 
 
-def test_magnitude_of_the_perturbation_counts_not_the_eps_asked(brightness, scripted):
+def test_magnitude_of_the_perturbation_counts_not_the_eps_asked(brightness):
     """The first success needs 35 of the 127.5 that it may use; the second all of its 63.75."""
-    scripted(lambda eps: {127.5: 35.0, 63.75: 63.75}.get(eps, 0.0))
-    found = search(brightness)
+    attack, _ = scripted(lambda eps: {127.5: 35.0, 63.75: 63.75}.get(eps, 0.0))
+    found = search(brightness, attack=attack)
     assert [e.success for e in found.evaluations[:4]] == [False, True, True, False]
     assert found.epsilon == 35 and found.rate == 0.75
     assert torch.equal(found.perturbation, torch.full((1, *SHAPE), 35.0))
 
 
-def test_a_weak_attack_shows_in_the_rates(brightness, scripted):
+def test_a_weak_attack_shows_in_the_rates(brightness):
     """Within 31.9 it fools half, within 47.8 nobody: a perturbation for the former would do for the latter."""
-    scripted(lambda eps: {31.875: 25.0, 47.8125: 5.0}.get(eps, eps if eps > 60 else 0.0))
-    assert not search(brightness).monotone
-    scripted(lambda eps: {31.875: 15.0, 47.8125: 25.0}.get(eps, eps if eps > 47 else 0.0))
-    assert search(brightness, iterations=4).monotone
+    weak, _ = scripted(lambda eps: {31.875: 25.0, 47.8125: 5.0}.get(eps, eps if eps > 60 else 0.0))
+    assert not search(brightness, attack=weak).monotone
+    strong, _ = scripted(lambda eps: {31.875: 15.0, 47.8125: 25.0}.get(eps, eps if eps > 47 else 0.0))
+    assert search(brightness, attack=strong, iterations=4).monotone
+    assert search(brightness, attack=[weak, strong], iterations=4).monotone, "what one misses, the other finds"
 
 
 @pytest.mark.parametrize(
@@ -161,9 +164,9 @@ def test_report_images_never_influence_the_search(trained, tiny):
     val = (tiny.val.images, tiny.val.labels)
     choose, report = ((tiny.test.images[part], tiny.test.labels[part]) for part in (slice(48), slice(48, 96)))
     other = (report[0].flip(2), (report[1] + 1) % 4)
-    options = {"delta": 0.4, "iterations": 5, "steps": 12}
+    attack, options = functools.partial(universal_pgd, steps=12), {"delta": 0.4, "iterations": 5}
     one, two = (
-        universal_robustness(trained, craft=val, choose=choose, report=images, generator=seeded(), **options)
+        universal_robustness(attack, trained, craft=val, choose=choose, report=images, generator=seeded(), **options)
         for images in (report, other)
     )
     assert one.epsilon == two.epsilon and one.evaluations == two.evaluations
@@ -174,23 +177,23 @@ def test_report_images_never_influence_the_search(trained, tiny):
         assert rate == (found.rate if images is choose else found.report_rate)
 
 
-def test_crafting_and_choosing_have_images_of_their_own(trained, tiny, monkeypatch):
+def test_crafting_and_choosing_have_images_of_their_own(trained, tiny):
     """Crafting gets the craft images and nothing else; the verdict is the choose images'."""
     seen = []
 
     def craft(model, images, labels, *, eps, **attack):
+        model(images[:1].float())
         seen.append((images, labels, attack))
         return torch.zeros(len(eps), 3, 8, 8)
 
-    monkeypatch.setattr(satlib.robustness, "universal_pgd", craft)
     val = (tiny.val.images, tiny.val.labels)
     choose = (tiny.test.images[:8], (tiny.test.labels[:8] + (torch.arange(8) < 3)) % 4)
-    generator = seeded()
+    generator, attack = seeded(), functools.partial(craft, steps=7, loss_threshold=1.6)
     found = universal_robustness(
-        trained, craft=val, choose=choose, report=val, iterations=2, generator=generator, steps=7, loss_threshold=1.6
+        attack, trained, craft=val, choose=choose, report=val, iterations=2, generator=generator
     )
     assert all(images is val[0] and labels is val[1] for images, labels, _ in seen) and len(seen) == 2
-    expected = {"steps": 7, "loss_threshold": 1.6, "targeted": False, "generator": generator}
+    expected = {"steps": 7, "loss_threshold": 1.6, "generator": generator}
     assert all(attack == expected for _, _, attack in seen)
     assert [e.rate for e in found.evaluations] == [3 / 8] * 3
 
@@ -215,43 +218,43 @@ def test_k_ary_search_finds_a_known_threshold_to_the_same_resolution(brightness,
     assert threshold <= found.epsilon <= threshold + 255 / 2**iterations
     assert found.rate == found.report_rate == math.ceil(4 * delta) / 4
     assert found.perturbation.abs().max().item() == found.epsilon and found.monotone
-    missed = [e.eps for e in found.evaluations if e.how == "crafted" and not e.success]
+    missed = [e.eps for e in found.evaluations if e.how == "full" and not e.success]
     assert max(missed) < found.epsilon <= min(e.magnitude for e in found.evaluations if e.success)
-    assert sum(e.how == "crafted" for e in found.evaluations) < 10
+    assert sum(e.how == "full" for e in found.evaluations) < 10
 
 
-def test_k_ary_search_asks_several_eps_in_one_pass(brightness, monkeypatch):
+def test_k_ary_search_asks_several_eps_in_one_pass(brightness):
     """A short pass over four eps, then one of full length below what it found; every heap of a pass by one call."""
-    calls, attack = [], satlib.robustness.universal_pgd
+    calls = []
 
-    def spying(model, images, labels, *, eps, **options):
-        calls.append((list(eps), options["steps"], options.get("snapshots")))
-        return attack(model, images, labels, eps=eps, **options)
+    def spying(model, images, labels, *, eps, steps=40, snapshots=4, generator=None):
+        xis = universal_pgd(model, images, labels, eps=eps, steps=steps, batch_size=4, generator=generator)
+        calls.append((list(eps), steps, snapshots))
+        return xis
 
-    monkeypatch.setattr(satlib.robustness, "universal_pgd", spying)
-    found = search(brightness, search="k-ary", steps=40)
+    found = search(brightness, attack=spying, search="k-ary")
     assert calls[0] == ([7.96875, 15.9375, 31.875, 63.75], 8, 1)
-    assert calls[1][1:] == (40, None) and len(calls) == 2
+    assert calls[1][1:] == (40, 4) and len(calls) == 2
     (low, high) = calls[1][0]
     assert low / high == pytest.approx(0.82 / 0.92) and 0.9 * 30 < high < 30 <= found.epsilon <= 30 + GRID
 
 
-def test_k_ary_search_goes_on_below_while_the_smallest_eps_wins(brightness, scripted):
+def test_k_ary_search_goes_on_below_while_the_smallest_eps_wins(brightness):
     """The sketch finds nothing, the attack of full length wins from 30 on."""
     full = iter([False] * 4 + [True] * 1000)
-    asked = scripted(lambda eps: eps if next(full) else 0.0)
-    found = search(brightness, search="k-ary")
+    attack, asked = scripted(lambda eps: eps if next(full) else 0.0)
+    found = search(brightness, attack=attack, search="k-ary")
     assert 30 <= found.epsilon <= 30 + GRID
     assert min(asked[4:]) < 30 and found.rate == 0.75
 
 
-def test_k_ary_search_keeps_the_smallest_success_and_reports_what_is_not_monotone(brightness, scripted):
+def test_k_ary_search_keeps_the_smallest_success_and_reports_what_is_not_monotone(brightness):
     """The sketch wins, clipped, within 30; of full length 25 fools half of the images, but 28 nobody."""
     script = iter([0.0, 0.0, 60.0, 60.0, 23.4, 5.0])
-    asked = scripted(lambda eps: next(script))
-    found = search(brightness, search="k-ary")
+    attack, asked = scripted(lambda eps: next(script))
+    found = search(brightness, attack=attack, search="k-ary")
     assert 30 <= found.epsilon <= 30 + GRID and len(asked) == 6
-    crafted = [(e.success, e.rate) for e in found.evaluations if e.how == "crafted"]
+    crafted = [(e.success, e.rate) for e in found.evaluations if e.how == "full"]
     assert crafted == [(False, 0.0), (False, 0.5), (False, 0.0)]  # the first are the clean images
     assert not found.monotone
 
@@ -260,14 +263,14 @@ def test_k_ary_search_that_never_succeeds_is_more_than_255(linear):
     constant = linear(torch.zeros(2, math.prod(SHAPE)), bias=torch.tensor([1.0, 0.0]))
     found = search(constant, search="k-ary")
     assert found.epsilon is found.perturbation is None and str(found) == "> 255"
-    assert [e.eps for e in found.evaluations if e.how == "crafted"] == [0.0, 31.875, 63.75, 127.5, 255.0]
+    assert [e.eps for e in found.evaluations if e.how == "full"] == [0.0, 31.875, 63.75, 127.5, 255.0]
 
 
-def test_k_ary_search_finds_what_wins_at_a_middling_eps_alone(brightness, scripted):
+def test_k_ary_search_finds_what_wins_at_a_middling_eps_alone(brightness):
     """Neither the sketch wins, nor the full attack where most pixels are out of range: it still must ask at 1/4."""
     calls = iter(range(1000))
-    scripted(lambda eps: 60.0 if next(calls) >= 4 and 50 < eps < 100 else 0.0)
-    found = search(brightness, search="k-ary")
+    attack, _ = scripted(lambda eps: 60.0 if next(calls) >= 4 and 50 < eps < 100 else 0.0)
+    found = search(brightness, attack=attack, search="k-ary")
     assert 31.875 < found.epsilon <= 31.875 + GRID and not found.monotone  # where it missed it does not look again
 
 
@@ -277,11 +280,12 @@ def test_k_ary_answer_is_the_papers_within_its_spread_over_seeds(trained, tiny):
     choose, report = ((tiny.test.images[part], tiny.test.labels[part]) for part in (slice(64), slice(64, 96)))
 
     def answers(name):
-        options = {"delta": 0.5, "steps": 40, "batch_size": 16, "search": name}
+        attack = functools.partial(universal_pgd, steps=40, batch_size=16)
+        options = {"delta": 0.5, "search": name}
         return torch.tensor(
             [
                 universal_robustness(
-                    trained, craft=val, choose=choose, report=report, generator=seeded(seed), **options
+                    attack, trained, craft=val, choose=choose, report=report, generator=seeded(seed), **options
                 ).epsilon
                 for seed in range(5)
             ]
@@ -290,6 +294,69 @@ def test_k_ary_answer_is_the_papers_within_its_spread_over_seeds(trained, tiny):
     binary, k_ary = answers("binary"), answers("k-ary")
     assert abs(k_ary.mean() - binary.mean()) <= 2 * binary.std() + GRID
     assert k_ary.std() <= 3 * binary.std() + GRID
+
+
+# -------------------------------------------------------------------------------------------- several attacks
+
+
+@pytest.mark.parametrize("way", ["binary", "k-ary"])
+def test_of_several_attacks_the_smallest_success_counts(brightness, way):
+    """One knows nothing between 25 and 40, the other nothing but 35: together they know both."""
+    blunt, asked = scripted(lambda eps: eps if eps > 40 else 0.0)
+    sharp, also = scripted(lambda eps: min(eps, 35.0))
+    alone, both = (search(brightness, attack=attack, search=way) for attack in (blunt, [blunt, sharp]))
+    assert alone.epsilon > 30 and 30 <= both.epsilon <= 30 + GRID and set(also) <= set(asked)
+    assert {e.attack for e in both.evaluations[1:]} == {"craft"} and both.evaluations[0].attack == ""
+    assert both.epsilon == min(e.magnitude for e in both.evaluations if e.success)
+
+
+@pytest.mark.parametrize("way", ["binary", "k-ary"])
+def test_evaluations_name_their_attack(brightness, way):
+    several = [functools.partial(ATTACKS[name], steps=8, batch_size=4) for name in ("paper", "momentum")]
+    found = search(brightness, attack=[*several, ATTACKS["DeepFool"]], search=way, iterations=4)
+    assert {e.attack for e in found.evaluations[1:]} == {"paper", "momentum", "DeepFool"}
+    assert 30 <= found.epsilon <= 30 + 255 / 2**4 and found.rate >= 0.75
+    if way == "binary":
+        assert [e.attack for e in found.evaluations[1:4]] == ["paper", "momentum", "DeepFool"]
+        assert len(found.evaluations) == 1 + 3 * 4
+
+
+def test_warm_starts_begin_at_the_smallest_success_so_far(brightness):
+    starts = []
+
+    def craft(model, images, labels, *, eps, generator=None, start=None):
+        model(images[:1].float())
+        starts.append(start)
+        return torch.stack([torch.full(SHAPE, each) for each in eps])
+
+    found = search(brightness, attack=craft, warm_start=True, iterations=4)
+    assert starts[0] is None and [start.abs().max().item() for start in starts[1:]] == [63.75, 31.875, 15.9375]
+    assert found.epsilon == 31.875
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "message"),
+    [
+        ([], {}, r"attack=\[\]: expected one like those of satlib\.universal\.ATTACKS, or several"),
+        ("paper", {}, r"attack='paper': expected one like those of satlib\.universal\.ATTACKS"),
+        (mean_of_signs, {"targeted": True}, r"targeted=True: attack 'mean_of_signs' takes no targeted"),
+        (ATTACKS["mean of signs"], {"warm_start": True}, r"warm_start=True: attack 'mean of signs' takes no start"),
+        (
+            [named(name, batch_size=4) for name in ("hard targets", "paper")],
+            {"targeted": True},
+            r"loss_threshold=1\.6\d* in a targeted",
+        ),
+        ([functools.partial(mean_of_signs, steps=2), functools.partial(mean_of_signs, steps=0)], {}, r"steps=0"),
+        (lambda model, images, labels, *, eps, generator: images[:2].float(), {}, r"returns shape \(2, 3, 4, 4\)"),
+    ],
+)
+def test_an_attack_that_cannot_do_it_is_refused_before_anything_is_computed(brightness, attack, options, message):
+    asked = []
+    handle = brightness.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(SatlibError, match=message):
+        search(brightness, attack=attack, label=1 if options.get("targeted") else 0, **options)
+    handle.remove()
+    assert not asked or "shape" in message
 
 
 # -------------------------------------------------------------------------------------------------- hygiene
@@ -301,15 +368,14 @@ def test_searches_leave_the_model_as_it_was(tiny):
     model[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     part = (tiny.val.images[:16], tiny.val.labels[:16])
-    universal = universal_robustness(
-        model, craft=part, choose=part, report=part, iterations=2, steps=2, generator=seeded()
-    )
+    attack, sets = functools.partial(universal_pgd, steps=2), {"craft": part, "choose": part, "report": part}
+    universal = universal_robustness(attack, model, iterations=2, generator=seeded(), **sets)
     adversarial = adversarial_robustness(model, *part, iterations=2, steps=2, generator=seeded())
     assert [module.training for module in model.modules()] == [True, False, True, True, True]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
-    again = universal_robustness(model, craft=part, choose=part, report=part, iterations=2, steps=2, generator=seeded())
+    again = universal_robustness(attack, model, iterations=2, generator=seeded(), **sets)
     assert again.evaluations == universal.evaluations
     also = adversarial_robustness(model, *part, iterations=2, steps=2, generator=seeded())
     assert torch.equal(also.epsilons, adversarial.epsilons)
@@ -408,11 +474,14 @@ def test_images_that_nothing_fools_are_infinitely_robust(linear):
 def test_image_dependent_search_needs_less_than_the_universal_one(trained, tiny):
     """rho_uni <= rho_adv at every eps, so eps_adv <= eps_uni at equal delta."""
     part = (tiny.test.images[:32], tiny.test.labels[:32])
-    options = {"delta": 0.5, "iterations": 7, "steps": 15}
-    adversarial = adversarial_robustness(trained, *part, generator=seeded(), **options)
-    universal = universal_robustness(trained, craft=part, choose=part, report=part, generator=seeded(), **options)
+    options = {"delta": 0.5, "iterations": 7}
+    adversarial = adversarial_robustness(trained, *part, steps=15, generator=seeded(), **options)
+    attack = functools.partial(universal_pgd, steps=15)
+    universal = universal_robustness(
+        attack, trained, craft=part, choose=part, report=part, generator=seeded(), **options
+    )
     assert 2 < adversarial.epsilon < universal.epsilon < 40
-    again = adversarial_robustness(trained, *part, generator=seeded(), **options)
+    again = adversarial_robustness(trained, *part, steps=15, generator=seeded(), **options)
     assert torch.equal(again.epsilons, adversarial.epsilons)
 
 
@@ -426,9 +495,9 @@ def test_image_dependent_search_needs_less_than_the_universal_one(trained, tiny)
         ({"delta": 1.0}, r"delta=1\.0"),
         ({"delta": -0.5}, r"delta=-0\.5"),
         ({"delta": math.nan}, r"delta=nan"),
-        ({"iterations": 0}, r"iterations=0: expected at least 1"),
+        ({"iterations": 0}, r"iterations=0: expected a whole number of at least 1"),
         ({"search": "ternary"}, r"search='ternary': expected one of binary, k-ary"),
-        ({"steps": 0}, r"steps=0: expected at least 1"),
+        ({"steps": 0}, r"steps=0: expected a whole number of at least 1"),
         ({"beta": -1.0}, r"beta=-1\.0: expected a positive number"),
         ({"gamma": 0.0}, r"gamma=0\.0: expected a positive number"),
         ({"targeted": True, "loss_threshold": 1.6}, r"loss_threshold=1\.6 in a targeted attack"),

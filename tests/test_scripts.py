@@ -85,7 +85,7 @@ def test_scripts_are_valid_for_bash(script):
         (["notebook"], "notebook"),
         (["--prof", "quick"], "--prof"),
         (["--profile"], "--profile: expected one argument"),
-        (["--profile", "qick"], "unknown profile 'qick' .* did you mean 'quick'"),
+        (["--profile", "qick"], "unknown profile 'qick'; did you mean 'quick'"),
         (["--only", "07"], "unknown notebook '07'; .* 00_tiny"),
         (["--only", "00,tiny"], "unknown notebook 'tiny'"),
         (["--budget", "soon"], "'soon' is not a time; expected for example 9m"),

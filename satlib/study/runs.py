@@ -113,8 +113,8 @@ class Runner:
     def by_id(self, plan: Iterable[Run]) -> dict[str, Run]:
         """All runs of a plan with what they build on, by id, in their order; of equal ones the first."""
         runs: dict[str, Run] = {}
-        for run in dict.fromkeys(each for run in plan for each in run.ancestry()):
-            runs.setdefault(self.spec(run).id, run)
+        for each in dict.fromkeys(each for run in plan for each in run.ancestry()):
+            runs.setdefault(self.spec(each).id, each)
         return runs
 
     def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,293 @@
+"""Universal attacks as values: what each adds to the paper's, what all of them keep, and how another one is added."""
+
+import copy
+import functools
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from satlib.attacks import heap_gradients, perturb, random_start, success_rates, universal_pgd
+from satlib.data.imageset import IGNORE
+from satlib.errors import SatlibError
+from satlib.robustness import universal_robustness
+from satlib.universal import (
+    ATTACKS,
+    MOMENTUM,
+    SQUARES,
+    UPDATES,
+    Adam,
+    Momentum,
+    cosine_step_sizes,
+    extended_pgd,
+    margin_loss,
+    name_of,
+    named,
+    options,
+    perturb_straight_through,
+)
+
+pytestmark = pytest.mark.usefixtures("float32")
+SHAPE = (3, 4, 4)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images_like(count: int, *, low: float = 60.0, high: float = 195.0, seed: int = 1) -> torch.Tensor:
+    return torch.empty(count, *SHAPE).uniform_(low, high, generator=seeded(seed))
+
+
+@pytest.fixture(scope="module")
+def direction():
+    """w of a two-class linear model f(x) = (-w x, w x) / 2, without zeros."""
+    w = torch.randn(math.prod(SHAPE), generator=seeded(3))
+    return w + w.sign() * 0.05
+
+
+@pytest.fixture(scope="module")
+def two_class(linear, direction):
+    """Logit difference w (x - 128): every image of uniform grey lies on the boundary."""
+    weight = torch.stack([-direction, direction]) / 2
+    return linear(weight / 100, bias=-128 * weight.sum(1) / 100)
+
+
+# --------------------------------------------------------------------- the worked example: an attack of one's own
+
+
+def noise_signs(model, images, labels, *, eps, share=1.0, generator=None):
+    """Random signs of size share * eps: the weakest attack there is."""
+    bound = torch.tensor(eps, device=images.device).view(-1, 1, 1, 1)
+    return random_start((len(eps), *images.shape[1:]), bound, generator).sign() * share * bound
+
+
+def test_another_attack_is_one_function_and_one_entry(trained, tiny, monkeypatch):
+    monkeypatch.setitem(ATTACKS, "noise", noise_signs)
+    test = (tiny.test.images, tiny.test.labels)
+    sets = {"craft": (tiny.val.images, tiny.val.labels), "choose": test, "report": test}
+    noise, paper = named("noise", share=0.9), named("paper", steps=20)
+    alone, both = (
+        universal_robustness(attack, trained, delta=0.5, iterations=5, generator=seeded(), **sets)
+        for attack in (noise, [paper, ATTACKS["noise"]])
+    )
+    assert {e.attack for e in alone.evaluations[1:]} == {"noise"} and options(noise) == {"share": 0.9}
+    assert {e.attack for e in both.evaluations[1:]} == {"noise", "paper"} and both.epsilon < 0.6 * alone.epsilon
+
+
+# ------------------------------------------------------------------------------------ what every attack keeps
+
+
+SMALL = {"mean of signs": {"steps": 5}, "DeepFool": {"passes": 1, "batch_size": 16, "classes": 3, "steps": 3}}
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_every_attack_keeps_eps_and_the_model_and_repeats_itself(name, trained, tiny):
+    attack = named(name, **SMALL.get(name, {"steps": 12, "batch_size": 8}))
+    model = copy.deepcopy(trained).train().requires_grad_()
+    model.stem.eval()
+    model.head.bias.requires_grad_(False)
+    before = copy.deepcopy(model)
+    epsilons, part = [0.0, 3.0, 24.0], (tiny.val.images[:64], tiny.val.labels[:64])
+    xi, again = (attack(model, *part, eps=epsilons, generator=seeded()) for _ in range(2))
+    assert xi.shape == (3, 3, 8, 8) and torch.equal(xi, again) and xi.isfinite().all()
+    assert all(each.abs().max() <= eps for each, eps in zip(xi, epsilons, strict=True)) and xi[2].abs().max() > 3
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_attacks_differ_from_the_papers_and_need_as_many_gradients(trained, tiny):
+    """Counted in images that the model sees with gradients: what choosing among iterates takes is left out."""
+    part, counts, found = (tiny.val.images[:64], tiny.val.labels[:64]), {}, {}
+
+    def count(module, args):
+        counts[name] = counts.get(name, 0) + len(args[0]) * args[0].requires_grad
+
+    for name in set(ATTACKS) - {"mean of signs", "DeepFool"}:
+        net = trained.folded()
+        net.folded = lambda net=net: net
+        handle = net.register_forward_pre_hook(count)
+        found[name] = named(name, steps=16, batch_size=8)(net, *part, eps=[24.0], generator=seeded())
+        handle.remove()
+    assert set(counts.values()) == {16 * 8 + 4}  # and four on which it was tried
+    distinct = {xi.numpy().tobytes() for xi in found.values()}
+    assert len(distinct) >= len(found) - 1  # no pixel leaves its range here: "straight-through" is the paper's
+    assert torch.equal(found["straight-through"], found["paper"])
+
+
+def test_extended_pgd_is_the_papers_by_default(trained, tiny):
+    given = {"eps": [4.0, 16.0], "steps": 12, "loss_threshold": 1.6, "label_smoothing": 0.1}
+    one, other = (
+        attack(trained, tiny.val.images, tiny.val.labels, generator=seeded(), **given)
+        for attack in (universal_pgd, extended_pgd)
+    )
+    assert torch.equal(one, other)
+
+
+def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):
+    part, common = (tiny.val.images[:64], tiny.val.labels[:64]), {"steps": 3, "batch_size": 8, "beta": 2.0}
+    start = random_start((2, 3, 8, 8), 8.0, seeded(7))
+    best = extended_pgd(trained, *part, eps=[8.0, 16.0], restarts=3, generator=seeded(), **common | {"steps": 9})
+    each = universal_pgd(trained, *part, eps=[8.0] * 3 + [16.0] * 3, generator=seeded(), **common)
+    rates = success_rates(trained, *part, each).view(2, 3)
+    assert torch.equal(best, each.view(2, 3, 3, 8, 8)[torch.arange(2), rates.argmax(1)])
+    warm = extended_pgd(trained, *part, eps=[8.0, 16.0], restarts=3, start=start, generator=seeded(), **common)
+    assert warm.shape == best.shape and rates.std() > 0
+
+
+# -------------------------------------------------------------------------------------- names and settings
+
+
+def test_settings_are_plain_values_and_can_be_changed():
+    for name, attack in ATTACKS.items():
+        own = options(attack)
+        assert json.loads(json.dumps(own)) == own and "eps" not in own and "targeted" not in own, name
+        assert name_of(attack) == name_of(functools.partial(attack, steps=3)) == name
+    assert options(ATTACKS["momentum"])["update"] == "momentum" and "update" not in options(ATTACKS["paper"])
+    changed = options(named("momentum", steps=50))
+    assert (
+        changed
+        == options(ATTACKS["momentum"]) | {"steps": 50}
+        == options(functools.partial(ATTACKS["momentum"], steps=50))
+    )
+    assert name_of(named("restarts", steps=8)) == "restarts" and name_of(noise_signs) == "noise_signs"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("momentun", {}, r"attack='momentun': unknown; did you mean 'momentum'\?"),
+        ("???", {}, r"attack='\?\?\?': unknown; known: paper, uncapped, hard targets"),
+        ("paper", {"step": 3}, r"step=3: attack 'paper' has no such setting; did you mean 'steps'\?"),
+        ("paper", {"update": "adam"}, r"update='adam': attack 'paper' has no such setting"),
+        ("mean of signs", {"eps": 3}, r"eps=3: attack 'mean of signs' has no such setting; "),
+    ],
+)
+def test_unknown_names_and_settings_are_named(name, changes, message):
+    with pytest.raises(SatlibError, match=message) as error:
+        named(name, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_setting_without_a_default_is_an_error():
+    def incomplete(model, images, labels, *, eps, strength, generator=None):
+        return images[: len(eps)]
+
+    with pytest.raises(SatlibError, match="strength: attack 'incomplete' needs a default for it"):
+        options(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"update": "sgd"}, r"update='sgd': expected one of sign, momentum, adam"),
+        ({"schedule": "linear"}, r"schedule='linear': expected one of geometric, cosine"),
+        ({"loss": "hinge"}, r"loss='hinge': expected one of cross-entropy, margin"),
+        ({"loss": "margin", "label_smoothing": 0.1}, r"label_smoothing=0\.1 with loss='margin'"),
+        ({"dominant": True, "targeted": True}, r"dominant=True: only for untargeted"),
+        ({"loss_threshold": 1.6, "targeted": True}, r"loss_threshold=1\.6 in a targeted attack"),
+        ({"restarts": 0}, r"restarts=0: expected a whole number of at least 1"),
+        ({"larger": 3}, r"batch_size=6: expected 1 to the number of images \(4\)"),
+        ({"steps": 0}, r"steps=0: expected a whole number of at least 1"),
+        ({"micro_batch": 0}, r"micro_batch=0: expected a whole number of at least 1"),
+        ({"eps": []}, r"eps=\[\]: expected a number, or at least one"),
+        ({"eps": [8.0, 256.0]}, r"eps=256"),
+    ],
+)
+def test_extended_pgd_names_what_is_wrong(two_class, changes, message):
+    arguments = {"eps": 8.0, "steps": 2, "batch_size": 2} | changes
+    with pytest.raises(SatlibError, match=message) as error:
+        extended_pgd(two_class, images_like(4), torch.zeros(4, dtype=torch.long), **arguments)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- beyond the paper's attack
+
+
+def test_margin_is_positive_exactly_where_the_decision_is_another():
+    logits = torch.randn(6, 4, 2, 3, generator=seeded())
+    labels = torch.randint(4, (6, 2, 3), generator=seeded(1))
+    labels[0, 0, 0] = IGNORE
+    losses = margin_loss(logits, labels)
+    assert losses[0, 0, 0] == 0
+    known = labels != IGNORE
+    assert torch.equal((losses > 0)[known], (logits.argmax(1) != labels)[known])
+    assert margin_loss(logits, labels, loss_threshold=0.5).max() == 0.5
+    by_hand = margin_loss(torch.tensor([[1.0, 4.0, 2.5]]), torch.tensor([2]))
+    assert by_hand.tolist() == [1.5]
+
+
+def test_straight_through_gradient_is_that_of_the_pixel_that_the_model_sees(two_class, direction):
+    """x + xi leaves [0, 255] in the first half of the pixels: by the chain rule these have no gradient."""
+    xi = torch.zeros(1, *SHAPE)
+    outside = torch.arange(math.prod(SHAPE)).view(SHAPE) % 2 == 0
+    xi[0, outside] = 200.0
+    images, labels = images_like(1), torch.zeros(1, dtype=torch.long)
+    options = {"sharedness": 1, "loss": margin_loss}
+    exact, through = (
+        heap_gradients(two_class, images, labels, xi, seen=seen, **options)[0]
+        for seen in (perturb, perturb_straight_through)
+    )
+    assert not exact[0, outside].any() and torch.equal(exact[0, ~outside], through[0, ~outside])
+    torch.testing.assert_close(through[0].flatten(), direction / 100)
+    assert torch.equal(perturb(images, xi, 1), perturb_straight_through(images, xi, 1).clamp(0, 255))
+
+
+def test_cosine_steps_have_the_same_sum_and_end_near_zero():
+    sizes = cosine_step_sizes(10.0, 50, beta=4.0, gamma=0.5)
+    assert math.fsum(sizes) == pytest.approx(40.0) and all(a > b for a, b in pairwise(sizes))
+    assert sizes[25] == pytest.approx(sizes[0] / 2) and sizes[-1] < sizes[0] / 500
+
+
+def test_adam_follows_what_pytorchs_does():
+    weight = nn.Parameter(torch.zeros(2, *SHAPE))
+    optimizer = torch.optim.Adam([weight], lr=1.0, betas=(MOMENTUM, SQUARES), eps=0.0, maximize=True)
+    follow, place = Adam(), torch.zeros(2, *SHAPE)
+    for step in range(5):
+        weight.grad = torch.randn(2, *SHAPE, generator=seeded(step))
+        optimizer.step()
+        place = place + follow(weight.grad)
+    torch.testing.assert_close(place, weight.detach())
+
+
+def test_momentum_remembers_and_does_not_let_one_large_gradient_decide():
+    follow, large = Momentum(), torch.full((1, *SHAPE), 1e6)
+    assert all((follow(large) == 1).all() for _ in range(3))
+    assert (follow(-large / 1e9) == 1).all()
+    for _ in range(20):
+        last = follow(-large / 1e9)
+    assert (last == -1).all() and UPDATES["sign"]()(large - 1e6).abs().max() == 0
+
+
+def test_dominant_attack_sends_images_to_fewer_classes_and_fools_as_many(trained, tiny):
+    images, labels = tiny.val.images, tiny.val.labels
+    found = {}
+    for dominant in (False, True):
+        xi = extended_pgd(trained, images, labels, eps=12.0, steps=40, dominant=dominant, generator=seeded())
+        predicted = trained(perturb(tiny.test.images.float(), xi, len(tiny.test))).argmax(1)
+        found[dominant] = (predicted == predicted.mode().values).float().mean().item()
+    assert found[True] >= found[False] and found[True] > 0.5
+    with pytest.raises(SatlibError, match="dominant=True"):
+        extended_pgd(trained, images, labels.view(-1, 1, 1).expand(-1, 8, 8), eps=12.0, steps=4, dominant=True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"update": "momentum"}, {"update": "adam"}, {"schedule": "cosine"}, {"loss": "margin"}]
+)
+def test_stronger_attacks_stay_within_eps_and_fool(trained, tiny, changes):
+    options = {"eps": [4.0, 16.0], "steps": 40, "generator": seeded()} | changes
+    xi = extended_pgd(trained, tiny.val.images, tiny.val.labels, **options)
+    assert xi.abs().amax((1, 2, 3)).tolist() == pytest.approx([4.0, 16.0], rel=1e-6)
+    noise = torch.cat(
+        [
+            noise_signs(trained, tiny.val.images, tiny.val.labels, eps=[eps], generator=seeded(2)).sign() * eps
+            for eps in (4.0, 16.0)
+        ]
+    )
+    rates, random = (success_rates(trained, tiny.test.images, tiny.test.labels, each) for each in (xi, noise))
+    assert rates[1] > random[1] + 0.2 and rates[1] >= rates[0]
