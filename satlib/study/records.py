@@ -249,7 +249,6 @@ def parse_record(text: bytes, folder: Path) -> Record:
         # Byte for byte: not even a flip that leaves the JSON value alone (1e-05, 1E-05) goes unseen.
         if render_record(content) != text:
             raise Damage(f"{where}: its digest does not match its content")
-        content.setdefault("defaults", {})  # published records have none until they are keyed anew
         record = Record(path=folder, **{f.name: content[f.name] for f in fields(Record) if f.name != "path"})
         for name, kinds in _types(Record).items():
             if name != "path" and type(getattr(record, name)) not in kinds:
