@@ -189,7 +189,7 @@ def test_a_worker_is_killed_and_the_records_are_those_of_one_process(cluster, ro
     after = [count for count in seen if count]
     assert before < EPOCHS and after and min(after) >= before, "it started anew"
     assert_same(alone, found(home))
-    assert "all runs of the profile 'quick' have a record" in said(home) and " running, " in said(home)
+    assert "all runs of 04_cifar10 in the profile 'quick' have a record" in said(home) and " running, " in said(home)
     assert not list((home / "data").glob(".*"))
 
     created = {key: record.created for key, record in found(home).items()}
