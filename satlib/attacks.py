@@ -227,6 +227,7 @@ def universal_pgd(
     snapshots: int = 4,
     score_images: int = 256,
     micro_batch: int | None = None,
+    path: Callable[..., Iterator[Tensor]] | None = None,
 ) -> Tensor:
     """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
 
@@ -240,17 +241,34 @@ def universal_pgd(
 
     micro_batch: a mini-batch that does not fit the device is taken in parts of so many images, whose gradients are
     summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000). Each image
-    is there once for every eps. None: as many as make AT_ONCE values, all eps together.
+    is there once for every eps. None: as many as make AT_ONCE values, all eps together. path: what gives the iterates
+    instead of `stochastic_pgd`, called as that is: for what the paper does not do, see `satlib.universal`.
 
     Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold and mismatched shapes.
-    What the paper does not do is in `satlib.universal`.
     """
     check_threshold(loss_threshold, targeted)
-    sizes = annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma)
-    path = functools.partial(stochastic_pgd, loss_threshold=loss_threshold, label_smoothing=label_smoothing)
-    options = {"targeted": targeted, "generator": generator, "start": start, "micro_batch": micro_batch}
-    options |= {"batch_size": batch_size, "snapshots": snapshots, "score_images": score_images}
-    return craft_universal(model, images, labels, path, eps=eps, relative_step_sizes=sizes, **options)
+    check_pair(images, labels)
+    micro = {} if micro_batch is None else {"micro_batch": micro_batch}
+    check_whole(snapshots=snapshots, score_images=score_images, **micro)
+    if not 1 <= batch_size <= len(images):
+        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
+    device, bound = images.device, per_heap(eps, None, images.device)
+    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma), device=device)
+    xi = _start(start, (len(bound), *images.shape[1:]), bound, generator)
+    minibatches = _minibatches(len(images), batch_size, steps, generator).to(device)
+    marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
+    options = {"targeted": targeted, "loss_threshold": loss_threshold, "label_smoothing": label_smoothing} | micro
+    with attackable(model) as net:
+        check_model(net, images, labels)
+        rows, step_sizes = labels.expand(len(bound), *labels.shape), relative.view(-1, 1, 1, 1, 1) * bound
+        iterates = (path or stochastic_pgd)(net, images, rows, xi, minibatches, step_sizes, eps=bound, **options)
+        kept = [xi for step, xi in enumerate(iterates, start=1) if step in marks]
+        if len(kept) == 1:
+            return kept[0]
+        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
+        scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
+    best = scores.flip(0).argmax(0)  # of equal scores the latest
+    return torch.stack(kept[::-1])[best, torch.arange(len(bound), device=device)]
 
 
 def stochastic_pgd(
@@ -288,56 +306,6 @@ def stochastic_pgd(
         gradients = functools.reduce(torch.add, parts)
         xi = projected_step(xi, direction(gradients), eps=eps, alpha=alpha, targeted=targeted)
         yield xi
-
-
-def craft_universal(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    path: Callable[..., Iterator[Tensor]],
-    *,
-    eps: float | Sequence[float],
-    relative_step_sizes: Sequence[float],
-    batch_size: int,
-    targeted: bool,
-    generator: torch.Generator | None,
-    start: Tensor | None,
-    snapshots: int,
-    score_images: int,
-    micro_batch: int | None,
-) -> Tensor:
-    """What universal attacks by mini-batches share: their checks, their start, and which of the iterates is kept.
-
-    path: called as `stochastic_pgd` is; relative_step_sizes: alpha_k / eps. All else as in `universal_pgd`.
-    """
-    steps = len(relative_step_sizes)
-    check_pair(images, labels)
-    check_whole(
-        steps=steps,
-        snapshots=snapshots,
-        score_images=score_images,
-        micro_batch=1 if micro_batch is None else micro_batch,
-    )
-    if not 1 <= batch_size <= len(images):
-        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
-    device, bound = images.device, per_heap(eps, None, images.device)
-    heaps = len(bound)
-    step_sizes = torch.tensor(relative_step_sizes, device=device).view(-1, 1, 1, 1, 1) * bound
-    xi = _start(start, (heaps, *images.shape[1:]), bound, generator)
-    marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
-    minibatches = _minibatches(len(images), batch_size, steps, generator).to(device)
-    with attackable(model) as net:
-        check_model(net, images, labels)
-        rows = labels.expand(heaps, *labels.shape)
-        options = {"eps": bound, "targeted": targeted, "micro_batch": micro_batch}
-        iterates = path(net, images, rows, xi, minibatches, step_sizes, **options)
-        kept = [xi for step, xi in enumerate(iterates, start=1) if step in marks]
-        if len(kept) == 1:
-            return kept[0]
-        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
-        scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
-    best = scores.flip(0).argmax(0)  # of equal scores the latest
-    return torch.stack(kept[::-1])[best, torch.arange(heaps, device=device)]
 
 
 def images_at_once(images: Tensor) -> int:

@@ -19,7 +19,6 @@ from satlib.attacks import (
     attack_loss,
     attackable,
     broadcast,
-    craft_universal,
     heap_gradients,
     images_at_once,
     perturb,
@@ -47,7 +46,7 @@ from satlib.paper import KAPPA, LABEL_SMOOTHING
 MOMENTUM = 0.9  # how much of the earlier gradients is kept (Dong et al. 2018 keep all, on one image)
 SQUARES = 0.99  # of their squares, in Adam; PyTorch's 0.999 forgets its start slower than an attack ends
 Generator: TypeAlias = torch.Generator | None
-GIVEN = ("model", "images", "labels", "eps", "generator", "targeted", "start", "progress")  # by whoever calls an attack
+GIVEN = ("model", "images", "labels", "eps", "generator", "targeted", "start", "progress", "path")  # not its settings
 
 
 class UniversalAttack(Protocol):
@@ -178,30 +177,46 @@ def extended_pgd(
         raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
     if dominant and (targeted or labels.ndim > 1):
         raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
-    pgd = functools.partial(
-        stochastic_pgd, loss=LOSSES[loss], seen=perturb_straight_through if straight_through else perturb
-    )
-    capped = {"loss_threshold": loss_threshold} | ({} if loss == "margin" else {"label_smoothing": label_smoothing})
-    ascent = functools.partial(pgd, direction=UPDATES[update](), **capped)
+    fewer = max(1, steps // (larger * restarts))
+    sizes = torch.tensor(SCHEDULES[schedule](1.0, fewer, beta=beta, gamma=gamma), device=images.device)
+    sees = {"loss": LOSSES[loss], "seen": perturb_straight_through if straight_through else perturb}
+    unused = {"label_smoothing"} if loss == "margin" else set()
 
-    def to_dominant(net: nn.Module, x: Tensor, rows: Tensor, *run: Tensor, **others: Any) -> Iterator[Tensor]:
-        """The iterates of a quarter of the steps, then of those towards the class that each of these sends most to."""
-        xi, minibatches, step_sizes = run
-        first = -(-len(minibatches) // 4)
-        for each in ascent(net, x, rows, xi, minibatches[:first], step_sizes[:first], **others):
+    def path(
+        net: nn.Module, x: Tensor, rows: Tensor, xi: Tensor, minibatches: Tensor, _: Tensor, *, eps: Tensor, **own: Any
+    ) -> Iterator[Tensor]:
+        """All iterates; or of a quarter of the steps, then those towards the class that each of these sends most to."""
+        step_sizes, first = sizes.view(-1, 1, 1, 1, 1) * eps, -(-fewer // 4) if dominant else fewer
+        capped = {name: value for name, value in own.items() if name not in unused}
+        pgd = functools.partial(stochastic_pgd, net, x, eps=eps, **sees)
+        ascent = pgd(rows, xi, minibatches[:first], step_sizes[:first], direction=UPDATES[update](), **capped)
+        for each in ascent:
             yield (xi := each)
-        chosen = torch.randperm(len(x), generator=generator)[:score_images].to(x.device)
-        classes = torch.stack([_dominant_class(net, x[chosen], rows[0, chosen], each) for each in xi.split(1)])
-        if first < len(minibatches):
+        if first < fewer:
+            chosen = torch.randperm(len(x), generator=generator)[:score_images].to(x.device)
+            classes = torch.stack([_dominant_class(net, x[chosen], rows[0, chosen], each) for each in xi.split(1)])
             rest = (classes[:, None].expand(-1, len(x)), xi, minibatches[first:], step_sizes[first:])
-            yield from pgd(net, x, *rest, direction=UPDATES[update](), **others | {"targeted": True})
+            yield from pgd(*rest, direction=UPDATES[update](), targeted=True, micro_batch=micro_batch)
 
-    sizes = SCHEDULES[schedule](1.0, max(1, steps // (larger * restarts)), beta=beta, gamma=gamma)
-    options = {"targeted": targeted, "generator": generator, "micro_batch": micro_batch, "snapshots": snapshots}
-    options |= {"batch_size": batch_size * larger, "score_images": score_images, "relative_step_sizes": sizes}
-    options |= {"eps": per_heap(eps, None, torch.device("cpu")).flatten().repeat_interleave(restarts)}
-    options |= {"start": None if start is None else start.repeat_interleave(restarts, 0)}
-    found = craft_universal(model, images, labels, to_dominant if dominant else ascent, **options)
+    found = universal_pgd(
+        model,
+        images,
+        labels,
+        eps=per_heap(eps, None, torch.device("cpu")).flatten().repeat_interleave(restarts),
+        steps=fewer,
+        batch_size=batch_size * larger,
+        beta=beta,
+        gamma=gamma,
+        targeted=targeted,
+        loss_threshold=loss_threshold,
+        label_smoothing=label_smoothing,
+        generator=generator,
+        start=None if start is None else start.repeat_interleave(restarts, 0),
+        snapshots=snapshots,
+        score_images=score_images,
+        micro_batch=micro_batch,
+        path=path,
+    )
     if restarts == 1:
         return found
     with attackable(model) as net:
