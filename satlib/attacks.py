@@ -1,6 +1,5 @@
 """One heap PGD loop: image-dependent (s = 1), shared (s) and universal (s = d) attacks follow from it."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ from satlib.checks import (
     per_step,
 )
 from satlib.data.imageset import IGNORE
-from satlib.device import autocast, prepared
+from satlib.device import exact, prepared
 from satlib.errors import SatlibError
+from satlib.network import attackable, evaluated, logits_of
 
 PIXELS_AT_ONCE = 2**22  # of images that are only classified
 AT_ONCE = 2**23  # pixel values of perturbed images whose gradients a universal attack computes at once
@@ -63,6 +63,16 @@ def perturb(images: Tensor, perturbations: Tensor, sharedness: int | None = None
     return (images + broadcast(perturbations, sharedness, len(images))).clamp(0, 255)
 
 
+def perturb_straight_through(images: Tensor, perturbations: Tensor, sharedness: int) -> Tensor:
+    """`perturb`, whose gradient passes straight through the clamp: that of the image which the model sees.
+
+    So do attacks that project x + xi itself. By the chain rule, pixels that xi drives out of range have no gradient:
+    half of them, where images are black and white.
+    """
+    added = images + broadcast(perturbations, sharedness, len(images))
+    return added + (added.clamp(0, 255) - added).detach()
+
+
 def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
     """alpha_k = beta * eps * gamma^k / sum_j gamma^j of section 5.2, k = 0 .. steps - 1; their sum is beta * eps.
 
@@ -74,27 +84,6 @@ def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) ->
     return [beta * eps * weight / total for weight in weights]
 
 
-@contextlib.contextmanager
-def attackable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as attacks see it: eval mode, weights frozen, batch norm folded where the model can do so.
-
-    A model with a `folded()` method yields that copy. Any other model is switched to eval mode and frozen for
-    the duration; its modules' modes and its parameters' `requires_grad` are restored afterwards.
-    """
-    if hasattr(model, "folded"):
-        yield model.folded()
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield model.eval().requires_grad_(False)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 @torch.enable_grad()
 def heap_gradients(
     model: nn.Module,
@@ -104,17 +93,16 @@ def heap_gradients(
     *,
     sharedness: int,
     loss: Callable[..., Tensor] = attack_loss,
-    seen: Callable[[Tensor, Tensor, int], Tensor] = perturb,
+    straight_through: bool = True,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """grad_xi sum_{i in heap} L_adv(x_i + xi, y_i) of every heap, shaped like xi, and the losses (d,) or (d, H, W).
 
-    L_adv is loss(logits, labels, **settings), and what the model sees is seen(images, xi, sharedness).
+    L_adv is loss(logits, labels, **settings); straight_through: see `perturb_straight_through`.
     """
     xi = xi.detach().requires_grad_()
-    with autocast(images.device):
-        logits = model(seen(images, xi, sharedness))
-    losses = loss(logits, labels, **settings)
+    seen = (perturb_straight_through if straight_through else perturb)(images, xi, sharedness)
+    losses = loss(logits_of(model, seen), labels, **settings)
     return torch.autograd.grad(losses.sum(), xi)[0], losses.detach()
 
 
@@ -137,8 +125,8 @@ def pgd_step(
 ) -> tuple[Tensor, Tensor]:
     """One PGD iteration for every heap at once (section 3.2, with L_uni of section 4.2 as each heap's loss).
 
-    eps and alpha are (heaps or 1, 1, 1, 1); loss: what `attack_loss` takes. Returns the new xi and the losses (d,) or
-    (d, H, W) at the old.
+    eps and alpha are (heaps or 1, 1, 1, 1); loss: what `heap_gradients` takes. Returns the new xi and the losses (d,)
+    or (d, H, W) at the old.
     """
     gradients, losses = heap_gradients(model, images, labels, xi, sharedness=sharedness, **loss)
     return projected_step(xi, gradients.sign(), eps=eps, alpha=alpha, targeted=targeted), losses
@@ -159,6 +147,7 @@ def heap_pgd(
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     keep_best: bool = False,
+    straight_through: bool = True,
 ) -> Tensor:
     """The heap adversary of section 4.2: one perturbation for every `sharedness` consecutive images.
 
@@ -169,7 +158,7 @@ def heap_pgd(
     eps: a number in [0, 255], or one for each heap. step_size: a number, or one for each step, or a tensor
     (steps, heaps). start: initial perturbations (projected on eps); otherwise uniform in [-eps, eps] from
     `generator`. keep_best: for each heap return the iterate of highest loss (lowest, when targeted) instead of
-    the last, for one more forward pass.
+    the last, for one more forward pass. straight_through: see `perturb_straight_through`.
 
     Raises SatlibError on eps outside [0, 255], steps < 1, sharedness outside 1..d, mismatched shapes, and a
     loss_threshold that is not positive, or is given to a targeted attack: high losses are where that starts, and
@@ -195,7 +184,7 @@ def heap_pgd(
     with attackable(model) as net:
         if not model.training:  # a training that attacks its own model at every step has no time for it
             check_model(net, images, labels)
-        options = {"sharedness": sharedness, "targeted": targeted} | loss
+        options = {"sharedness": sharedness, "targeted": targeted, "straight_through": straight_through} | loss
         step = prepared(pgd_step, net, images, labels, xi, bound, alphas[0], **options)
         for alpha in alphas:
             previous = xi
@@ -204,9 +193,8 @@ def heap_pgd(
                 best, best_loss = better(previous, losses)
         if not keep_best:
             return xi
-        with torch.no_grad(), autocast(images.device):
-            logits = net(perturb(images, xi, sharedness))
-        return better(xi, attack_loss(logits, labels, **loss))[0]
+        with torch.no_grad():
+            return better(xi, attack_loss(logits_of(net, perturb(images, xi, sharedness)), labels, **loss))[0]
 
 
 def universal_pgd(
@@ -227,6 +215,7 @@ def universal_pgd(
     snapshots: int = 4,
     score_images: int = 256,
     micro_batch: int | None = None,
+    straight_through: bool = True,
     path: Callable[..., Iterator[Tensor]] | None = None,
 ) -> Tensor:
     """The universal adversary f_uni: stochastic PGD with annealed steps (sections 3.2 and 5.2).
@@ -241,8 +230,9 @@ def universal_pgd(
 
     micro_batch: a mini-batch that does not fit the device is taken in parts of so many images, whose gradients are
     summed before the step is made: the same iteration, in pieces (section 6.2 has mini-batches of 10,000). Each image
-    is there once for every eps. None: as many as make AT_ONCE values, all eps together. path: what gives the iterates
-    instead of `stochastic_pgd`, called as that is: for what the paper does not do, see `satlib.universal`.
+    is there once for every eps. None: as many as make AT_ONCE values, all eps together. straight_through: see
+    `perturb_straight_through`. path: what gives the iterates instead of `stochastic_pgd`, called as that is: for what
+    the paper does not do, see `satlib.universal`.
 
     Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold and mismatched shapes.
     """
@@ -258,6 +248,7 @@ def universal_pgd(
     minibatches = _minibatches(len(images), batch_size, steps, generator).to(device)
     marks = {round(steps * (0.5 + 0.5 * (i + 1) / snapshots)) for i in range(snapshots)}
     options = {"targeted": targeted, "loss_threshold": loss_threshold, "label_smoothing": label_smoothing} | micro
+    options |= {"straight_through": straight_through}
     with attackable(model) as net:
         check_model(net, images, labels)
         rows, step_sizes = labels.expand(len(bound), *labels.shape), relative.view(-1, 1, 1, 1, 1) * bound
@@ -296,8 +287,7 @@ def stochastic_pgd(
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A mini-batch, or a part of one, once for each eps."""
-        x = images[chosen].float().repeat(heaps, 1, 1, 1)
-        return x.contiguous(memory_format=torch.channels_last), labels[:, chosen].flatten(0, 1)
+        return images[chosen].float().repeat(heaps, 1, 1, 1), labels[:, chosen].flatten(0, 1)
 
     whole = prepared(heap_gradients, net, *batch(minibatches[0, :part]), xi, sharedness=part, **gradient)
     rest = functools.partial(heap_gradients, net, sharedness=size % part, **gradient)
@@ -337,21 +327,19 @@ def success_rates(
     """Share of decisions that each perturbation wins over all the images: (heaps, C, H, W) -> (heaps,).
 
     Untargeted: the misclassification rate against `labels`; targeted: the accuracy with respect to `labels` as
-    targets. Decisions are images, or in segmentation pixels whose label is not 255. The model is used as given:
-    pass it through `attackable`, or in eval mode.
+    targets. Decisions are images, or in segmentation pixels whose label is not 255. They are the model's in eval mode,
+    and in float32 (or its weights' format), whatever is faster: nobody's verdict hangs on the rounding of a device. A
+    model with a `folded()` method is used as it is given, for `attackable` has changed it already, or need not.
     """
-    check_pair(images, labels)
     wins = torch.zeros(len(perturbations), device=images.device)
     total = torch.zeros((), device=images.device)
     count = min(batch_size, images_at_once(images))
-    for x, y in zip(images.split(count), labels.split(count), strict=True):
-        x = x.float().contiguous(memory_format=torch.channels_last)
-        for heap, xi in enumerate(perturbations.split(1)):
-            with autocast(images.device):
-                predicted = model(perturb(x, xi)).argmax(1)
-            won, counted = decisions_won(predicted, y, targeted=targeted)
-            wins[heap] += won.sum()
-        total += counted.sum()
+    with evaluated(model), exact():
+        for x, y in zip(images.split(count), labels.split(count), strict=True):
+            for heap, xi in enumerate(perturbations.split(1)):
+                won, counted = decisions_won(logits_of(model, perturb(x.float(), xi)).argmax(1), y, targeted=targeted)
+                wins[heap] += won.sum()
+            total += counted.sum()
     return wins / total
 
 

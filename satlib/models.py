@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from satlib.errors import SatlibError
+from satlib.network import logits_in, weights_dtype
 
 
 def conv_norm(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -79,6 +80,8 @@ class Statistics(nn.Module):
 class Normalised(Statistics):
     """A network that takes pixels in 0..255 and normalises them by its statistics, in pixel units."""
 
+    memory_format = torch.channels_last  # of the images that it wants; it never writes into them
+
     def initialise(self) -> None:
         """Convolutions as in He et al. (2015); channels last, as all images are."""
         for module in self.modules():
@@ -96,18 +99,30 @@ class Normalised(Statistics):
 class UnitInputs(Statistics):
     """Any network whose inputs are in [0, 1], as everything here takes it: with pixels in 0..255.
 
-    network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); of a mapping, as
-    torchvision's segmentation models return it, `out` is taken. mean, std: one value a channel, in [0, 1], by which
-    its inputs are to be normalised; leave them out where the network does that itself.
+    network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); of what it returns by
+    name, `logits` or `out`. mean, std: one value a channel, in [0, 1], by which
+    its inputs are to be normalised; leave them out where the network does that itself. output: which of several things
+    that the network returns are the logits, by name or index.
     """
 
-    def __init__(self, network: nn.Module, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        output: str | int | None = None,
+    ) -> None:
         super().__init__(mean, std)
-        self.network = network
+        if max(mean) > 1 or max(std) > 1:
+            raise SatlibError(
+                f"mean={tuple(mean)}, std={tuple(std)}: expected numbers in units of 0 to 1; divide them by 255"
+            )
+        self.network, self.output = network, output
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.network((x / 255 - self.mean) / self.std)
-        return out["out"] if isinstance(out, Mapping) else out
+        inputs = (x / 255 - self.mean) / self.std
+        return logits_in(self.network(inputs.to(weights_dtype(self.network))), self.output)
 
 
 class ResNet(Normalised):

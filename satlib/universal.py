@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from satlib.attacks import (
     annealed_step_sizes,
     attack_loss,
-    attackable,
-    broadcast,
     heap_gradients,
     images_at_once,
     perturb,
@@ -39,8 +37,8 @@ from satlib.checks import (
 )
 from satlib.data.imageset import IGNORE
 from satlib.deepfool import universal_deepfool
-from satlib.device import autocast
 from satlib.errors import SatlibError
+from satlib.network import attackable, logits_of
 from satlib.paper import KAPPA, LABEL_SMOOTHING
 
 MOMENTUM = 0.9  # how much of the earlier gradients is kept (Dong et al. 2018 keep all, on one image)
@@ -72,15 +70,6 @@ def margin_loss(logits: Tensor, labels: Tensor, *, loss_threshold: float | None 
     others = logits.float().scatter(1, target, -math.inf).amax(1)
     losses = (others - logits.float().gather(1, target)[:, 0]) * counted
     return losses if loss_threshold is None else losses.clamp(max=loss_threshold)
-
-
-def perturb_straight_through(images: Tensor, perturbations: Tensor, sharedness: int) -> Tensor:
-    """`perturb`, but pixels that xi drives out of range keep the gradient of the pixel that the model sees.
-
-    As in attacks that project x + xi itself; by the chain rule they have none.
-    """
-    added = images + broadcast(perturbations, sharedness, len(images))
-    return added + (perturb(images, perturbations, sharedness) - added).detach()
 
 
 def cosine_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
@@ -151,7 +140,7 @@ def extended_pgd(
     update: str = "sign",
     schedule: str = "geometric",
     loss: str = "cross-entropy",
-    straight_through: bool = False,
+    straight_through: bool = True,
     dominant: bool = False,
     larger: int = 1,
     restarts: int = 1,
@@ -159,7 +148,7 @@ def extended_pgd(
     """`universal_pgd` with what the paper does not do; as it is by default, and always with as many gradients.
 
     update "momentum" or "adam": see there; schedule "cosine": see `cosine_step_sizes`; loss "margin": `margin_loss`;
-    straight_through: see `perturb_straight_through`. dominant: after a quarter of the steps each perturbation aims,
+    straight_through: as there. dominant: after a quarter of the steps each perturbation aims,
     without a cap, at the class into which it has sent most of the crafting images that it fooled so far: universal
     perturbations end in few classes anyway (classification only). larger: mini-batches of so many times the images,
     in so many times fewer steps. restarts: so many perturbations for each eps, in so many times fewer steps each, of
@@ -179,8 +168,7 @@ def extended_pgd(
         raise SatlibError("dominant=True: only for untargeted attacks on classifiers, which have a class to be sent to")
     fewer = max(1, steps // (larger * restarts))
     sizes = torch.tensor(SCHEDULES[schedule](1.0, fewer, beta=beta, gamma=gamma), device=images.device)
-    sees = {"loss": LOSSES[loss], "seen": perturb_straight_through if straight_through else perturb}
-    unused = {"label_smoothing"} if loss == "margin" else set()
+    unused = {"straight_through", "label_smoothing" if loss == "margin" else ""}
 
     def path(
         net: nn.Module, x: Tensor, rows: Tensor, xi: Tensor, minibatches: Tensor, _: Tensor, *, eps: Tensor, **own: Any
@@ -188,7 +176,7 @@ def extended_pgd(
         """All iterates; or of a quarter of the steps, then those towards the class that each of these sends most to."""
         step_sizes, first = sizes.view(-1, 1, 1, 1, 1) * eps, -(-fewer // 4) if dominant else fewer
         capped = {name: value for name, value in own.items() if name not in unused}
-        pgd = functools.partial(stochastic_pgd, net, x, eps=eps, **sees)
+        pgd = functools.partial(stochastic_pgd, net, x, eps=eps, loss=LOSSES[loss], straight_through=straight_through)
         ascent = pgd(rows, xi, minibatches[:first], step_sizes[:first], direction=UPDATES[update](), **capped)
         for each in ascent:
             yield (xi := each)
@@ -215,6 +203,7 @@ def extended_pgd(
         snapshots=snapshots,
         score_images=score_images,
         micro_batch=micro_batch,
+        straight_through=straight_through,
         path=path,
     )
     if restarts == 1:
@@ -227,11 +216,8 @@ def extended_pgd(
 @torch.no_grad()
 def _dominant_class(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) -> Tensor:
     """The class () into which xi (1, C, H, W) sends most of the images that it fools; of all, where it fools none."""
-    predicted = []
-    for x in images.split(images_at_once(images)):
-        with autocast(images.device):
-            predicted.append(net(perturb(x.float(), xi).contiguous(memory_format=torch.channels_last)).argmax(1))
-    classes = torch.cat(predicted)
+    parts = images.split(images_at_once(images))
+    classes = torch.cat([logits_of(net, perturb(x.float(), xi)).argmax(1) for x in parts])
     fooled = classes[classes != labels]
     return (fooled if len(fooled) else classes).mode().values
 
@@ -245,12 +231,14 @@ def mean_of_signs(
     steps: int = 100,
     batch_size: int = 128,
     relative_step_size: float = 0.25,
+    straight_through: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The best universal response of Perolat et al. (2018): a `UniversalAttack`.
 
     xi <- project(xi + alpha * mean over the mini-batch of the *sign* of every sample's gradient): each image has one
     vote a pixel, whatever its loss. alpha = relative_step_size * eps; the start is uniform in [-eps, eps].
+    straight_through: see `perturb_straight_through`.
     """
     check_pair(images, labels)
     check_whole(steps=steps, batch_size=batch_size)
@@ -261,9 +249,9 @@ def mean_of_signs(
         check_model(net, images, labels)
         for _ in range(steps):
             chosen = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
-            x = images[chosen].float().repeat(heaps, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+            x, y = images[chosen].float().repeat(heaps, 1, 1, 1), rows[:, chosen].flatten(0, 1)
             each = xi.repeat_interleave(batch_size, 0)
-            gradients, _ = heap_gradients(net, x, rows[:, chosen].flatten(0, 1), each, sharedness=1)
+            gradients, _ = heap_gradients(net, x, y, each, sharedness=1, straight_through=straight_through)
             votes = gradients.sign().unflatten(0, (heaps, batch_size)).mean(1)
             xi = projected_step(xi, votes, eps=bound, alpha=relative_step_size * bound, targeted=False)
     return xi
@@ -285,7 +273,7 @@ _PRESETS: dict[str, tuple[UniversalAttack, dict[str, Any]]] = {
     "momentum": (extended_pgd, _CAPPED | {"update": "momentum"}),
     "Adam": (extended_pgd, _CAPPED | {"update": "adam"}),
     "cosine": (extended_pgd, _CAPPED | {"schedule": "cosine"}),
-    "straight-through": (extended_pgd, _CAPPED | {"straight_through": True}),
+    "clamped gradient": (universal_pgd, _CAPPED | {"straight_through": False}),
     "dominant": (extended_pgd, _CAPPED | {"dominant": True}),
     "large mini-batches": (extended_pgd, _CAPPED | {"larger": 4}),
     "restarts": (extended_pgd, _CAPPED | {"restarts": 4}),
