@@ -99,11 +99,12 @@ class Normalised(Statistics):
 class UnitInputs(Statistics):
     """Any network whose inputs are in [0, 1], as everything here takes it: with pixels in 0..255.
 
-    network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); of what it returns by
-    name, `logits` or `out`. mean, std: one value a channel, in [0, 1], by which
-    its inputs are to be normalised; leave them out where the network does that itself. output: which of several things
-    that the network returns are the logits, by name or index.
+    network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); if it
+    returns several things, those called `logits` or `out`, or the `output` by name or index. mean, std: one value a
+    channel, in [0, 1], by which its inputs are to be normalised; leave them out where the network does that itself.
     """
+
+    pixel_dtype = torch.float32  # also where the network's weights have another format
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ def logits_of(model: Network, images: Tensor) -> Tensor:
         with autocast(images.device):
             return model(images.contiguous(memory_format=layout))
     weights = weights_dtype(model)
-    wanted = images.dtype if hasattr(model, "output") and weights is not torch.float64 else weights
+    wanted = getattr(model, "pixel_dtype", weights)
     with autocast(images.device) if weights is torch.float32 else contextlib.nullcontext():
         return logits_in(model(images.to(wanted).clone(memory_format=torch.contiguous_format)))
 
