@@ -70,7 +70,7 @@ def perturb_straight_through(images: Tensor, perturbations: Tensor, sharedness: 
     half of them, where images are black and white.
     """
     added = images + broadcast(perturbations, sharedness, len(images))
-    return added + (added.clamp(0, 255) - added).detach()
+    return added.clamp(0, 255).detach() + (added - added.detach())
 
 
 def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:

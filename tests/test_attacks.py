@@ -26,6 +26,7 @@ from satlib.attacks import (
     universal_pgd,
 )
 from satlib.errors import SatlibError
+from satlib.models import UnitInputs
 
 pytestmark = pytest.mark.usefixtures("float32")
 SHAPE = (3, 4, 4)
@@ -629,26 +630,49 @@ def test_universal_attack_walks_by_the_annealed_steps(linear):
 # ------------------------------------------------------------------------------------------------ clamping
 
 
-def test_perturbation_is_not_derived_from_clamped_images(two_class, direction):
-    """Where a pixel of 1 wants to be darker by more than 1, the image cannot follow; xi keeps the step that it took."""
+@pytest.mark.parametrize(("straight_through", "depth"), [(False, -2), (True, -6)])
+def test_perturbation_is_not_derived_from_clamped_images(two_class, direction, straight_through, depth):
+    """Where a pixel of 1 wants to be darker by more than 1, the image cannot follow; xi keeps the steps that it took."""
     dark = direction.view(SHAPE) < 0  # untargeted with label 0: these pixels want to be darker
     images = torch.where(dark, 1.0, 128.0)[None]
-    options = {"eps": 8.0, "sharedness": 1, "steps": 3, "step_size": 2.0}
+    options = {"eps": 8.0, "sharedness": 1, "steps": 3, "step_size": 2.0, "straight_through": straight_through}
     xi = heap_pgd(two_class, images, torch.tensor([0]), start=torch.zeros_like(images), **options)[0]
-    assert (xi[dark] == -2).all()  # one step down, and no gradient from then on
+    assert (xi[dark] == depth).all()  # by the chain rule there is no gradient after the first step
     assert (xi[~dark] == 6).all()
     assert (perturb(images, xi[None], 1)[0][dark] == 0).all()
 
 
-def test_gradient_is_zero_where_clamped(two_class):
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_gradient_is_zero_where_clamped_but_straight_through(two_class, straight_through):
     images = torch.tensor([0.0, 255.0, 128.0]).view(3, 1, 1, 1).expand(3, *SHAPE)
     start = torch.full((3, *SHAPE), -1.0)
     start[1] = 1.0
-    xi = heap_pgd(
-        two_class, images, torch.tensor([0, 0, 0]), eps=8.0, sharedness=1, steps=2, step_size=2.0, start=start
-    )
-    assert torch.equal(xi[:2], start[:2])
+    options = {"eps": 8.0, "sharedness": 1, "steps": 2, "step_size": 2.0, "straight_through": straight_through}
+    xi = heap_pgd(two_class, images, torch.tensor([0, 0, 0]), start=start, **options)
+    assert torch.equal(xi[:2], start[:2]) != straight_through
     assert (xi[2] != start[2]).all()
+    assert not straight_through or (xi != start).all()
+
+
+def test_black_and_white_images_are_attacked_as_well_as_by_the_usual_pgd():
+    """The usual PGD projects x + xi itself (Madry et al. 2018); by the chain rule, ours stalled far behind it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 196, 10))
+    model, images = UnitInputs(net, mean=(0.0,), std=(1.0,)).eval(), (torch.rand(400, 1, 16, 16) > 0.8).float() * 255
+    labels = model(images).argmax(1)
+    usual = (images + random_start(tuple(images.shape), 16.0, None)).clamp(0, 255)
+    for _ in range(10):
+        usual.requires_grad_()
+        gradient = torch.autograd.grad(F.cross_entropy(model(usual), labels), usual)[0]
+        moved = usual.detach() + 4 * gradient.sign()
+        usual = torch.minimum(torch.maximum(moved, images - 16), images + 16).clamp(0, 255)
+    options = {"eps": 16.0, "sharedness": 1, "steps": 10, "step_size": 4.0}
+    ours, stalled = (
+        perturb(images, heap_pgd(model, images, labels, straight_through=through, **options), 1)
+        for through in (True, False)
+    )
+    usual, ours, stalled = ((model(x).argmax(1) != labels).float().mean().item() for x in (usual, ours, stalled))
+    assert ours >= usual - 0.01 and stalled < usual - 0.1
 
 
 def test_shared_perturbation_goes_on_for_the_images_that_can_follow(two_class, direction):

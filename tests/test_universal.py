@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from satlib.attacks import heap_gradients, perturb, random_start, success_rates, universal_pgd
+from satlib.attacks import (
+    heap_gradients,
+    perturb,
+    perturb_straight_through,
+    random_start,
+    success_rates,
+    universal_pgd,
+)
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.robustness import universal_robustness
@@ -27,7 +34,6 @@ from satlib.universal import (
     name_of,
     named,
     options,
-    perturb_straight_through,
 )
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -116,8 +122,8 @@ def test_attacks_differ_from_the_papers_and_need_as_many_gradients(trained, tiny
         handle.remove()
     assert set(counts.values()) == {16 * 8 + 4}  # and four on which it was tried
     distinct = {xi.numpy().tobytes() for xi in found.values()}
-    assert len(distinct) >= len(found) - 1  # no pixel leaves its range here: "straight-through" is the paper's
-    assert torch.equal(found["straight-through"], found["paper"])
+    assert len(distinct) >= len(found) - 1  # no pixel leaves its range here: through the clamp is straight through
+    assert torch.equal(found["clamped gradient"], found["paper"])
 
 
 def test_extended_pgd_is_the_papers_by_default(trained, tiny):
@@ -230,12 +236,12 @@ def test_straight_through_gradient_is_that_of_the_pixel_that_the_model_sees(two_
     images, labels = images_like(1), torch.zeros(1, dtype=torch.long)
     options = {"sharedness": 1, "loss": margin_loss}
     exact, through = (
-        heap_gradients(two_class, images, labels, xi, seen=seen, **options)[0]
-        for seen in (perturb, perturb_straight_through)
+        heap_gradients(two_class, images, labels, xi, straight_through=through, **options)[0]
+        for through in (False, True)
     )
     assert not exact[0, outside].any() and torch.equal(exact[0, ~outside], through[0, ~outside])
     torch.testing.assert_close(through[0].flatten(), direction / 100)
-    assert torch.equal(perturb(images, xi, 1), perturb_straight_through(images, xi, 1).clamp(0, 255))
+    assert torch.equal(perturb(images, xi, 1), perturb_straight_through(images, xi, 1))
 
 
 def test_cosine_steps_have_the_same_sum_and_end_near_zero():
