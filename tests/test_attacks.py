@@ -21,6 +21,7 @@ from satlib.attacks import (
     heap_means,
     heap_pgd,
     perturb,
+    random_start,
     pgd_step,
     success_rates,
     universal_pgd,
@@ -632,7 +633,7 @@ def test_universal_attack_walks_by_the_annealed_steps(linear):
 
 @pytest.mark.parametrize(("straight_through", "depth"), [(False, -2), (True, -6)])
 def test_perturbation_is_not_derived_from_clamped_images(two_class, direction, straight_through, depth):
-    """Where a pixel of 1 wants to be darker by more than 1, the image cannot follow; xi keeps the steps that it took."""
+    """Where a pixel of 1 wants to be darker by more than 1, the image cannot follow; xi keeps its steps."""
     dark = direction.view(SHAPE) < 0  # untargeted with label 0: these pixels want to be darker
     images = torch.where(dark, 1.0, 128.0)[None]
     options = {"eps": 8.0, "sharedness": 1, "steps": 3, "step_size": 2.0, "straight_through": straight_through}
