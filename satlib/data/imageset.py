@@ -93,33 +93,27 @@ class ImageSet:
         return digest.hexdigest()
 
     @cached_property
-    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        # Sums of integers are exact in any order, so every device and thread count gives the same floats.
+    def _sums(self) -> list[tuple[int, ...]]:
+        """Of each channel: how many pixels, their sum, and the sum of their squares. Sums of integers are exact in any
+        order, so every device and thread count gives the same floats."""
+        counts = [torch.bincount(channel.reshape(-1), minlength=256) for channel in self.images.unbind(1)]
         values = torch.arange(256, device=self.device)
-        means, deviations = [], []
-        for channel in self.images.unbind(1):
-            counts = torch.bincount(channel.reshape(-1), minlength=256)
-            n, total, squares = channel.numel(), int((counts * values).sum()), int((counts * values**2).sum())
-            means.append(total / n)
-            deviations.append(((n * squares - total**2) / n**2) ** 0.5)
-        return tuple(means), tuple(deviations)
+        return [tuple(int((each * values**power).sum()) for power in range(3)) for each in counts]
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel over all pixels, in 0..255."""
-        return self._moments[0]
+        return tuple(total / n for n, total, _ in self._sums)
 
     @property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel over all pixels, in units of 0..255."""
-        return self._moments[1]
+        return tuple(((n * squares - total**2) / n**2) ** 0.5 for n, total, squares in self._sums)
 
     def to(self, device: torch.device | str) -> Self:
         """The same set on `device`; what was already computed about it (fingerprint, mean, std) goes along."""
         moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
-        for known in ("fingerprint", "_moments"):
-            if known in self.__dict__:
-                moved.__dict__[known] = self.__dict__[known]
+        moved.__dict__.update({known: vars(self)[known] for known in ("fingerprint", "_sums") if known in vars(self)})
         return moved
 
     def first(self, n: int) -> Self:

@@ -7,6 +7,7 @@ IEEE 754 rounds exactly (+ - * / sqrt, floor, abs, comparisons), one element at 
 and no sines. Rotations use the rational points of the circle instead.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from numpy import ndarray as Array
 
 from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.imageset import ImageSet, Splits
+
+Shape = Callable[[Array, Array], Array]
 
 # What makes the task hard. Contrasts, textures and noise are in pixel units, 0..255.
 SCALE = (0.6, 0.88)  # half the size of a shape; 1 is half the image
@@ -104,7 +107,7 @@ def _star(x: Array, y: Array) -> Array:
 
 
 # Signed distances (below 0 inside) in the shape's own coordinates, in which it about fills -1..1.
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+SHAPES: dict[str, Shape] = {
     "disc": lambda x, y: circle(x, y, 0.85),
     "ring": lambda x, y: np.abs(circle(x, y, 0.72)) - 0.22,
     "square": lambda x, y: box(x, y, 0.74, 0.74),
@@ -138,14 +141,13 @@ FINER = {
 
 @dataclass(frozen=True)
 class Family:
-    """What `generate` draws: `per_class` of each shape in each split.
+    """What `generate` draws: in each split so many of each shape, by chunks.
 
-    chunk: images drawn at a time, of which per_class has multiples. fingerprint: what they must give on every machine;
-    whoever changes the drawing records it anew.
+    fingerprint: what they must give on every machine; whoever changes the drawing records it anew.
     """
 
-    shapes: Mapping[str, Callable[[Array, Array], Array]]
-    per_class: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+    per_class: Mapping[str, int]  # multiples of chunk, by split
     seed: int
     chunk: int
     fingerprint: str
@@ -157,15 +159,15 @@ class Family:
 
 FAMILIES = {
     "shapes32": Family(
-        shapes=SHAPES,
-        per_class={"train": 900, "val": 150, "test": 150},
+        SHAPES,
+        {"train": 900, "val": 150, "test": 150},
         seed=3203,
         chunk=150,
         fingerprint="78ce30a1c0e4f77cb6c47af6a39871030c0b0f527607ea2e5279c1a2afb2fc02",
     ),
     "shapes64": Family(
-        shapes={name: shape for pair in zip(SHAPES.items(), FINER.items(), strict=True) for name, shape in pair},
-        per_class={"train": 400, "val": 80, "test": 80},
+        dict(itertools.chain(*zip(SHAPES.items(), FINER.items(), strict=True))),
+        {"train": 400, "val": 80, "test": 80},
         seed=6403,
         chunk=40,
         fingerprint="8affb0c7229196c72c266e4acaba5f66e739823d84b203e1c6b57af6a6762c25",

@@ -256,13 +256,10 @@ def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
 
 
 def load(dataset: Dataset, folder: None, *, progress: bool = True) -> Splits:
-    """400, 80 and 80 scenes; no files are needed. Drawn once, then kept in the project's `data/.cache`, by the
-    fingerprint that they must have."""
-
-    def build() -> Splits:
-        return Splits(**{split: generate(dataset.name, split) for split in COUNTS})
-
-    return cached_splits(dataset.name, {"fingerprint": FINGERPRINTS[dataset.name]}, project_root() / "data", build)
+    """400, 80 and 80 scenes: drawn once, then kept in the project's `data/.cache` by the fingerprint they must have."""
+    name, sources = dataset.name, {"fingerprint": FINGERPRINTS[dataset.name]}
+    kept = project_root() / "data"
+    return cached_splits(name, sources, kept, lambda: Splits(**{split: generate(name, split) for split in COUNTS}))
 
 
 @cache
