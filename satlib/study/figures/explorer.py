@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from satlib.attacks import perturb
 from satlib.study.claims import Model, front, size_text
 from satlib.study.figures import EPS, PALETTE, RED, as_picture, finish, look, perturbation_picture
 from satlib.study.figures.scenes import colour
@@ -70,10 +69,9 @@ def attack_figure(answer: Attacked) -> Figure:
     owner = "the first image's own" if question.own else "one for all images"
     picture = perturbation_picture(answer.xi[0].cpu().numpy(), question.eps or 1.0)
     _pictures(figure, (0.005, 0.16, 0.20, 0.60), [picture], title=f"perturbation, {owner}\n{strength}")
-    perturbed = perturb(answer.images, answer.xi, question.sharedness(len(answer.images)))
     for bottom, heading, seen, images, (predicted, confidence) in (
         (0.53, "clean", ", and what the model sees", answer.images, answer.clean),
-        (0.08, "perturbed", ", and what it sees", perturbed, answer.perturbed),
+        (0.08, "perturbed", ", and what it sees", answer.seen, answer.perturbed),
     ):
         shown, captions = [as_picture(image) for image in images.cpu().numpy()], []
         if target.segments:
