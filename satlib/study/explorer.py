@@ -286,10 +286,9 @@ def nearest_model(models: Sequence[Model], family: str, eps: float, sigma: float
         far = 0.0 if model.eps is None else abs(model.eps - eps) / 26
         return far + (0.0 if model.sigma is None else abs(model.sigma - sigma))
 
-    members = [m for m in models if m.family == family]
-    if not members:
-        raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
-    return min(members, key=distance)
+    if nearest := min((m for m in models if m.family == family), key=distance, default=None):
+        return nearest
+    raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
 
 
 def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:

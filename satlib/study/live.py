@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from satlib import attacks
 from satlib.attacks import heap_pgd, perturb, success_rates
-from satlib.data import ImageSet, Splits
+from satlib.data import Splits
 from satlib.device import autocast
 from satlib.errors import SatlibError
 from satlib.risks import adversarial_risk, expected_risk, universal_risk
@@ -71,10 +71,6 @@ class Target:
     def batch_size(self) -> int:
         """Images in a mini-batch of the universal attack."""
         return 4 if self.segments else 16
-
-    def scored(self, *, own: bool) -> ImageSet:
-        """The test images that an attack is scored on; fewer where each needs a perturbation of its own."""
-        return self.splits.test.subset(slice((8 if own else 16) if self.segments else (32 if own else UNSEEN)))
 
     def steps_at_once(self, images: int) -> int:
         """Steps on so many images that a first answer has time for; segmentation does more pixels in that time."""
@@ -161,13 +157,15 @@ def attack(target: Target, question: Attack, superseded: Callable[[], bool] = la
     SatlibError on settings that the attack cannot work with, and Superseded.
     """
     net, targeted = Cancellable(target.net, superseded), question.target is not None
-    scored, craft, few = target.scored(own=question.own), target.splits.val, target.steps_at_once(target.batch_size)
+    counts = (16, 8) if target.segments else (UNSEEN, 32)  # fewer where each image needs a perturbation of its own
+    scored, craft = target.splits.test.subset(slice(counts[question.own])), target.splits.val
+    few = target.steps_at_once(target.batch_size)
     x, aim = scored.images.float(), _aim(target, question, scored.labels)
 
     def universal(eps: Sequence[float], steps: int) -> Tensor:
-        batch_size, aims = min(target.batch_size, len(craft)), _aim(target, question, craft.labels)
-        options = {"targeted": targeted, "generator": _seeded(question), "snapshots": 1}
-        return attacks.universal_pgd(net, craft.images, aims, eps=eps, steps=steps, batch_size=batch_size, **options)
+        options = {"targeted": targeted, "batch_size": min(target.batch_size, len(craft)), "snapshots": 1}
+        generator, aims = torch.Generator().manual_seed(question.seed), _aim(target, question, craft.labels)
+        return attacks.universal_pgd(net, craft.images, aims, eps=eps, steps=steps, generator=generator, **options)
 
     def curve(steps: int) -> tuple[tuple[float, float], ...]:
         rates = success_rates(net, scored.images, aim, universal(GRID, steps), targeted=targeted)
@@ -214,7 +212,7 @@ def share(target: Target, question: Sharing, superseded: Callable[[], bool] = la
         own = _won(net, perturb(x, xi, s), y, targeted=False).mean().item()
         settings, alone = (question.eps, steps, question.seed), _heap_settings(question, steps)
         for_all = {"eps": question.eps, "steps": 2 * steps, "batch_size": target.batch_size, "snapshots": 1}
-        for_all |= {"craft": (craft.images, craft.labels), "generator": _seeded(question)}
+        for_all |= {"craft": (craft.images, craft.labels), "generator": torch.Generator().manual_seed(question.seed)}
         risks = {
             "expected": target.remembered(("expected",), expected_risk, net, x, y).error,
             "universal": target.remembered(("universal", *settings), universal_risk, net, x, y, **for_all).error,
@@ -227,14 +225,15 @@ def share(target: Target, question: Sharing, superseded: Callable[[], bool] = la
         yield Shared(question=question, target=target, **answer)
 
 
-def _seeded(question: Attack | Sharing) -> torch.Generator:
-    return torch.Generator().manual_seed(question.seed)
-
-
 def _heap_settings(question: Attack | Sharing, steps: int) -> dict[str, Any]:
     """What `heap_pgd` takes from a question."""
     sizes = attacks.annealed_step_sizes(question.eps, steps, beta=4.0, gamma=0.95)
-    return {"eps": question.eps, "steps": steps, "step_size": sizes, "generator": _seeded(question)}
+    return {
+        "eps": question.eps,
+        "steps": steps,
+        "step_size": sizes,
+        "generator": torch.Generator().manual_seed(question.seed),
+    }
 
 
 def _won(net: nn.Module, images: Tensor, aim: Tensor, *, targeted: bool) -> Tensor:

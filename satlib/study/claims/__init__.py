@@ -78,10 +78,10 @@ class Model:
     """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
 
     family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
-    training, eps for ERM. accuracy, eps_uni and deepfool are means over the trainings that were evaluated, eps_uni of
-    each over its searches, None where one did not succeed; deepfool: accuracy in % under the DeepFool universal
-    perturbation, None if not run. spreads: the standard deviation of each of the three over trainings where there are
-    several, else over searches, by name. run: the first training; predictions: those of it.
+    training, eps for ERM. accuracy, eps_uni and deepfool (accuracy in % under that universal perturbation, None if not
+    run) are means over the trainings that were evaluated, eps_uni of each over its searches, None where one did not
+    succeed. spreads: the standard deviation of each of the three over trainings where there are several, else over
+    searches, by name. run: the first training; predictions: those of it.
     """
 
     title: str
@@ -273,10 +273,8 @@ def _cost_claims(cost: Record | None) -> list[Claim]:
     ratio = seconds["s = 64"] / seconds["s = 1"]
     times = {name: seconds[name] / seconds["s = 64"] for name in ("DeepFool UAD", "fictitious play") if name in seconds}
     listed = ", ".join(f"{name} takes {value:.2f} times s = 64's" for name, value in times.items())
-    return [
-        Claim(same, verdict(abs(ratio - 1) <= 0.1), f"an epoch of s = 64 takes {ratio:.2f} times s = 1's"),
-        Claim(dear, verdict(min(times.values()) > 1.1) if times else "not run", listed),
-    ]
+    equal = Claim(same, verdict(abs(ratio - 1) <= 0.1), f"an epoch of s = 64 takes {ratio:.2f} times s = 1's")
+    return [equal, Claim(dear, verdict(min(times.values()) > 1.1) if times else "not run", listed)]
 
 
 def imagenet_claims(models: Sequence[Model], cost: None = None) -> list[Claim]:

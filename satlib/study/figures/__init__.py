@@ -51,19 +51,10 @@ EPS = "eps (pixel units of 255)"
 
 def use_style() -> None:
     """The one figure style; notebooks call it once."""
-    plt.style.use(["default", "seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
-    matplotlib.rcParams.update(
-        {
-            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-            "figure.dpi": 110,
-            "savefig.dpi": 120,
-            "figure.constrained_layout.use": True,
-            "axes.titlesize": "medium",
-            "axes.titleweight": "bold",
-            "image.interpolation": "nearest",
-            "svg.hashsalt": "satlib",
-        }
-    )
+    ours = {"axes.prop_cycle": matplotlib.cycler(color=PALETTE), "figure.dpi": 110, "savefig.dpi": 120}
+    ours |= {"figure.constrained_layout.use": True, "image.interpolation": "nearest"}
+    ours |= {"axes.titlesize": "medium", "axes.titleweight": "bold"}
+    plt.style.use(["default", "seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook", ours])
 
 
 def look(model: str | int | None) -> dict[str, str]:
