@@ -211,8 +211,9 @@ def share(target: Target, question: Sharing, superseded: Callable[[], bool] = la
         xi = heap_pgd(net, x, y, sharedness=s, keep_best=True, **_heap_settings(question, steps))
         own = _won(net, perturb(x, xi, s), y, targeted=False).mean().item()
         settings, alone = (question.eps, steps, question.seed), _heap_settings(question, steps)
-        for_all = {"eps": question.eps, "steps": 2 * steps, "batch_size": target.batch_size, "snapshots": 1}
-        for_all |= {"craft": (craft.images, craft.labels), "generator": torch.Generator().manual_seed(question.seed)}
+        for_all: dict[str, Any] = {"craft": (craft.images, craft.labels), "batch_size": target.batch_size}
+        for_all |= {"eps": question.eps, "steps": 2 * steps, "snapshots": 1}
+        for_all["generator"] = torch.Generator().manual_seed(question.seed)
         risks = {
             "expected": target.remembered(("expected",), expected_risk, net, x, y).error,
             "universal": target.remembered(("universal", *settings), universal_risk, net, x, y, **for_all).error,

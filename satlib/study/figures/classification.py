@@ -64,15 +64,15 @@ def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
         members = [m for m in models if m.family == family and getattr(m, measure) is not None]
         best = front(members, measure)
         for model in members:
-            point = (model.accuracy, getattr(model, measure))
+            x, y = model.accuracy, getattr(model, measure)
             place = next((i for i, (other, _) in enumerate(best) if model is other), None)
             spreads = {"xerr": model.spreads.get("accuracy"), "yerr": model.spreads.get(measure), "capsize": 3}
             faint = {"linestyle": "none", "markersize": sizes[0], "alpha": 0.3 if place is None else 1.0}
-            axis.errorbar(*point, **spreads, **faint, **style)
+            axis.errorbar(x, y, **spreads, **faint, **style)
             if place is not None and model.eps is not None:
                 text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
                 beside = (6, -12 if place % 2 else 5)  # neighbours on a front get out of each other's way
-                axis.annotate(text, point, beside, textcoords="offset points", fontsize=7.5, color=style["color"])
+                axis.annotate(text, (x, y), beside, textcoords="offset points", fontsize=7.5, color=style["color"])
         if best:
             steps = {"drawstyle": "steps-pre", "linewidth": 1.4, "markersize": sizes[1]}
             accuracies, values = [m.accuracy for m, _ in best], [value for _, value in best]

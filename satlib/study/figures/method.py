@@ -123,9 +123,9 @@ def loss_threshold(record: Record) -> Figure:
         bars = right.bar(np.arange(3) + offset, heights, 0.36, color=color, label=label)
         right.bar_label(bars, [f"{height:.0%}" for height in heights], fontsize=9, padding=1)
     left.axhline(kappa, color="0.3", linestyle=":", linewidth=1.5, label=f"$\\kappa$ = {kappa:.2f}")
-    left.set(xlabel="images, from the largest loss to the smallest", ylabel="cross-entropy under the perturbation")
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
-    left.set(title="where the attack's loss goes")
+    left.set(xlabel="images, from the largest loss to the smallest", ylabel="cross-entropy under the perturbation")
+    left.set_title("where the attack's loss goes")
     left.legend()
     counted = ["misclassified:\nown heap", "misclassified:\nunseen images", "loss held by\nthe top tenth"]
     right.set_xticks(range(3), counted, fontsize=9)

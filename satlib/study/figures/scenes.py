@@ -102,11 +102,8 @@ def segmentations(
     row_height = 2.5 * height / breadth + (0.3 if any(row.get("captions") for row in rows) else 0.1)
     width = 2.5 * len(columns) + 1.2
     figure, axes = figures.picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
-    drawn = {
-        "picture": as_picture,
-        "perturbation": figures.perturbation_picture,
-        "labels": partial(colour, classes=classes),
-    }
+    drawn: dict[str, Any] = {"picture": as_picture, "perturbation": figures.perturbation_picture}
+    drawn["labels"] = partial(colour, classes=classes)
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):
