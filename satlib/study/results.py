@@ -260,7 +260,7 @@ def _cityscapes_numbers(models: list[SceneModel], cost: None = None) -> Numbers:
         if family in chosen:
             compared, verdict = [chosen[name] for name in order if name in chosen], "other setting"
             if len(compared) == 2:
-                verdict = DIRECTION[scenes.larger(*compared, measure)]
+                verdict = DIRECTION[scenes.larger(compared[0], compared[1], measure)]
             numbers[key] = _measure_of(chosen[family], measure, verdict, compared)
     return numbers
 
