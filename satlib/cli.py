@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ def _deadline(text: str) -> float:
 # --- how a function becomes a command
 
 _Option = tuple[str, dict[str, Any]]  # name, settings for argparse
-_Function = Callable[..., int | None]
+_Function = Callable[[argparse.Namespace], int | None]
 _COMMANDS: dict[str, tuple[_Function, tuple[_Option | str, ...]]] = {}
 
 
@@ -44,9 +45,9 @@ def _option(name: str, **settings: Any) -> _Option:
 
 
 def _command(name: str, *options: _Option | str) -> Callable[[_Function], _Function]:
-    """Makes a function a command with these options, those after a title in a group of their own.
+    """Makes a function of the parsed options a command, which returns the exit status, None for 0.
 
-    Its docstring is what --help says. It gets the options by name, and returns the exit status, None for 0.
+    Its docstring is what --help says. Options after a title are in a group of their own.
     """
 
     def register(function: _Function) -> _Function:
@@ -57,25 +58,22 @@ def _command(name: str, *options: _Option | str) -> Callable[[_Function], _Funct
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
     def error(self, message: str) -> NoReturn:
         raise SatlibError(f"{message}; --help shows what there is")
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="python -m satlib", description="Shared adversarial training, reproduced step by step.")
+    about = "Shared adversarial training, reproduced step by step."
+    parser = _Parser(prog="python -m satlib", description=about, allow_abbrev=False)
     commands = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
     for name, (function, options) in _COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in commands:
             within = commands[""].add_parser(group, help=_GROUPS[group])
             commands[group] = within.add_subparsers(title="actions", metavar="ACTION", required=True)
-        title, _, description = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
-        place = command = commands[group].add_parser(
-            word, help=title[:1].lower() + title[1:-1], description=description
-        )
+        title, _, text = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+        shown = {"help": title[:1].lower() + title[1:-1], "description": text}
+        place = command = commands[group].add_parser(word, allow_abbrev=False, **shown)
         command.set_defaults(function=function)
         for option in options:
             if isinstance(option, str):
@@ -87,20 +85,21 @@ def _parser() -> _Parser:
 
 _PROFILE = _option("--profile", default="quick", help="quick, laptop, gpu or paper (default: quick)")
 _ONLY = _option("--only", metavar="04,06", help="only these notebooks, by number or name")
-_TITLES = _option("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles")
-_BUDGET = _option(
-    "--budget", dest="deadline", type=_deadline, metavar="9m", help="stop cleanly before this time is spent"
-)
+_UNTIL = {"dest": "deadline", "type": _deadline, "metavar": "9m"}
+_BUDGET = _option("--budget", **_UNTIL, help="stop cleanly before this time is spent")
 _FORCE = _option("--force", action="store_true", help="compute again what is already known")
-_CHECK = _option("--check", action="store_true", help="only check the request; needs nothing installed")
 _DEVICE = _option("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 _JSON = {"dest": "path", "type": Path, "metavar": "FILE"}
 _COUNT = {"type": int, "metavar": "N", "default": 1}
 _GROUPS = {"ledger": "status of the records; pack, merge and publish them"}  # of commands, by their first word
 
 
-@_command("run", _PROFILE, _ONLY, _BUDGET, _FORCE, _CHECK)
-def _run(profile: str, only: str | None, deadline: float | None, force: bool, check: bool) -> int:
+@_command(
+    "run",
+    *(_PROFILE, _ONLY, _BUDGET, _FORCE),
+    _option("--check", action="store_true", help="only check the request; needs nothing installed"),
+)
+def _run(options: argparse.Namespace) -> int:
     """Execute the notebooks under a profile.
 
     Executes the notebooks under a profile, into notebooks/executed/PROFILE. Exit status: 0 if every notebook ran,
@@ -108,10 +107,10 @@ def _run(profile: str, only: str | None, deadline: float | None, force: bool, ch
     """
     from satlib.study import notebooks
 
-    if check:
-        notebooks.check(profile, only=only)
+    if options.check:
+        notebooks.check(options.profile, only=options.only)
         return 0
-    return notebooks.run(profile, only=only, deadline=deadline, force=force)
+    return notebooks.run(options.profile, only=options.only, deadline=options.deadline, force=options.force)
 
 
 @_command(
@@ -130,17 +129,7 @@ def _run(profile: str, only: str | None, deadline: float | None, force: bool, ch
         "--scratch", type=Path, metavar="DIR", help="for nodes without this folder: where they keep records meanwhile"
     ),
 )
-def _sweep(
-    profile: str,
-    only: str | None,
-    deadline: float | None,
-    force: bool,
-    dry_run: bool,
-    path: Path | None,
-    device: str | None,
-    on: str,
-    **of_cluster: Any,
-) -> int:
+def _sweep(options: argparse.Namespace) -> int:
     """Carry out a profile's runs without notebooks.
 
     Carries out the runs of a profile that have no record yet, most important first. Needs no Jupyter. Exit status:
@@ -150,26 +139,29 @@ def _sweep(
     from satlib.study import cluster, measurements
     from satlib.study.runs import BudgetSpent, Runner
 
-    options = cluster.Options(device=device, **of_cluster)
-    if on == "here" and options != cluster.Options(device=device):
+    profile, only, device, on_ray = options.profile, options.only, options.device, options.on == "ray"
+    names = ("device", "address", "gpus", "cpus", "ranks", "scratch")
+    of_cluster = cluster.Options(**{name: getattr(options, name) for name in names})
+    if not on_ray and of_cluster != cluster.Options(device=device):
         raise SatlibError("--address, --gpus-per-run, --cpus-per-run, --ranks and --scratch are for --on ray")
-    if force and options.scratch:
+    if options.force and options.scratch:
         raise SatlibError(
             "--force --scratch: a record that comes back never replaces one that is here; drop one of them"
         )
-    if path and not dry_run:
+    if options.path and not options.dry_run:
         raise SatlibError("--json is for --dry-run; `python -m satlib results --json` writes results")
     runs = measurements.profile_runs(profile, only=select_notebooks(only) if only else None)
-    alone = on == "here" or dry_run  # the driver of a cluster only looks after it
-    runner = Runner(profile=profile, device=device if alone else "cpu", force=force, deadline=deadline)
-    if dry_run:
-        _dry_run(runner, runs, path)
+    if on_ray and not options.dry_run:
+        device = "cpu"  # the driver of a cluster only looks after it
+    runner = Runner(profile=profile, device=device, force=options.force, deadline=options.deadline)
+    if options.dry_run:
+        _dry_run(runner, runs, options.path)
         return 0
     failed: list[Run] = []
     stopped = False
     try:
-        if on == "ray":
-            state = cluster.sweep(runner, runs, options)
+        if on_ray:
+            state = cluster.sweep(runner, runs, of_cluster)
             failed, stopped = list(state.failed.values()), state.stopped
         else:
             runner.carry_out(runs, failed=failed.append)
@@ -204,8 +196,13 @@ def _dry_run(runner: "Runner", runs: list["Run"], path: Path | None) -> None:
         costs.write(path, found)
 
 
-@_command("train", _PROFILE, _TITLES, _BUDGET, _DEVICE)
-def _train(profile: str, only: str, deadline: float | None, device: str | None) -> int:
+@_command(
+    "train",
+    _PROFILE,
+    _option("--only", metavar="TEXT", default="", help="only trainings with TEXT in their titles"),
+    *(_BUDGET, _DEVICE),
+)
+def _train(options: argparse.Namespace) -> int:
     """Carry out trainings of a profile, on several GPUs or nodes by torchrun.
 
     Carries out the trainings of a profile that have no record yet, data-parallel under torchrun:
@@ -217,15 +214,16 @@ def _train(profile: str, only: str, deadline: float | None, device: str | None) 
     from satlib.study import measurements
     from satlib.study.runs import BudgetSpent, Runner
 
+    profile, only = options.profile, options.only
     planned = (each for run in measurements.profile_runs(profile) for each in run.ancestry())
     chosen = [run for run in planned if run.is_training and only in run.title]
     if not chosen:
         raise SatlibError(f"--only {only!r}: no training of the profile {profile!r} is called so")
-    with parallel.joined(device) as device:
+    with parallel.joined(options.device) as device:
         ranks = parallel.current_ranks()
         if ranks.count > 1:
             chosen = [run for run in chosen if not run.settings["defense"]]
-        runner = Runner(profile=profile, device=device, deadline=deadline)
+        runner = Runner(profile=profile, device=device, deadline=options.deadline)
         runs = runner.by_id(chosen)
         if ranks.rank > 0:
             runner.follow(runs)
@@ -247,14 +245,14 @@ def _train(profile: str, only: str, deadline: float | None, device: str | None) 
     _option("--profile", help="only this profile's (default: for each number the weightiest profile)"),
     _option("--json", dest="as_json", action="store_true", help="a list of rows; numbers as numbers, null for none"),
 )
-def _results(profile: str | None, as_json: bool) -> None:
+def _results(options: argparse.Namespace) -> None:
     """The paper's numbers beside ours, from the records."""
     from satlib.study import results
 
-    if as_json:
-        print(json.dumps([asdict(row) for row in results.rows(profile)], indent=1))
+    if options.as_json:
+        print(json.dumps([asdict(row) for row in results.rows(options.profile)], indent=1))
     else:
-        print(results.table(profile))
+        print(results.table(options.profile))
 
 
 @_command(
@@ -264,7 +262,7 @@ def _results(profile: str | None, as_json: bool) -> None:
     _DEVICE,
     _option("--repeats", type=int, default=3, help="of every measurement (default: 3)"),
 )
-def _bench(**options: Any) -> None:
+def _bench(options: argparse.Namespace) -> None:
     """Time the kernels against other libraries.
 
     Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the same model and data.
@@ -273,20 +271,17 @@ def _bench(**options: Any) -> None:
     """
     from satlib import bench
 
-    rows, where = bench.run(**options)
-    print(f"\n{where['device']}; PyTorch {where['versions']['torch']}; {where['platform']}\n\n{bench.table(rows)}")
+    print(bench.run(only=options.only, device=options.device, repeats=options.repeats, path=options.path))
 
 
 @_command("verify", _option("folder", type=Path, nargs="?", help="default: figures/ of the project"))
-def _verify(folder: Path | None) -> int:
+def _verify(options: argparse.Namespace) -> int:
     """Check figures against the records that they were drawn from."""
     from satlib.paths import project_root
     from satlib.study import figures
 
-    count, problems = figures.verify(folder or project_root() / "figures")
-    for problem in problems:
-        print(problem)
-    print(f"{count} figures checked, {len(problems)} problems")
+    count, problems = figures.verify(options.folder or project_root() / "figures")
+    print("\n".join([*problems, f"{count} figures checked, {len(problems)} problems"]))
     return 1 if problems else 0
 
 
@@ -295,7 +290,7 @@ def _verify(folder: Path | None) -> int:
     _option("action", choices=("status", "verify", "download")),
     _option("name", nargs="?", help="a data set (verify: default all that are here; download: cifar10)"),
 )
-def _data(action: str, name: str | None) -> int:
+def _data(options: argparse.Namespace) -> int:
     """Which data sets are here; check them; download CIFAR-10.
 
     status: which data sets are here, without reading them. verify: read and check every image of those that are here,
@@ -304,29 +299,29 @@ def _data(action: str, name: str | None) -> int:
     from satlib import data
     from satlib.paths import data_root
 
-    if action == "download":
-        data.download(name or "cifar10")
+    if options.action == "download":
+        data.download(options.name or "cifar10")
         return 0
     print(f"data root: {data_root()}")
     status = 0
-    for each in [name] if name else data.DATASETS:
-        place = "made in code" if data.is_embedded(each) else data.find(each)
-        if action == "status" or (place is None and not name):
-            print(f"{each}: {place or 'not here'}")
+    for name in [options.name] if options.name else data.DATASETS:
+        place = "made in code" if data.is_embedded(name) else data.find(name)
+        if options.action == "status" or (place is None and not options.name):
+            print(f"{name}: {place or 'not here'}")
             continue
         try:
-            splits = data.verify(each)
+            splits = data.verify(name)
         except SatlibError as error:
-            print(f"{each}: {error}")
+            print(f"{name}: {error}")
             status = 1
             continue
         sizes = ", ".join(f"{len(part)} {part.split}" for part in (splits.train, splits.val, splits.test))
-        print(f"{each}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
+        print(f"{name}: {splits.train.title}; {sizes}; {len(splits.train.classes)} classes")
     return status
 
 
 @_command("ledger status")
-def _ledger_status() -> None:
+def _ledger_status(options: argparse.Namespace) -> None:
     """How many records there are, and what is damaged or in progress."""
     from satlib.study.ledger import Ledger
 
@@ -345,28 +340,31 @@ def _ledger_status() -> None:
     _option("out", type=Path, metavar="OUT.tar"),
     _option("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first"),
 )
-def _ledger_pack(out: Path, max_mb: float | None) -> None:
+def _ledger_pack(options: argparse.Namespace) -> None:
     """Put runs into an archive to carry to another machine."""
     from satlib.study.ledger import Ledger
 
-    packed = Ledger().pack(out, max_mb=max_mb)
+    packed = Ledger().pack(options.out, max_mb=options.max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
-    unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
-    print(f"{out}: {len(packed.packed)} runs{unfinished}, {packed.bytes / 1e6:.1f} MB")
+    print(f"{options.out}: {_counted(packed.packed, packed.unfinished)}, {packed.bytes / 1e6:.1f} MB")
 
 
 @_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))
-def _ledger_merge(files: list[Path]) -> int:
+def _ledger_merge(options: argparse.Namespace) -> int:
     """Take in archives; every entry is checked, none is trusted."""
     from satlib.study.ledger import Ledger
 
-    merged = Ledger().merge(files)
+    merged = Ledger().merge(options.files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
-    new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")
-    print(f"{new} merged, {len(merged.present)} were already there, {len(merged.refused)} refused")
+    new, present = _counted(merged.merged, merged.unfinished), len(merged.present)
+    print(f"{new} merged, {present} were already there, {len(merged.refused)} refused")
     return 1 if merged.refused else 0
+
+
+def _counted(runs: Sequence, unfinished: Sequence) -> str:
+    return f"{len(runs)} runs" + (f" and {len(unfinished)} unfinished" if unfinished else "")
 
 
 @_command(
@@ -374,21 +372,18 @@ def _ledger_merge(files: list[Path]) -> int:
     _option("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME"),
     _option("--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"),
 )
-def _ledger_publish(runs: list[str], artefacts: str) -> None:
+def _ledger_publish(options: argparse.Namespace) -> None:
     """Copy records into data/ledger, which is tracked."""
     from satlib.study.ledger import Ledger
 
-    ledger = Ledger()
-    ids = []
-    for name in runs:
-        profile = name.removeprefix("profile:")
-        if profile == name:
-            ids.append(name)
-            continue
-        ids += (of_profile := [record.id for record in ledger.records() if record.labels.get("profile") == profile])
-        if not of_profile:
-            raise SatlibError(f"publish: no record of the profile {profile!r} in {ledger.root}; see `ledger status`")
-    published = ledger.publish(ids, [name for name in artefacts.split(",") if name])
+    ledger, by_profile = Ledger(), defaultdict(list)
+    for record in ledger.records():
+        by_profile[f"profile:{record.labels.get('profile')}"].append(record.id)
+    for name in options.runs:
+        if name.startswith("profile:") and name not in by_profile:
+            raise SatlibError(f"publish: no record of the profile {name[8:]!r} in {ledger.root}; see `ledger status`")
+    ids = [each for name in options.runs for each in by_profile.get(name, [name])]
+    published = ledger.publish(ids, [name for name in options.artefacts.split(",") if name])
     print(f"{len(published)} records published in {ledger.ledger}")
 
 
@@ -396,8 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for bad input, 130 when stopped by Ctrl-C."""
     try:
         try:
-            arguments = vars(_parser().parse_args(argv))
-            return arguments.pop("function")(**arguments) or 0
+            options = _parser().parse_args(argv)
+            return options.function(options) or 0
         finally:
             sys.stdout.flush()
     except SatlibError as error:

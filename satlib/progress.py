@@ -1,7 +1,8 @@
-"""Progress of long work: one line that is written anew for a person, now and then a line in a log."""
+"""Text for terminals; progress of long work: one line written anew for a person, now and then a line in a log."""
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -13,6 +14,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, each column as wide as it needs."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 class Progress:

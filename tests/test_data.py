@@ -94,11 +94,12 @@ def test_grey_images_become_rgb(tree):
     assert np.full((32, 32, 3), 77, dtype=np.uint8).tobytes() in pixels_by_class(load(tree).test)["dog"]
 
 
-def test_many_tasks_in_worker_processes_give_the_same(tree, monkeypatch):
+def test_any_number_of_threads_gives_the_same(tree, monkeypatch):
     scanned = imagetree.scan_tree(tree, splits=("train",), classes=CLASSES)
-    alone = imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
-    monkeypatch.setattr(imagetree, "FILES_PER_TASK", 7)
-    several = imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
+    monkeypatch.setattr(imagetree.os, "cpu_count", lambda: 1)
+    alone = imagetree.read_images(tree, scanned, "train", size=(32, 32), progress=False)
+    monkeypatch.setattr(imagetree.os, "cpu_count", lambda: 7)
+    several = imagetree.read_images(tree, scanned, "train", size=(32, 32), progress=False)
     assert torch.equal(alone[0], several[0]) and torch.equal(alone[1], several[1])
 
 
@@ -110,12 +111,11 @@ def test_loading_leaves_the_global_random_state_alone(tree):
 
 
 def test_progress_is_lines_where_nobody_watches(tree, monkeypatch, capfd):
-    monkeypatch.setattr(imagetree, "FILES_PER_TASK", 50)
     monkeypatch.setattr(imagetree, "SECONDS_PER_LINE", 0)
     scanned = imagetree.scan_tree(tree, splits=("train",), classes=CLASSES)
-    imagetree.read_images(scanned, "train", size=(32, 32), progress=True)
+    imagetree.read_images(tree, scanned, "train", size=(32, 32), progress=True)
     assert "decoding cifar10/train: 50 of 100 images\n" in capfd.readouterr().err
-    imagetree.read_images(scanned, "train", size=(32, 32), progress=False)
+    imagetree.read_images(tree, scanned, "train", size=(32, 32), progress=False)
     assert capfd.readouterr().err == ""
 
 
@@ -388,13 +388,6 @@ def batches(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def replaced(batches: Path, monkeypatch, content: bytes) -> Path:
-    """Put `content` in the test batch's place, with an MD5 sum to match."""
-    entry = place(batches / "test_batch", content)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [entry])
-    return batches / "test_batch"
-
-
 def test_official_batches_are_read_exactly(batches):
     splits = data.load("cifar10", root=batches.parent, progress=False)
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [90, 10, 20]
@@ -427,13 +420,6 @@ def test_a_missing_batch_is_named(batches):
         data.load("cifar10", root=batches.parent)
 
 
-@pytest.mark.parametrize("labels", [[10] * 20, [-1] * 20])
-def test_official_labels_out_of_range_are_named(batches, monkeypatch, labels):
-    path = replaced(batches, monkeypatch, python2_batch(np.zeros((20, 3072), np.uint8), labels))
-    with pytest.raises(SatlibError, match=f"labels in {path} range over .* expected 0..9"):
-        data.load("cifar10", root=batches.parent)
-
-
 class Payload:
     def __init__(self, marker: Path):
         self.marker = marker
@@ -442,32 +428,13 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_batch_that_would_run_code_does_not(batches, monkeypatch, tmp_path):
+def test_a_batch_that_would_run_code_does_not(batches, tmp_path):
     marker = tmp_path / "it ran"
-    path = replaced(batches, monkeypatch, pickle.dumps({b"data": Payload(marker), b"labels": []}))
-    with pytest.raises(SatlibError, match=f"not a CIFAR-10 batch: {path} .*refused to build"):
+    path = batches / "test_batch"
+    path.write_bytes(pickle.dumps({b"data": Payload(marker), b"labels": []}))
+    with pytest.raises(SatlibError, match=f"wrong file {path}: its MD5 is"):
         data.load("cifar10", root=batches.parent)
     assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no pickle",
-        pickle.dumps([1, 2]),
-        pickle.dumps({b"data": 5, b"labels": [1]}, protocol=4),
-        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=4),
-        pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"labels": [1, 2]}, protocol=4),
-        pickle.dumps({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, protocol=4),
-        pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, protocol=4),
-        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": ["a", "b"]}, protocol=4),
-    ],
-)
-def test_a_batch_with_other_contents_is_refused(batches, monkeypatch, content):
-    path = replaced(batches, monkeypatch, content)
-    with pytest.raises(SatlibError, match=f"not a CIFAR-10 batch: {path}"):
-        data.load("cifar10", root=batches.parent)
 
 
 # -------------------------------------------------------------------------- nothing there, and downloads

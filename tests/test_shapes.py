@@ -8,7 +8,7 @@ import torch
 
 from satlib import data
 from satlib.data import shapes
-from satlib.data.drawing import Draws
+from satlib.data.shapes import Draws
 
 
 @pytest.mark.parametrize("name", shapes.FAMILIES)

@@ -12,18 +12,17 @@ from pathlib import Path
 
 import torch
 
-from satlib import files
 from satlib.bench.race import Bench, Row
 from satlib.bench.rows import ROWS
 from satlib.errors import SatlibError
+from satlib.files import write_text
+from satlib.progress import aligned
 
-__all__ = ["Bench", "Row", "run", "table", "write"]
+__all__ = ["Bench", "Row", "run", "table"]
 
 
-def run(
-    *, only: str | None = None, device: str | None = None, repeats: int = 3, path: Path | None = None
-) -> tuple[list[Row], dict]:
-    """Measures the rows (all, or those of `only`: "a,c"), each told when it is done: (rows, what was measured on).
+def run(*, only: str | None = None, device: str | None = None, repeats: int = 3, path: Path | None = None) -> str:
+    """Measures the rows (all, or those of `only`: "a,c"), each told when it is done; returns them as text.
 
     path: a JSON file of the rows, written anew after each, so that a kill loses the row in progress alone. Raises
     SatlibError for an unknown row, before anything is measured.
@@ -39,10 +38,9 @@ def run(
         start = time.monotonic()
         found += ROWS[name](bench)
         if path:
-            write(path, found)
+            write_text(path, json.dumps([asdict(row) for row in found], indent=1) + "\n")
         print(f"[bench] {name}: {ROWS[name].__doc__} ({time.monotonic() - start:.0f} s)", flush=True)
-    where = {"device": bench.name, "platform": platform.platform(), "versions": {"torch": str(torch.__version__)}}
-    return found, where | {"repeats": repeats}
+    return f"\n{bench.name}; PyTorch {torch.__version__}; {platform.platform()}\n\n{table(found)}"
 
 
 def table(rows: list[Row]) -> str:
@@ -54,19 +52,6 @@ def table(rows: list[Row]) -> str:
     cells = [("row", "what", "ours", "peer", "unit", "ratio", "peer is")]
     for r in rows:
         ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"
-        cells.append(
-            (r.row, r.what, f"{shown(r.ours)} ±{shown(r.spread / 2)}", shown(r.peer), r.unit, ratio, r.peer_name)
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    notes = [f"{r.row} ({r.what}): {r.note}" for r in rows if r.note]
-    return "\n".join([*lines, "", *notes])
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """The rows as a JSON list of objects, numbers as numbers; the file appears when it is complete."""
-    with files.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        part.replace(path)
+        ours = f"{shown(r.ours)} ±{shown(r.spread / 2)}"
+        cells.append((r.row, r.what, ours, shown(r.peer), r.unit, ratio, r.peer_name))
+    return "\n".join([aligned(cells), "", *(f"{r.row} ({r.what}): {r.note}" for r in rows if r.note)])

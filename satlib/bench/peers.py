@@ -7,8 +7,7 @@ import importlib.util
 import io
 import random
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from satlib.data.imageset import ImageSet
@@ -25,11 +25,8 @@ from satlib.data.streamed import StreamedSet
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
 
-DISTRIBUTIONS = {
-    "torchattacks": "torchattacks",
-    "foolbox": "foolbox",
-    "art": "adversarial-robustness-toolbox",
-}
+DISTRIBUTIONS = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "adversarial-robustness-toolbox"}
+AUGMENTED = (v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True))  # after a random crop
 
 
 class UnitRange(nn.Module):
@@ -68,34 +65,25 @@ def image_dependent(name: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: f
 
     x (n, C, H, W) in 0..255 as float32, eps in pixel units.
     """
-    net, unit, found = plain(model), x.contiguous() / 255, []
+    net, unit = plain(model), x.contiguous() / 255
     with quiet():
         if name == "art":
             from art.attacks.evasion import ProjectedGradientDescent
 
-            attack = ProjectedGradientDescent(
-                art_classifier(net, x, y),
-                eps=eps / 255,
-                eps_step=eps / 4 / 255,
-                max_iter=steps,
-                num_random_init=1,
-                batch_size=batch,
-                verbose=False,
-            )
+            sizes = {"eps": eps / 255, "eps_step": eps / 4 / 255, "max_iter": steps, "num_random_init": 1}
+            attack = ProjectedGradientDescent(art_classifier(net, x, y), **sizes, batch_size=batch, verbose=False)
             return torch.from_numpy(attack.generate(unit.cpu().numpy(), y.cpu().numpy())).to(x.device) * 255
+        parts = zip(unit.split(batch), y.split(batch), strict=True)
         if name == "torchattacks":
             import torchattacks
 
             attack = torchattacks.PGD(net, eps=eps / 255, alpha=eps / 4 / 255, steps=steps, random_start=True)
-            found = [attack(a, b) for a, b in zip(unit.split(batch), y.split(batch), strict=True)]
-        else:
-            import foolbox
+            return torch.cat([attack(a, b) for a, b in parts]) * 255
+        import foolbox
 
-            wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
-            attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=steps)
-            for a, b in zip(unit.split(batch), y.split(batch), strict=True):
-                found.append(attack(wrapped, a, b, epsilons=eps / 255)[1])
-    return torch.cat(found) * 255
+        wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
+        attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=steps)
+        return torch.cat([attack(wrapped, a, b, epsilons=eps / 255)[1] for a, b in parts]) * 255
 
 
 def universal(attacker: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
@@ -107,18 +95,12 @@ def universal(attacker: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: flo
     from art.attacks.evasion import UniversalPerturbation
 
     inner = {"pgd": {"eps": eps / 255, "eps_step": eps / 4 / 255, "max_iter": 10, "verbose": False}, "deepfool": {}}
+    options = {"attacker": attacker, "attacker_params": inner[attacker], "eps": eps / 255, "max_iter": 1}
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     with quiet():
-        attack = UniversalPerturbation(
-            art_classifier(plain(model), x, y),
-            attacker=attacker,
-            attacker_params=inner[attacker],
-            eps=eps / 255,
-            max_iter=1,
-            verbose=False,
-        )
+        attack = UniversalPerturbation(art_classifier(plain(model), x, y), **options, verbose=False)
         attack.generate((x.contiguous() / 255).cpu().numpy(), y.cpu().numpy())
     return torch.from_numpy(attack.noise).view(1, *x.shape[1:]).to(x.device) * 255
 
@@ -129,31 +111,22 @@ def art_classifier(net: nn.Module, x: Tensor, y: Tensor) -> "PyTorchClassifier":
 
     with torch.no_grad():
         classes = net(x[:1]).shape[1]
-    return PyTorchClassifier(
-        net,
-        loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(x.shape[1:]),
-        nb_classes=classes,
-        clip_values=(0.0, 1.0),
-        device_type="gpu" if x.is_cuda else "cpu",
-    )
+    options = {"clip_values": (0.0, 1.0), "device_type": "gpu" if x.is_cuda else "cpu"}
+    shape = tuple(x.shape[1:])
+    return PyTorchClassifier(net, loss=nn.CrossEntropyLoss(), input_shape=shape, nb_classes=classes, **options)
 
 
 def loader(images: ImageSet, batch_size: int) -> DataLoader:
     """The usual pipeline: torchvision's transforms on PIL images, in two worker processes that stay."""
     crop = v2.RandomCrop(images.images.shape[-1], padding=4, padding_mode="reflect")
-    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    pictures = [Image.fromarray(picture) for picture in images.images.permute(0, 2, 3, 1).cpu().numpy()]
-    return _loader(_Pairs(pictures, images.labels.tolist(), transform), batch_size, 2, images.device)
+    return _loader(_Pairs(images, v2.Compose([crop, *AUGMENTED])), batch_size, 2, images.device)
 
 
 def stored_loader(images: StreamedSet, batch_size: int) -> DataLoader:
-    """The usual pipeline for files: torchvision's transforms of training on ImageNet, in as many workers as ours."""
-    crop = v2.RandomResizedCrop(images.images.size)
-    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    paths = [images.images.folder / file.path for file in images.images.files]
-    pairs = _Pairs(paths, images.labels.tolist(), transform)
-    return _loader(pairs, batch_size, workers_here(), images.device)
+    """The usual pipeline for files in folders of classes: torchvision's transforms of training on ImageNet, in as many
+    workers as ours."""
+    transform = v2.Compose([v2.RandomResizedCrop(images.images.size), *AUGMENTED])
+    return _loader(ImageFolder(images.images.folder, transform), batch_size, workers_here(), images.device)
 
 
 def _loader(pairs: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
@@ -162,15 +135,12 @@ def _loader(pairs: Dataset, batch_size: int, workers: int, device: torch.device)
 
 
 class _Pairs(Dataset):
-    def __init__(self, pictures: Sequence[Image.Image | Path], labels: list[int], transform: v2.Transform) -> None:
-        self.pictures, self.labels, self.transform = pictures, labels, transform
+    def __init__(self, images: ImageSet, transform: v2.Transform) -> None:
+        self.pictures = [Image.fromarray(picture) for picture in images.images.permute(0, 2, 3, 1).cpu().numpy()]
+        self.labels, self.transform = images.labels.tolist(), transform
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = self.pictures[index]
-        if isinstance(picture, Path):
-            with Image.open(picture) as file:
-                picture = file.convert("RGB")
-        return self.transform(picture), self.labels[index]
+        return self.transform(self.pictures[index]), self.labels[index]

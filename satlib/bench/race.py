@@ -59,9 +59,8 @@ class Bench:
         torch.manual_seed(0)
         network = {"depth": 20, "width": 64 if self.on_cuda else 16}
         model = build(network, classes=len(images.classes), mean=images.mean, std=images.std).to(self.device)
-        settings = Training(
-            epochs=6, batch_size=64, learning_rate=0.2, schedule="one-cycle", weight_decay=5e-4, nesterov=True
-        )
+        options = {"schedule": "one-cycle", "weight_decay": 5e-4, "nesterov": True}
+        settings = Training(epochs=6, batch_size=64, learning_rate=0.2, **options)
 
         def progress(text: str, done: float) -> None:
             self.progress.update(f"[bench] the model: {text}, {done:.0%}")
@@ -69,24 +68,23 @@ class Bench:
         train(model, images, settings, progress=progress)
         return model
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Wall time of one call, with all work on the device done."""
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
+    def now(self) -> float:
+        """Seconds on a clock, when all work on the device is done."""
         if self.on_cuda:
             torch.cuda.synchronize()
+        return time.perf_counter()
 
-    def race(self, functions: Mapping[str, Callable[[], object]], *, warm_up: bool = True) -> dict[str, list[float]]:
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Wall time of one call."""
+        start = self.now()
+        function()
+        return self.now() - start
+
+    def race(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of every function, `repeats` of each, in turn: a slow moment of the machine meets all of them."""
         taken: dict[str, list[float]] = {name: [] for name in functions}
-        if warm_up:
-            for function in functions.values():
-                function()
+        for function in functions.values():
+            function()  # warm-up
         for _ in range(self.repeats):
             for name, function in functions.items():
                 taken[name].append(self.seconds(function))
@@ -96,14 +94,14 @@ class Bench:
     def row(
         self,
         row: str,
-        *,
         what: str,
+        *,
         unit: str,
         ours: list[float],
-        peer: list[float] | None,
+        peer: list[float] | None = None,
         peer_name: str,
-        more_is_better: bool,
-        note: str,
+        more_is_better: bool = False,
+        note: str = "",
     ) -> Row:
         """A row from repeated measurements, by their medians."""
         mine, other = statistics.median(ours), statistics.median(peer) if peer else None

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, success_rates, universal_pgd
 from satlib.bench import peers
@@ -55,12 +56,11 @@ def image_dependent(bench: Bench) -> list[Row]:
         options = {"eps": eps, "sharedness": 1, "steps": steps, "step_size": eps / 4}
         return torch.cat([perturb(a, heap_pgd(model, a, b, **options), 1) for a, b in parts])
 
-    def theirs(name: str) -> Callable[[], Tensor]:
-        return lambda: peers.image_dependent(name, model, x, y, eps=eps, steps=steps, batch=batch)
-
-    attacks = {"ours": ours} | {name: theirs(name) for name in peers.DISTRIBUTIONS if peers.title(name)}
+    theirs = functools.partial(peers.image_dependent, model=model, x=x, y=y, eps=eps, steps=steps, batch=batch)
+    here = [name for name in peers.DISTRIBUTIONS if peers.title(name)]
+    attacks = {"ours": ours} | {name: functools.partial(theirs, name) for name in here}
     rates = {name: [len(x) * steps / s for s in seconds] for name, seconds in bench.race(attacks).items()}
-    success = {name: wrong(model, attack(), y) for name, attack in attacks.items()}
+    success = {name: f"{wrong(model, attack(), y):.1%}" for name, attack in attacks.items()}
     a, b = x[:batch].contiguous(memory_format=torch.channels_last), y[:batch]
     bound = torch.full((1, 1, 1, 1), eps, device=a.device)
     with attackable(model) as net:
@@ -68,19 +68,14 @@ def image_dependent(bench: Bench) -> list[Row]:
             lambda: pgd_step(net, a, b, torch.zeros_like(a), bound, bound / 4, sharedness=1),
             batch / statistics.median(rates["ours"]),
         )
-    options = {"what": "PGD, eps 8, 10 steps", "unit": "images x steps / s", "more_is_better": True}
-    return [
-        bench.row(
-            "a",
-            ours=rates["ours"],
-            peer=rates.get(name),
-            peer_name=peers.title(name) or NOBODY,
-            note=f"{share}; success {success['ours']:.1%}"
-            + (f" against {success[name]:.1%} of {name}" if name in success else ""),
-            **options,
-        )
-        for name in peers.DISTRIBUTIONS
-    ]
+    compared = functools.partial(
+        bench.row, "a", "PGD, eps 8, 10 steps", unit="images x steps / s", ours=rates["ours"], more_is_better=True
+    )
+    note, found = f"{share}; success {success['ours']}", []
+    for name in peers.DISTRIBUTIONS:
+        against = f" against {success[name]} of {name}" if name in here else ""
+        found.append(compared(peer=rates.get(name), peer_name=peers.title(name) or NOBODY, note=note + against))
+    return found
 
 
 def universal(bench: Bench) -> list[Row]:
@@ -96,35 +91,33 @@ def universal(bench: Bench) -> list[Row]:
     def error(xi: Tensor) -> float:
         return success_rates(model, unseen.images, unseen.labels, xi).item()
 
+    def seconds(steps: int) -> list[float]:
+        return bench.race({"ours": lambda: ours(steps)})["ours"]
+
     if not peers.title("art"):
-        options = {"what": "universal, eps 16, 200 steps", "unit": "s", "more_is_better": False}
-        seconds = bench.race({"ours": lambda: ours(200)})["ours"]
-        return [
-            bench.row("b", ours=seconds, peer=None, peer_name=NOBODY, note=f"error {error(ours(200)):.1%}", **options)
-        ]
+        what, note = "universal, eps 16, 200 steps", f"error {error(ours(200)):.1%}"
+        return [bench.row("b", what, unit="s", ours=seconds(200), peer_name=NOBODY, note=note)]
     found = []
     for attacker in ("pgd", "deepfool"):
         bench.progress.line(f"[bench] ART's UniversalPerturbation ({attacker}) on {len(craft)} images: minutes")
-        start = time.perf_counter()
+        start = bench.now()
         xi = peers.universal(attacker, model, x, y, eps=eps)
-        budget, goal = time.perf_counter() - start, error(xi)
+        budget, goal = bench.now() - start, error(xi)
         name = f"{peers.title('art')} UniversalPerturbation ({attacker})"
-        steps = next((k for k in (2**i for i in range(2, 12)) if error(ours(k)) >= goal), None)
         note = f"one pass of ART over {len(craft)} images, measured once; scored on {len(unseen)} others"
+        steps = next((k for k in (2**i for i in range(2, 12)) if error(ours(k)) >= goal), None)
         if steps is not None:
-            seconds = bench.race({"ours": functools.partial(ours, steps)})["ours"]
-            what = f"universal, eps 16: to the {goal:.1%} error that ART ends with"
-            options = {"what": what, "unit": "s", "more_is_better": False}
-            text = f"{steps} steps of ours; {note}"
-            found.append(bench.row("b", ours=seconds, peer=[budget], peer_name=name, note=text, **options))
+            what, text = (
+                f"universal, eps 16: to the {goal:.1%} error that ART ends with",
+                f"{steps} steps of ours; {note}",
+            )
+            found.append(bench.row("b", what, unit="s", ours=seconds(steps), peer=[budget], peer_name=name, note=text))
         each = bench.seconds(lambda: ours(100)) / 100
         many = min(2000, max(1, int(budget / each)))
         what = "universal, eps 16: error at ART's own time"
         text = f"{many} steps of ours in {many * each:.0f} s of its {budget:.0f} s; {note}"
-        options = {"what": what, "unit": "%", "more_is_better": True}
-        found.append(
-            bench.row("b", ours=[100 * error(ours(many))], peer=[100 * goal], peer_name=name, note=text, **options)
-        )
+        errors = {"ours": [100 * error(ours(many))], "peer": [100 * goal], "more_is_better": True}
+        found.append(bench.row("b", what, unit="%", **errors, peer_name=name, note=text))
     return found
 
 
@@ -135,7 +128,7 @@ def training(bench: Bench) -> list[Row]:
     batches = list(itertools.islice(bench.splits.train.batches(size, generator=generator, augment=True), count))
     model = copy.deepcopy(bench.model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    bound, step = torch.full((1, 1, 1, 1), 8.0, device=bench.device), 4.0
+    bound = torch.full((1, 1, 1, 1), 8.0, device=bench.device)
 
     def descend(loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -147,21 +140,17 @@ def training(bench: Bench) -> list[Row]:
             logits = model(images).float()
         return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
-    def shared(sharedness: int) -> Callable[[], None]:
+    def shared(sharedness: int) -> None:
         settings = Training(sigma=0.7, eps=8.0, sharedness=sharedness, steps=4)
-
-        def epoch() -> None:
-            for x, y in batches:
-                descend(shared_adversarial_loss(model, x, y, settings, generator))
-
-        return epoch
+        for x, y in batches:
+            descend(shared_adversarial_loss(model, x, y, settings, generator))
 
     def attack_alone() -> None:
         with attackable(model) as net:
             for x, y in batches:
                 xi = torch.zeros_like(x)
                 for _ in range(4):
-                    xi, _ = pgd_step(net, x, y, xi, bound, bound * 0 + step, sharedness=1, **CAPPED)
+                    xi, _ = pgd_step(net, x, y, xi, bound, bound / 2, sharedness=1, **CAPPED)
 
     def training_alone() -> None:
         for x, y in batches:
@@ -171,27 +160,25 @@ def training(bench: Bench) -> list[Row]:
         for x, y in batches:
             descend(clean(x, y))
 
-    taken = bench.race(
-        {f"s={s}": shared(s) for s in (1, 8, 64)}
-        | {"ERM": erm, "attack alone": attack_alone, "training alone": training_alone}
-    )
+    epochs = {f"s = {s}": functools.partial(shared, s) for s in (1, 8, 64)}
+    taken = bench.race(epochs | {"an ERM epoch": erm, "attack": attack_alone, "training": training_alone})
+    share = bench.share_of_peak(epochs["s = 64"], statistics.median(taken["s = 64"]))
     epoch = {name: [each * EPOCH / (size * count) for each in seconds] for name, seconds in taken.items()}
-    ideal = [a + b for a, b in zip(epoch["attack alone"], epoch["training alone"], strict=True)]
-    share = bench.share_of_peak(shared(64), statistics.median(taken["s=64"]))
-
-    def row(s: int, peer: list[float], name: str, note: str = "") -> Row:
-        what = f"epoch of {EPOCH:,} images, s = {s}"
-        options = {"what": what, "unit": "s", "more_is_better": False, "note": note}
-        return bench.row("c", ours=epoch[f"s={s}"], peer=peer, peer_name=name, **options)
-
-    parts = f"attack {statistics.median(epoch['attack alone']):.1f} s + training on both halves "
-    parts += f"{statistics.median(epoch['training alone']):.1f} s, each timed alone"
+    epoch["the ideal count"] = [a + b for a, b in zip(epoch["attack"], epoch["training"], strict=True)]
+    epoch["ours, s = 1"] = epoch["s = 1"]
+    parts = f"attack {statistics.median(epoch['attack']):.1f} s + training on both halves "
+    parts += f"{statistics.median(epoch['training']):.1f} s, each timed alone"
     return [
-        row(64, epoch["s=1"], "ours, s = 1", share),
-        row(8, epoch["s=1"], "ours, s = 1"),
-        row(64, ideal, "the ideal count", parts),
-        row(1, ideal, "the ideal count"),
-        row(64, epoch["ERM"], "an ERM epoch"),
+        bench.row(
+            "c", f"epoch of {EPOCH:,} images, {s}", unit="s", ours=epoch[s], peer=epoch[p], peer_name=p, note=note
+        )
+        for s, p, note in (
+            ("s = 64", "ours, s = 1", share),
+            ("s = 8", "ours, s = 1", ""),
+            ("s = 64", "the ideal count", parts),
+            ("s = 1", "the ideal count", ""),
+            ("s = 64", "an ERM epoch", ""),
+        )
     ]
 
 
@@ -199,18 +186,18 @@ def search(bench: Bench) -> list[Row]:
     """eps_uni(0.75): the paper's binary search against the k-ary one, wall time and answer"""
     test = bench.splits.test
     half = min(512, len(test) // 2)
-    choose, report = test.subset(slice(half)), test.subset(slice(half, 2 * half))
-    sets = {
-        name: (part.images, part.labels)
-        for name, part in {"craft": bench.splits.val, "choose": choose, "report": report}.items()
+    parts = {
+        "craft": bench.splits.val,
+        "choose": test.subset(slice(half)),
+        "report": test.subset(slice(half, 2 * half)),
     }
+    sets = {name: (part.images, part.labels) for name, part in parts.items()}
     seconds, answers = {"binary": [], "k-ary": []}, {"binary": [], "k-ary": []}
     for seed in range(bench.repeats):
         for name in seconds:
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed(seed)
+            start, generator = bench.now(), torch.Generator().manual_seed(seed)
             found = universal_robustness(ATTACKS["paper"], bench.model, search=name, generator=generator, **sets)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(bench.now() - start)
             answers[name].append(found.epsilon or float("nan"))
 
     def shown(values: list[float]) -> str:
@@ -218,76 +205,81 @@ def search(bench: Bench) -> list[Row]:
         return f"{statistics.mean(values):.1f} ({listed})"
 
     note = f"answers over {bench.repeats} seeds: k-ary {shown(answers['k-ary'])}, binary {shown(answers['binary'])}"
-    options = {"what": "eps_uni(0.75), K = 200, b = 10, m = 16", "unit": "s", "more_is_better": False, "note": note}
-    return [
-        bench.row("d", ours=seconds["k-ary"], peer=seconds["binary"], peer_name="the paper's binary search", **options)
-    ]
+    what, taken = "eps_uni(0.75), K = 200, b = 10, m = 16", {"ours": seconds["k-ary"], "peer": seconds["binary"]}
+    return [bench.row("d", what, unit="s", **taken, peer_name="the paper's binary search", note=note)]
 
 
 def data(bench: Bench) -> list[Row]:
     """Data: augmented images a second, and the share of a training epoch spent waiting for them"""
-    train, size = bench.splits.train, 128
-    generator = torch.Generator().manual_seed(0)
+    train, what = bench.splits.train, "random crop + flip, batches of 128"
+    loader = peers.loader(first(train, 2560), 128)
+    note = {"peer_name": "torchvision transforms, DataLoader, 2 workers"}
+    return fed("e", bench, train, loader, copy.deepcopy(bench.model), what=what, limit=2560, **note)
+
+
+def stored(bench: Bench) -> list[Row]:
+    """Data on disk: images decoded, cropped and flipped a second, and the share of a training epoch spent waiting"""
+    size, count, layers, width = (128, 8192, (3, 4, 6, 3), 128) if bench.on_cuda else (32, 2048, (1, 1, 1, 1), 64)
+    model = BottleneckResNet(layers=layers, group_width=width, expansion=4 if bench.on_cuda else 1).to(bench.device)
+    with tempfile.TemporaryDirectory() as folder:
+        train = on_disk(Path(folder), first(bench.splits.train, count)).to(bench.device)
+        kilobytes = statistics.mean(file.size for file in train.images.files) / 1000
+        note = f"JPEG of 500x375, {kilobytes:.0f} kB on average, {workers_here()} workers"
+        options = {"peer_name": "torchvision transforms, DataLoader, as many workers", "note": note}
+        loader = peers.stored_loader(train, size)
+        return fed("g", bench, train, loader, model, what="random resized crop + flip", **options)
+
+
+def fed(
+    row: str,
+    bench: Bench,
+    train: ImageSet,
+    loader: DataLoader,
+    model: nn.Module,
+    *,
+    limit: int | None = None,
+    **named: str,
+) -> list[Row]:
+    """Augmented images a second beside the peer's loader, and the share of an ERM epoch of the model spent waiting.
+
+    limit: of the images in that epoch. named: what, and the peer's name.
+    """
+    batches = functools.partial(
+        train.batches, loader.batch_size, generator=torch.Generator().manual_seed(0), augment=True
+    )
 
     def ours() -> None:
-        for _ in train.batches(size, generator=generator, augment=True):
+        for _ in batches():
             pass
-
-    few = first(train, 2560)
-    loader = peers.loader(few, size)
 
     def theirs() -> None:
         for x, y in loader:
             x.to(bench.device), y.to(bench.device)
 
     taken = bench.race({"ours": ours, "theirs": theirs})
-    batches = train.batches(size, generator=generator, augment=True, limit=2560)
-    waiting = share_waited(bench, copy.deepcopy(bench.model), batches)
-    rates = [len(train) / each for each in taken["ours"]]
+    rates = {
+        "ours": [len(train) / s for s in taken["ours"]],
+        "peer": [len(loader.dataset) / s for s in taken["theirs"]],
+    }
+    waited = {"ours": [share_waited(bench, model, batches(limit=limit))], "peer_name": "(goal: under 2 %)"}
     return [
-        bench.row(
-            "e",
-            what="random crop + flip, batches of 128",
-            unit="images / s",
-            more_is_better=True,
-            ours=rates,
-            peer=[len(few) / each for each in taken["theirs"]],
-            peer_name="torchvision transforms, DataLoader, 2 workers",
-            note="",
-        ),
-        waited("e", bench, waiting),
+        bench.row(row, unit="images / s", more_is_better=True, **rates, **named),
+        bench.row(row, "share of an ERM epoch spent waiting for data", unit="%", **waited),
     ]
 
 
-def stored(bench: Bench) -> list[Row]:
-    """Data on disk: images decoded, cropped and flipped a second, and the share of a training epoch spent waiting"""
-    size, count, layers, width = (128, 8192, (3, 4, 6, 3), 128) if bench.on_cuda else (32, 2048, (1, 1, 1, 1), 64)
-    with tempfile.TemporaryDirectory() as folder:
-        train = on_disk(Path(folder), first(bench.splits.train, count)).to(bench.device)
-        generator, loader = torch.Generator().manual_seed(0), peers.stored_loader(train, size)
-
-        def ours() -> None:
-            for _ in train.batches(size, generator=generator, augment=True):
-                pass
-
-        def theirs() -> None:
-            for x, y in loader:
-                x.to(bench.device), y.to(bench.device)
-
-        taken = bench.race({"ours": ours, "theirs": theirs})
-        model = BottleneckResNet(layers=layers, group_width=width, expansion=4 if bench.on_cuda else 1)
-        waiting = share_waited(bench, model.to(bench.device), train.batches(size, generator=generator, augment=True))
-    kilobytes = statistics.mean(file.size for file in train.images.files) / 1000
-    note = f"JPEG of 500x375, {kilobytes:.0f} kB on average, {workers_here()} workers"
-    options = {"unit": "images / s", "more_is_better": True, "note": note}
-    rates = {name: [len(train) / each for each in seconds] for name, seconds in taken.items()}
-    name = "torchvision transforms, DataLoader, as many workers"
-    return [
-        bench.row(
-            "g", what="random resized crop + flip", ours=rates["ours"], peer=rates["theirs"], peer_name=name, **options
-        ),
-        waited("g", bench, waiting),
-    ]
+def share_waited(bench: Bench, model: nn.Module, batches: Iterator) -> float:
+    """Percent of an ERM epoch of the model over the batches that passes in waiting for them."""
+    model.train()
+    waited, start = 0.0, time.perf_counter()
+    asked = start
+    for x, y in batches:
+        waited += time.perf_counter() - asked
+        with autocast(bench.device):
+            loss = F.cross_entropy(model(x).float(), y)
+        loss.backward()
+        asked = time.perf_counter()
+    return 100 * waited / (bench.now() - start)
 
 
 def on_disk(folder: Path, images: ImageSet) -> StreamedSet:
@@ -296,41 +288,13 @@ def on_disk(folder: Path, images: ImageSet) -> StreamedSet:
     for index, (pixels, label) in enumerate(zip(images.images.cpu(), images.labels.tolist(), strict=True)):
         large = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((500, 375), Image.Resampling.BICUBIC)
         noisy = np.asarray(large, dtype=np.float32) + noise.normal(0, 7, (375, 500, 1))
-        path = folder / f"{index}.jpg"
+        path = folder / str(label) / f"{index}.jpg"
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        files.append(ImageFile(path.name, label, path.stat().st_size, 0))
-    labels = torch.tensor([file.label for file in files])
-    return StreamedSet(StreamedImages(folder, files, 224), labels, images.classes, "stored", "Stored", "train")
-
-
-def share_waited(bench: Bench, model: nn.Module, batches: Iterator) -> float:
-    """Percent of an ERM epoch of the model over the batches that passes in waiting for them."""
-    model.train()
-    seconds, start = 0.0, time.perf_counter()
-    for each, (x, y) in timed(batches):
-        seconds += each
-        with autocast(bench.device):
-            loss = F.cross_entropy(model(x).float(), y)
-        loss.backward()
-    bench.wait()
-    return 100 * seconds / (time.perf_counter() - start)
-
-
-def waited(row: str, bench: Bench, share: float) -> Row:
-    """What `share_waited` found, as a row."""
-    options = {"what": "share of an ERM epoch spent waiting for data", "unit": "%", "more_is_better": False}
-    return bench.row(row, ours=[share], peer=None, peer_name="(goal: under 2 %)", note="", **options)
-
-
-def timed(batches: Iterator) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
-    """Each item with the seconds it took to get it."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(batches)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, item
+        files.append(ImageFile(f"{label}/{index}.jpg", label, path.stat().st_size, 0))
+    return StreamedSet(
+        StreamedImages(folder, files, 224), images.labels.cpu(), images.classes, "stored", "Stored", "train"
+    )
 
 
 def segmentation(bench: Bench) -> list[Row]:
@@ -352,12 +316,11 @@ def segmentation(bench: Bench) -> list[Row]:
         def ours() -> None:
             pgd_step(net, packed, y, zero, bound, bound, sharedness=count, **CAPPED)
 
-        taken = bench.race({"ours": ours, "plain": plain})
+        taken = bench.race({"ours": ours, "peer": plain})
         share = bench.share_of_peak(ours, statistics.median(taken["ours"]))
     rates = {name: [count / each for each in seconds] for name, seconds in taken.items()}
-    options = {"what": f"FCN-8s (width {width}), {size}x{height}", "unit": "images / s", "more_is_better": True}
-    name = "PyTorch, float32, as it comes"
-    return [bench.row("f", ours=rates["ours"], peer=rates["plain"], peer_name=name, note=share, **options)]
+    what, name = f"FCN-8s (width {width}), {size}x{height}", "PyTorch, float32, as it comes"
+    return [bench.row("f", what, unit="images / s", more_is_better=True, **rates, peer_name=name, note=share)]
 
 
 ROWS: dict[str, Callable[[Bench], list[Row]]] = {

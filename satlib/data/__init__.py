@@ -1,28 +1,26 @@
 """Data sets by name: `load("cifar10")`, or `load("shapes32")` for one that is drawn in code.
 
-Importing this imports the table of data sets alone: PyTorch and a data set's module follow when it is asked for.
+Importing this imports no reader: a data set's module follows when it is asked for.
 """
 
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from satlib.data.datasets import DATASETS, Dataset, described, row_of
+import torch
+
+from satlib.data.datasets import DATASETS, FOLDERS, LOOKED_FOR, Dataset, described, row_of
 from satlib.data.datasets import is_embedded as is_embedded
 from satlib.data.datasets import training_images as training_images
+from satlib.data.imageset import ImageSet, Splits
 from satlib.errors import SatlibError
 from satlib.paths import data_root
-
-if TYPE_CHECKING:
-    from satlib.data.imageset import ImageSet as ImageSet
-    from satlib.data.imageset import Splits
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar.xz", ".tar", ".zip")
 DUMMY_PIXELS, DUMMY_IMAGES = 8_000_000, 128  # in a set of dummy data, at most
 
 
-def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> "Splits":
+def load(name: str, *, root: str | Path | None = None, progress: bool = True) -> Splits:
     """The train, val and test sets of the data set `name`, on the CPU.
 
     "imagenet200:40" is ImageNet with 40 of the 200 classes, "imagenet200:FILE" with those whose wnids the file lists;
@@ -39,11 +37,12 @@ def load(name: str, *, root: str | Path | None = None, progress: bool = True) ->
 
 def find(name: str, *, root: str | Path | None = None) -> Path | None:
     """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
-    row = row_of(name)
-    return None if row is None or row.embedded else _module(row).find(row.name, _resolved(root))
+    base, _, _ = name.partition(":")
+    places = {_resolved(root) / folder: holds for folder, holds in FOLDERS.get(base, {}).items()}
+    return next((folder for folder, holds in places.items() if (folder / holds).is_dir()), None)
 
 
-def verify(name: str, *, root: str | Path | None = None) -> "Splits":
+def verify(name: str, *, root: str | Path | None = None) -> Splits:
     """`load`, and read every image of a set that stays on disk, too. Raises `SatlibError` for the first bad one."""
     splits = load(name, root=root)
     for part in vars(splits).values():
@@ -59,16 +58,12 @@ def download(name: str, *, root: str | Path | None = None) -> None:
     _module(DATASETS[name]).download(_resolved(root))
 
 
-def dummy_data(name: str) -> "Splits | None":
+def dummy_data(name: str) -> Splits | None:
     """Noise with the geometry of the data set `name` (as for `load`), to time a network on where the set is not here;
     None for an unknown one, and for one that is never missing."""
     row = row_of(name)
     if row is None or row.embedded:
         return None
-    import torch
-
-    from satlib.data.imageset import ImageSet, Splits
-
     dataset = described(name)
     channels, height, width = dataset.shape
     count = max(1, min(DUMMY_IMAGES, DUMMY_PIXELS // (height * width)))
@@ -82,13 +77,6 @@ def dummy_data(name: str) -> "Splits | None":
     return Splits(**sets)
 
 
-def __getattr__(name: str) -> type:
-    """`ImageSet` and `Splits`, when they are asked for."""
-    if name not in ("ImageSet", "Splits"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("satlib.data.imageset"), name)
-
-
 def _module(dataset: Dataset) -> ModuleType:
     return importlib.import_module(f"satlib.data.{dataset.module}")
 
@@ -99,13 +87,12 @@ def _resolved(root: str | Path | None) -> Path:
 
 def _missing(dataset: Dataset, root: Path) -> str:
     """What was looked for, and what to do about it; of an archive with that name, that it is still packed."""
-    looked_for = _module(dataset).LOOKED_FOR[dataset.name]
-    for folder in (root, root / dataset.name):
-        for path in sorted(folder.glob("[!.]*")):
-            packed = path.name.endswith(ARCHIVES) or not path.suffix
-            if packed and path.is_file() and dataset.name in path.name.replace("-", ""):
-                mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
-                return f"{path} is a file, expected a folder; {mend}"
+    looked_for = LOOKED_FOR[dataset.name]
+    for path in (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
+        packed = path.name.endswith(ARCHIVES) or not path.suffix
+        if packed and path.is_file() and dataset.name in path.name.replace("-", ""):
+            mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
+            return f"{path} is a file, expected a folder; {mend}"
     mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]
     if dataset.downloads:
         mends.append(f"run `python -m satlib data download {dataset.name}`")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from satlib.data.imageset import ImageSet, Splits
 from satlib.errors import SatlibError
 from satlib.paths import project_root
 
-SPLITS = ("train", "val", "test")
 FORMAT = 1  # raise it when loaders or this file change what a cache should hold
 
 
@@ -33,49 +31,46 @@ def cached_splits(name: str, sources: object, root: Path, build: Callable[[], Sp
     for path in paths:
         if splits := _load(path):
             return splits
-    failures = []
+    built, failures = None, []
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{name}.lock")).acquire()
-        except (OSError, NotImplementedError) as error:
-            failures.append(str(error))
-            continue
-        with lock:
-            splits = _load(path)
-            if splits is None:
-                splits = build()
-                _save(splits, path, name)
-            return splits
+            with FileLock(path.with_name(f".{name}.lock")):
+                if splits := _load(path):  # another process's
+                    return splits
+                built = built or build()
+                _save(built, path, name)
+                return built
+        except (OSError, NotImplementedError, SafetensorError) as error:
+            failures.append(f"{path}: {error}")
     warnings.warn(f"{name} is decoded anew each time, for no cache can be written: {'; '.join(failures)}", stacklevel=2)
-    return build()
+    return built or build()
 
 
 def _load(path: Path) -> Splits | None:
     """The sets in `path`; None if there is no such file, or if it is damaged, which a warning says."""
     if not path.is_file():
         return None
+    sets = {}
     try:
         with safe_open(path, framework="pt") as file:
-            sets = {}
-            for split in SPLITS:
+            for split in ("train", "val", "test"):
                 about = json.loads(file.metadata()[split])
-                fingerprint = about.pop("fingerprint")
+                fingerprint, names = about.pop("fingerprint"), {k: tuple(about.pop(k)) for k in ("classes", "frames")}
                 images = file.get_tensor(f"{split}.images").permute(0, 3, 1, 2)
-                sets[split] = ImageSet(images, file.get_tensor(f"{split}.labels"), split=split, **about)
+                sets[split] = ImageSet(images, file.get_tensor(f"{split}.labels"), split=split, **about, **names)
                 if sets[split].fingerprint != fingerprint:
                     raise SatlibError(f"{split} has the fingerprint {sets[split].fingerprint}, not {fingerprint}")
-            return Splits(**sets)
     except (SafetensorError, SatlibError, OSError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"damaged cache {path} ({error}); the images are decoded again", stacklevel=3)
         return None
+    return Splits(**sets)
 
 
 def _save(splits: Splits, path: Path, name: str) -> None:
     """Write `path` whole or not at all, and drop the caches of older states of the files. Needs the lock."""
     tensors, metadata = {}, {}
-    for split in SPLITS:
-        images = getattr(splits, split)
+    for split, images in vars(splits).items():
         tensors[f"{split}.images"] = images.images.permute(0, 2, 3, 1).contiguous()
         tensors[f"{split}.labels"] = images.labels
         about = {"classes": images.classes, "name": images.name, "title": images.title, "frames": images.frames}
@@ -84,13 +79,9 @@ def _save(splits: Splits, path: Path, name: str) -> None:
     try:
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors makes it private, but others may share the data root
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
         partial.replace(path)
-    except (SafetensorError, OSError) as error:
+    finally:
         partial.unlink(missing_ok=True)
-        warnings.warn(f"{name} is decoded anew each time, for {path} cannot be written: {error}", stacklevel=3)
-        return
     for old in path.parent.glob(f"{name}-{'?' * 16}.safetensors"):
         if old != path:
             old.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """CIFAR-10 as its author ships it or from an image tree, split into train, val and test."""
 
 import hashlib
-import io
 import pickle
 from http.client import HTTPException
 from pathlib import Path
@@ -12,23 +11,13 @@ from torch import Tensor
 
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import Dataset
-from satlib.data.imageset import Splits
-from satlib.data.imagetree import read_images, scan_tree
-from satlib.data.splitting import RULE, held_out
+from satlib.data.imageset import SPLIT_RULE, ImageSet, Splits, held_out
+from satlib.data.imagetree import read_images, scan_tree, stamps
 from satlib.errors import SatlibError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = "cifar-10-batches-py"
-LOOKED_FOR = {"cifar10": f"{BATCHES}/, cifar10/{BATCHES}/ or cifar10/{{train,test}}/<class>/*.{{png,jpg,jpeg}}"}
-
-
-def find(name: str, root: Path) -> Path | None:
-    """The folder that `load` reads: the author's batches, else an image tree; None where there is none."""
-    tree = root / "cifar10"
-    for folder in (place / layout for layout in LAYOUTS for place in (root, tree)):
-        if folder.is_dir():
-            return folder
-    return tree if (tree / "train").is_dir() or (tree / "test").is_dir() else None
+Read = dict[str, tuple[Tensor, Tensor]]  # for train and test: uint8 images (n, 3, 32, 32) and int64 labels (n,)
 
 
 def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
@@ -38,20 +27,28 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     cached). Validation images are taken from the training images. All sets are shuffled once, always alike. Raises
     `SatlibError` if what is there is damaged.
     """
+
     if read := LAYOUTS.get(folder.name):
-        return held_out(dataset, dataset.title, CLASSES, read(folder))
+        return _splits(dataset, dataset.title, read(folder))
     tree = scan_tree(folder, splits=("train", "test"), classes=CLASSES)
 
     def build() -> Splits:
-        lossless = all(file.path.lower().endswith(".png") for files in tree.files.values() for file in files)
-        title = (
-            f"{dataset.title} ({'image tree' if lossless else 'JPEG copy'})"  # whose pixels are not the official ones
-        )
+        lossless = all(file.path.lower().endswith(".png") for files in tree.values() for file in files)
+        # A JPEG copy's pixels are not the official ones.
+        title = f"{dataset.title} ({'image tree' if lossless else 'JPEG copy'})"
         size = dataset.shape[1:]
-        decoded = {split: read_images(tree, split, size=size, progress=progress) for split in tree.files}
-        return held_out(dataset, title, CLASSES, decoded)
+        read = {split: read_images(folder, tree, split, size=size, progress=progress) for split in tree}
+        return _splits(dataset, title, read)
 
-    return cached_splits(dataset.name, {"split": RULE, "files": tree.stamps}, folder.parent, build)
+    return cached_splits(dataset.name, {"split": SPLIT_RULE, "files": stamps(tree)}, folder.parent, build)
+
+
+def _splits(dataset: Dataset, title: str, read: Read) -> Splits:
+    sets = {}
+    for split, rows in held_out(read["train"][1], read["test"][1]).items():
+        images, labels = read["test" if split == "test" else "train"]
+        sets[split] = ImageSet(images[rows], labels[rows], CLASSES, dataset.name, title, split)
+    return Splits(**sets)
 
 
 def download(root: Path) -> None:
@@ -68,59 +65,33 @@ def download(root: Path) -> None:
         ) from error
 
 
-def read_batches(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The official python batches: for train and test, uint8 images (n, 3, 32, 32) and int64 labels (n,)."""
+def read_batches(folder: Path) -> Read:
+    """The official python batches.
+
+    They are pickles, and so could run code: only a file with the official checksum is unpickled. Raises `SatlibError`
+    for another one, and for one that is missing.
+    """
     from torchvision.datasets import CIFAR10 as official
 
     read = {}
     for split, files in (("train", official.train_list), ("test", official.test_list)):
-        parts = [_read_batch(folder / name, md5) for name, md5 in files]
-        read[split] = tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        batches = [pickle.loads(_checked(folder / name, md5), encoding="bytes") for name, md5 in files]
+        pixels, labels = (np.concatenate([batch[key] for batch in batches]) for key in (b"data", b"labels"))
+        read[split] = torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.from_numpy(labels)
     return read
 
 
-def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+def _checked(path: Path, md5: str) -> bytes:
     mend = "unpack the official cifar-10-python.tar.gz again, or run `python -m satlib data download cifar10`"
     try:
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise SatlibError(f"cannot read {path} ({error.strerror}); {mend}") from None
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise SatlibError(f"wrong file {path}: its MD5 is {found}, expected {md5}; {mend}")
-    try:
-        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-        images = pixels.reshape(-1, 3, 32, 32)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SatlibError(f"not a CIFAR-10 batch: {path} ({error!r}); {mend}") from None
-    if images.dtype != np.uint8 or labels.dtype.kind != "i" or len(labels) != len(images) or not len(labels):
-        raise SatlibError(
-            f"not a CIFAR-10 batch: {path} has {len(images)} images ({images.dtype}) and {len(labels)} labels "
-            f"({labels.dtype}); {mend}"
-        )
-    if labels.min() < 0 or labels.max() >= len(CLASSES):
-        raise SatlibError(f"labels in {path} range over {labels.min()}..{labels.max()}, expected 0..9; {mend}")
-    return images, labels.astype(np.int64)
+    return content
 
 
-# How each layout of the author's is read, by the name of its folder; the first that is there is.
+# How each layout of the author's is read, by the name of its folder; `datasets.FOLDERS` says where they may lie.
 LAYOUTS = {BATCHES: read_batches}
-
-# The module of `_reconstruct` has two names: NumPy 1's, which the official files use, and NumPy 2's.
-_reconstruct = np.empty(0).__reduce__()[0]
-_BATCH_GLOBALS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-}
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Builds dictionaries, lists, numbers, bytes and NumPy arrays; refuses everything else by name."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _BATCH_GLOBALS:
-            raise pickle.UnpicklingError(f"refused to build {module}.{name}")
-        return _BATCH_GLOBALS[module, name]

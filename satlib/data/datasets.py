@@ -11,10 +11,9 @@ class Dataset:
 
     title: what error messages call it, and figures at the least. shape: channels, height and width of an image.
     classes, training_images: how many. module: the one of `satlib.data` that reads or draws it, by its
-    `load(dataset, folder, *, progress)`; for a set on disk also by `find(name, root)`, the folder or None, and
-    `LOOKED_FOR`, by name the layouts that it finds, in words; and where it `downloads`, by `download(root)`. takes:
-    what may follow the name and a colon, "classes" as in "imagenet200:40", or "size" as in "camvid:240x180"; option:
-    what did. embedded: drawn in code, and so never missing.
+    `load(dataset, folder, *, progress)`, and that `downloads` it, by `download(root)`. takes: what may follow the name
+    and a colon, "classes" as in "imagenet200:40", or "size" as in "camvid:240x180"; option: what did. embedded: drawn
+    in code, and so never missing.
     """
 
     name: str
@@ -49,6 +48,22 @@ _ROWS = (
 )
 DATASETS = {row.name: row for row in _ROWS}
 
+# Where a set may lie below the data root: the first of these folders is read that holds the other one ("": any does).
+FOLDERS = {
+    "cifar10": {"cifar-10-batches-py": "", "cifar10/cifar-10-batches-py": "", "cifar10": "train"},
+    "imagenet200": {"imagenet200": "train", "tiny-imagenet-200": "train"},
+    "imagenet200-224": {"imagenet": "train"},
+    "camvid": {"camvid": ""},
+    "cityscapes": {"cityscapes": ""},
+}
+LOOKED_FOR = {  # the same in words, with what is expected in them
+    "cifar10": "cifar-10-batches-py/, cifar10/cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg,jpeg}",
+    "imagenet200": "imagenet200/{train,val}/<wnid>/*.JPEG or tiny-imagenet-200/ as its authors ship it",
+    "imagenet200-224": "imagenet/{train,val}/<wnid>/*.JPEG",
+    "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
+    "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
+}
+
 
 def row_of(name: str) -> Dataset | None:
     """The row of a data set, whatever option follows its name; None for an unknown one."""
@@ -70,16 +85,15 @@ def described(name: str) -> Dataset:
     if not row.takes:
         others = ", ".join(other.name for other in DATASETS.values() if other.takes)
         raise SatlibError(f"data set {base!r} has no options: {option!r}; only {others} have")
-    row = replace(row, option=option)
     if row.takes == "size":
         sides = option.split("x")
         if len(sides) != 2 or not all(side.isdecimal() and 16 <= int(side) <= 4096 for side in sides):
             raise SatlibError(f"{name}: expected a width and a height from 16 to 4096, such as {base}:240x180")
-        return replace(row, shape=(row.shape[0], int(sides[1]), int(sides[0])))
-    if option.isdecimal():  # else a file that lists the classes: how many is known when it is read
-        images = row.training_images * int(option) // row.classes
-        return replace(row, classes=int(option), training_images=images)
-    return row
+        return replace(row, option=option, shape=(row.shape[0], int(sides[1]), int(sides[0])))
+    if not option.isdecimal():  # a file that lists the classes: how many is known when it is read
+        return replace(row, option=option)
+    images = row.training_images * int(option) // row.classes
+    return replace(row, option=option, classes=int(option), training_images=images)
 
 
 def is_embedded(name: str) -> bool:
@@ -89,6 +103,5 @@ def is_embedded(name: str) -> bool:
 
 
 def training_images(name: str, *, unknown: int = 45_000) -> int:
-    """Images in an epoch on a data set (as for `load`), for estimates: nothing is read. `unknown`: of one that is not
-    in the table."""
+    """Images in an epoch on a data set (as for `load`), for estimates; `unknown` for one that is not in the table."""
     return described(name).training_images if row_of(name) else unknown

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from satlib.errors import SatlibError
 
 IGNORE = 255  # label of pixels that count for nothing
 CROP_PADDING = 8  # an image is cropped from itself padded by its shorter side divided by this: 32 pixels by 4
+VALIDATION_FRACTION, SPLIT_SEED = 0.1, 20190519
+SPLIT_RULE = [VALIDATION_FRACTION, SPLIT_SEED]  # what `held_out` depends on, beside the labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,31 +41,28 @@ class ImageSet:
     def __post_init__(self) -> None:
         images, labels, where = self.images, self.labels, f"{self.name}/{self.split}"
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise SatlibError(
-                f"{where}: images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (n, C, H, W)"
-            )
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise SatlibError(f"{where}: images are {found}; expected torch.uint8 (n, C, H, W)")
         if len(images) == 0:
             raise SatlibError(f"{where}: the set is empty; expected at least one image")
-        each_image = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-        if not each_image and (labels.dtype != torch.uint8 or labels.shape != (len(images), *images.shape[2:])):
+        n, _, *sides = images.shape
+        if tuple(labels.shape) != {torch.int64: (n,), torch.uint8: (n, *sides)}.get(labels.dtype):
             raise SatlibError(
-                f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},), "
-                f"or for every pixel torch.uint8 {(len(images), *images.shape[2:])}"
+                f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({n},), "
+                f"or for every pixel torch.uint8 {(n, *sides)}"
             )
         if labels.device != images.device:
             raise SatlibError(f"{where}: labels are on {labels.device} but images on {images.device}; move one")
-        if each_image:
-            low, high = int(labels.min()), int(labels.max())
-        else:  # part by part, for a copy of all could be large
+        if self.dense:  # part by part, for a copy of all could be large
             low, high = 0, max(int(part.masked_fill(part == IGNORE, 0).max()) for part in labels.split(64))
+        else:
+            low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(self.classes):
             raise SatlibError(
                 f"{where}: labels range over {low}..{high}; expected 0..{len(self.classes) - 1}, one per class name"
             )
-        if self.frames and len(self.frames) != len(images):
-            raise SatlibError(f"{where}: {len(self.frames)} frames for {len(images)} images; expected one each")
-        object.__setattr__(self, "classes", tuple(self.classes))
-        object.__setattr__(self, "frames", tuple(self.frames))
+        if self.frames and len(self.frames) != n:
+            raise SatlibError(f"{where}: {len(self.frames)} frames for {n} images; expected one each")
         if isinstance(images, Tensor):
             object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
 
@@ -71,10 +71,8 @@ class ImageSet:
 
     def __repr__(self) -> str:
         _, channels, height, width = self.images.shape
-        return (
-            f"{type(self).__name__}({self.title!r}, {self.split}, {len(self)} images {channels}x{height}x{width}, "
-            f"{len(self.classes)} classes, {self.images.device})"
-        )
+        images = f"{len(self)} images {channels}x{height}x{width}, {len(self.classes)} classes"
+        return f"{type(self).__name__}({self.title!r}, {self.split}, {images}, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -95,33 +93,27 @@ class ImageSet:
         return digest.hexdigest()
 
     @cached_property
-    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        # Sums of integers are exact in any order, so every device and thread count gives the same floats.
+    def _sums(self) -> list[tuple[int, ...]]:
+        """Of each channel: how many pixels, their sum, and the sum of their squares. Sums of integers are exact in any
+        order, so every device and thread count gives the same floats."""
+        counts = [torch.bincount(channel.reshape(-1), minlength=256) for channel in self.images.unbind(1)]
         values = torch.arange(256, device=self.device)
-        means, deviations = [], []
-        for channel in self.images.unbind(1):
-            counts = torch.bincount(channel.reshape(-1), minlength=256)
-            n, total, squares = channel.numel(), int((counts * values).sum()), int((counts * values**2).sum())
-            means.append(total / n)
-            deviations.append(((n * squares - total**2) / n**2) ** 0.5)
-        return tuple(means), tuple(deviations)
+        return [tuple(int((each * values**power).sum()) for power in range(3)) for each in counts]
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel over all pixels, in 0..255."""
-        return self._moments[0]
+        return tuple(total / n for n, total, _ in self._sums)
 
     @property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of each channel over all pixels, in units of 0..255."""
-        return self._moments[1]
+        return tuple(((n * squares - total**2) / n**2) ** 0.5 for n, total, squares in self._sums)
 
     def to(self, device: torch.device | str) -> Self:
         """The same set on `device`; what was already computed about it (fingerprint, mean, std) goes along."""
         moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
-        for known in ("fingerprint", "_moments"):
-            if known in self.__dict__:
-                moved.__dict__[known] = self.__dict__[known]
+        moved.__dict__.update({known: vars(self)[known] for known in ("fingerprint", "_sums") if known in vars(self)})
         return moved
 
     def first(self, n: int) -> Self:
@@ -143,10 +135,9 @@ class ImageSet:
 
         Yields images, float32 (b, C, H, W) in 0..255 and channels_last, and labels, int64 (b,) or (b, H, W).
         `generator` (a CPU generator, so that draws do not depend on the device) shuffles; without it the order
-        is the set's own. `augment` crops at random, each kind of set in its way, and flips half of the
-        images left to right; it needs a generator. `limit` stops after that many images; they
-        are exactly those that the pass without `limit` begins with. `share(size)` says which images of a batch of
-        that size to yield, for ranks that train together: what is drawn does not depend on it.
+        is the set's own. `augment` crops and flips at random, each kind of set in its way; it needs a generator.
+        `limit` stops after that many images, the first of the pass without it. `share(size)` says which images of a
+        batch of that size to yield, for ranks that train together: what is drawn does not depend on it.
         """
         if batch_size < 1:
             raise SatlibError(f"batch_size = {batch_size}; expected at least 1")
@@ -157,25 +148,21 @@ class ImageSet:
         if generator is not None and generator.device.type != "cpu":
             raise SatlibError(f"generator is on {generator.device}; expected a CPU generator, torch.Generator()")
 
-        def drawn() -> Iterator[tuple[Tensor, Tensor]]:
-            # All draws of a pass are made at its start: they do not depend on batch_size or limit.
-            order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-            order, parts = order[:limit], []
-            for start in range(0, len(order), batch_size):
-                own = (share or slice)(min(batch_size, len(order) - start))
-                parts.append(slice(start + (own.start or 0), start + own.stop))
-            yield from self._batches(order, parts, generator if augment else None)
-
-        return drawn()
+        # All draws of a pass are made at its start: they do not depend on batch_size or limit.
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        order, parts = order[:limit], []
+        for start in range(0, len(order), batch_size):
+            own = (share or slice)(min(batch_size, len(order) - start))
+            parts.append(slice(start + (own.start or 0), start + own.stop))
+        return self._batches(order, parts, generator if augment else None)
 
     def subset(self, indices: slice | Sequence[int] | Tensor) -> Self:
         """The images at `indices` (a slice, a sequence of integers, or an int64 or bool tensor), in that order."""
         if not isinstance(indices, slice):
             indices = torch.as_tensor(indices, device=self.device)
             if indices.ndim != 1 or indices.dtype not in (torch.bool, torch.int64):
-                raise SatlibError(
-                    f"indices are {indices.dtype} {tuple(indices.shape)}; expected one dimension of int64 or bool"
-                )
+                found = f"{indices.dtype} {tuple(indices.shape)}"
+                raise SatlibError(f"indices are {found}; expected one dimension of int64 or bool")
         try:
             rows = torch.arange(len(self), device=self.device)[indices].tolist() if self.frames else []
             frames = tuple(self.frames[row] for row in rows)
@@ -247,3 +234,21 @@ class Splits:
     def to(self, device: torch.device | str) -> "Splits":
         """All three on `device`."""
         return Splits(self.train.to(device), self.val.to(device), self.test.to(device))
+
+
+def held_out(train: Tensor, test: Tensor) -> dict[str, Tensor]:
+    """Which images are in which set, by the labels of those that come as train and test: rows of `train` for train and
+    val (a tenth of each class), and of `test` for test; each shuffled once, always alike."""
+    order = shuffled(len(train), SPLIT_SEED)
+    ordered = train[order]
+    validation = torch.zeros(len(train), dtype=torch.bool)
+    for label in ordered.unique():
+        members = torch.nonzero(ordered == label).flatten()
+        validation[members[: max(1, round(VALIDATION_FRACTION * len(members)))]] = True
+    return {"train": order[~validation], "val": order[validation], "test": shuffled(len(test), SPLIT_SEED + 1)}
+
+
+def shuffled(n: int, seed: int) -> Tensor:
+    """A fixed order of n rows. NumPy guarantees PCG64's raw stream (not what `Generator` makes of it)."""
+    keys = np.random.PCG64(seed).random_raw(n)
+    return torch.from_numpy(np.argsort(keys, kind="stable"))

@@ -1,4 +1,4 @@
-"""Image files below a folder, one layout or another: found, checked, decoded in parallel."""
+"""Image files below a folder, one layout or another: found, checked, and decoded, by a thread for each core."""
 
 import os
 import sys
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from satlib.errors import SatlibError
@@ -23,12 +21,8 @@ from satlib.progress import Progress
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 # Images that people do keep in such trees and that would silently be missing if they were passed over.
 UNREADABLE_SUFFIXES = {".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
-FILES_PER_TASK = 500
 MOST_WORKERS = 8  # each holds two tasks in shared memory, which containers keep small
 SECONDS_PER_LINE = 3.0
-
-Task = Sequence[tuple[str, int | None]]  # images: the path of each below its folder, and the seed of what is drawn
-Problem = tuple[str, str]  # the path of a bad image below its folder, and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -46,26 +40,25 @@ class ImageFile:
         return [self.path, self.size, self.mtime_ns]
 
 
-@dataclass(frozen=True)
-class ImageTree:
-    """The files of `folder`, split by split, in the order of their paths."""
-
-    folder: Path
-    classes: tuple[str, ...]
-    files: dict[str, tuple[ImageFile, ...]]
-
-    @property
-    def stamps(self) -> list[list[str | int]]:
-        return [file.stamp for files in self.files.values() for file in files]
+Tree = dict[str, tuple[ImageFile, ...]]  # the files of each split, in the order of their paths
 
 
-def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str], others: bool = False) -> ImageTree:
+def stamps(tree: Tree) -> list[list[str | int]]:
+    return [file.stamp for files in tree.values() for file in files]
+
+
+def labels_of(files: Iterable[ImageFile]) -> Tensor:
+    """int64 (n,)."""
+    return torch.tensor([file.label for file in files])
+
+
+def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str], others: bool = False) -> Tree:
     """List `folder`/<split>/<class>/*.{png,jpg,jpeg}, without reading the images.
 
     `classes` are the expected class folders. `others` passes other class folders over; hidden ones always are. Raises
     `SatlibError` for a missing split, a missing, empty or unexpected class folder, and as `list_images` does.
     """
-    files = {}
+    tree = {}
     for split in splits:
         if not (folder / split).is_dir():
             raise SatlibError(f"no folder {folder / split}; expected {'/, '.join(splits)}/ in {folder}")
@@ -73,19 +66,16 @@ def scan_tree(folder: Path, *, splits: Sequence[str], classes: Sequence[str], ot
         if not found:
             raise SatlibError(f"no class folders in {folder / split}; expected {split}/<class>/*.png or *.jpg")
         if missing := [name for name in classes if name not in found]:
-            raise SatlibError(
-                f"no class folder {folder / split / missing[0]} ({len(missing)} of {len(classes)} missing); "
-                f"put it back or unpack the data set again"
-            )
+            count, mend = f"({len(missing)} of {len(classes)} missing)", "put it back or unpack the data set again"
+            raise SatlibError(f"no class folder {folder / split / missing[0]} {count}; {mend}")
         if unexpected := [name for name in found if name not in classes and not others]:
+            mend = f"every split needs the same {len(classes)} classes: {', '.join(classes)}"
             raise SatlibError(
-                f"unexpected class folder {folder / split / unexpected[0]} ({len(unexpected)} in all); "
-                f"every split needs the same {len(classes)} classes: {', '.join(classes)}"
+                f"unexpected class folder {folder / split / unexpected[0]} ({len(unexpected)} in all); {mend}"
             )
-        files[split] = tuple(
-            file for label, name in enumerate(classes) for file in list_images(folder, f"{split}/{name}", label)
-        )
-    return ImageTree(folder, tuple(classes), files)
+        listed = (list_images(folder, f"{split}/{name}", label) for label, name in enumerate(classes))
+        tree[split] = tuple(file for files in listed for file in files)
+    return tree
 
 
 def list_images(folder: Path, path: str, label: int = 0, *, tail: str = "", nested: bool = False) -> list[ImageFile]:
@@ -114,110 +104,86 @@ def list_images(folder: Path, path: str, label: int = 0, *, tail: str = "", nest
                 raise SatlibError(f"cannot read {place}/{name}: a link to nothing; remove or restore it") from None
             files.append(ImageFile(f"{below}/{name}", label, status.st_size, status.st_mtime_ns))
     if not files:
-        raise SatlibError(
-            f"no images in {folder / path}; expected *{tail}.png, *{tail}.jpg or *.jpeg; unpack the data set again"
-        )
+        expected = f"*{tail}.png, *{tail}.jpg or *.jpeg"
+        raise SatlibError(f"no images in {folder / path}; expected {expected}; unpack the data set again")
     return sorted(files, key=lambda file: file.path.split("/"))
 
 
-def read_images(tree: ImageTree, split: str, *, size: tuple[int, int], progress: bool = True) -> tuple[Tensor, Tensor]:
+def read_images(
+    folder: Path, tree: Tree, split: str, *, size: tuple[int, int], progress: bool = True
+) -> tuple[Tensor, Tensor]:
     """Decode one split, whose images are of `size` (H, W): uint8 (n, 3, H, W) in channels_last order, and int64 labels
     (n,).
 
     Raises `SatlibError` that names the first file that cannot be decoded or has another size, and counts the rest.
     """
-    files = tree.files[split]
-    images = torch.empty((len(files), *size, 3), dtype=torch.uint8)
-    tasks = [
-        [(file.path, None) for file in files[i : i + FILES_PER_TASK]] for i in range(0, len(files), FILES_PER_TASK)
-    ]
-    # Starting processes takes longer than decoding one task's files.
-    decoded = decoding(tree.folder, tasks, size, rgb, workers=workers_here() if len(tasks) > 1 else 0)
-    what, bad = f"decoding {tree.folder.name}/{split}", []
-    for index, (pixels, problems) in enumerate(shown(decoded, len(files), what, progress, each=FILES_PER_TASK)):
-        images[index * FILES_PER_TASK :][: len(pixels)] = pixels
-        bad += problems
-    if bad:
-        raise SatlibError(bad_image(tree.folder, bad))
-    return images.permute(0, 3, 1, 2), torch.tensor([file.label for file in files])
+    files, (height, width) = tree[split], size
+    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
+
+    def read(row: int) -> None:
+        path = files[row].path
+        image = decode(folder, path)
+        if image.shape[:2] != size:
+            h, w, _ = image.shape
+            raise SatlibError(f"{path}: {w}x{h} pixels, expected {width}x{height} as for the others")
+        images[row] = image
+
+    refuse(folder, problems(read, range(len(files)), f"decoding {folder.name}/{split}", progress))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels_of(files)
 
 
-def sound_files(tree: ImageTree, split: str, *, progress: bool = True) -> tuple[ImageFile, ...]:
+def sound_files(folder: Path, tree: Tree, split: str, *, progress: bool = True) -> tuple[ImageFile, ...]:
     """The files of a split that can be decoded, whatever their sizes; a warning names the others."""
-    files = tree.files[split]
-    bad = in_threads(
-        lambda file: isinstance(decode(tree.folder / file.path), str), files, f"checking {split}", progress
-    )
-    if count := sum(bad):
-        paths = [file.path for file, is_bad in zip(files, bad, strict=True) if is_bad]
-        listed = ", ".join(paths[:10]) + (", ..." if count > 10 else "")
-        warnings.warn(f"{count} bad images of {tree.folder} left out: {listed}", stacklevel=2)
-    return tuple(file for file, is_bad in zip(files, bad, strict=True) if not is_bad)
+    files = tree[split]
+    wrong = problems(lambda file: decode(folder, file.path), files, f"checking {split}", progress)
+    if bad := [file.path for file, problem in zip(files, wrong, strict=True) if problem]:
+        listed = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
+        warnings.warn(f"{len(bad)} bad images of {folder} left out: {listed}", stacklevel=2)
+    return tuple(file for file, problem in zip(files, wrong, strict=True) if not problem)
 
 
-def bad_image(folder: Path, bad: Sequence[Problem]) -> str:
-    """What is wrong: the first of `bad`, and how many others there are."""
-    (path, problem), others = bad[0], len(bad) - 1
-    more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
-    return f"bad image {folder / path}: {problem}{more}; replace or remove it"
-
-
-# --- decoding
-
-
-def rgb(image: Image.Image, seed: int | None = None) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """All of an image."""
     return image.convert("RGB")
 
 
-def decode(path: Path, take: Callable = rgb, *, formats: Sequence[str] = ("PNG", "JPEG")) -> Tensor | str:
-    """The image as uint8 (H, W, 3), or what is wrong with the file.
-
-    `take(image)` says what of it, before it is read; (H, W) if that has one channel; what it raises is wrong, too.
-    """
+def decode(folder: Path, path: str, take: Callable = rgb, *, formats: Sequence[str] = ("PNG", "JPEG")) -> np.ndarray:
+    """The image `folder`/`path` as uint8 (H, W, 3); `take(image)` says what of it, before it is read, (H, W) if that
+    has one channel. Raises `SatlibError`, `path` and what is wrong with it, for a file that cannot be read so."""
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(folder / path, formats=formats) as image:
             if image.mode.startswith(("I", "F")):
-                return "more than 8 bits a channel"
-            return torch.from_numpy(np.array(take(image)))
+                raise SatlibError("more than 8 bits a channel")
+            return np.array(take(image))
     except UnidentifiedImageError:
-        return f"not a {' or '.join(formats)} image"
+        problem = f"not a {' or '.join(formats)} image"
     except SatlibError as error:
-        return str(error)
+        problem = str(error)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"damaged or truncated ({error})"
+        problem = f"damaged or truncated ({error})"
+    raise SatlibError(f"{path}: {problem}")
 
 
-def decoding(
-    folder: Path, tasks: Sequence[Task], size: tuple[int, int], take: Callable, *, workers: int, pin: bool = False
-) -> DataLoader:
-    """For each task in turn: what `take(image, seed=...)` takes of its images, as pixels, uint8 (images, H, W, 3), and
-    what is wrong with which of its files. At most `workers` processes decode, each two tasks in advance."""
-    # DataLoader brings what parallel decoding needs: processes (threads gain nothing here: each image is
-    # too little work between two takes of Python's lock), shared memory, and results in order. A generator of its own
-    # keeps it from drawing on torch's global one, which would make later results depend on whether a cache was there.
-    return DataLoader(
-        tasks,
-        batch_size=None,
-        collate_fn=partial(_decoded, folder, size, take),
-        num_workers=min(workers, len(tasks)),
-        pin_memory=pin,
-        generator=torch.Generator(),
-    )
+def problems(read: Callable[[Any], object], items: Sequence, what: str = "", progress: bool = False) -> list[str]:
+    """What `read` says is wrong with each item, by a `SatlibError`; "" for nothing. A thread for each core reads."""
+
+    def problem(item: Any) -> str:
+        try:
+            read(item)
+        except SatlibError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(shown(pool.map(problem, items), len(items), what, progress))
 
 
-def _decoded(folder: Path, size: tuple[int, int], take: Callable, task: Task) -> tuple[Tensor, list[Problem]]:
-    pixels, problems = torch.zeros((len(task), *size, 3), dtype=torch.uint8), []
-    for row, (path, seed) in enumerate(task):
-        image = decode(folder / path, partial(take, seed=seed))
-        if isinstance(image, str):
-            problems.append((path, image))
-        elif image.shape[:2] != size:
-            (height, width), (h, w) = size, image.shape[:2]
-            problems.append((path, f"{w}x{h} pixels, expected {width}x{height} as for the others"))
-        else:
-            pixels[row] = image
-    return pixels, problems
+def refuse(folder: Path, found: Iterable[str]) -> None:
+    """Raise `SatlibError` for the first of `problems` found with files in `folder`, if any, and count the others."""
+    if bad := [problem for problem in found if problem]:
+        others = len(bad) - 1
+        more = f" (and {others} more bad file{'s' * (others > 1)})" if others else ""
+        raise SatlibError(f"bad image {folder}/{bad[0]}{more}; replace or remove it")
 
 
 def workers_here() -> int:
@@ -226,18 +192,11 @@ def workers_here() -> int:
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def in_threads(function: Callable, items: Sequence, what: str = "", progress: bool = False) -> list:
-    """`function` of each item, by a thread for each core; shown as `shown` does."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(shown(pool.map(function, items), len(items), what, progress))
-
-
-def shown(items: Iterable[Any], total: int, what: str, progress: bool, *, each: int = 1) -> Iterator[Any]:
-    """Pass `items` of `each` images through; show how many of `total` are done: a bar on a terminal, else lines."""
+def shown(items: Iterable[Any], total: int, what: str, progress: bool) -> Iterator[Any]:
+    """Pass items through, and show how many of `total` are done: a bar on a terminal, else lines."""
     watched, log = sys.stderr.isatty(), Progress(sys.stderr, seconds=SECONDS_PER_LINE)
-    with tqdm(total=total, desc=what, unit="image", leave=False, disable=not (progress and watched)) as bar:
-        for index, item in enumerate(items):
-            yield item
-            bar.update(min(each, total - index * each))
-            if progress and not watched:
-                log.update(f"{what}: {min(total, (index + 1) * each):,} of {total:,} images")
+    bar = tqdm(items, desc=what, total=total, unit="image", leave=False, disable=not (progress and watched))
+    for done, item in enumerate(bar, 1):
+        yield item
+        if progress and not watched:
+            log.update(f"{what}: {done:,} of {total:,} images")

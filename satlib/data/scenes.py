@@ -11,19 +11,14 @@ from torch import Tensor
 
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import DATASETS, Dataset
-from satlib.data.imageset import IGNORE, ImageSet, Splits
-from satlib.data.imagetree import ImageFile, Problem, bad_image, decode, in_threads, list_images
-from satlib.data.splitting import shuffled
+from satlib.data.imageset import IGNORE, ImageSet, Splits, shuffled
+from satlib.data.imagetree import ImageFile, decode, list_images, problems, refuse
 from satlib.errors import SatlibError
 
 Scene = tuple[str, ImageFile, ImageFile]  # its name, its image and its labels
 
 UNKNOWN = 254  # for what is no label at all
 VALUES = {"camvid": "0..11", "cityscapes": "0..33, 255"}  # those of `label_values`, in words
-LOOKED_FOR = {
-    "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
-    "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
-}
 
 
 def _camvid(folder: Path) -> dict[str, list[Scene]]:
@@ -61,11 +56,6 @@ def label_values(name: str) -> dict[int, str]:
     return {int(value): label for dataset, value, label in (line.split("\t") for line in lines) if dataset == name}
 
 
-def find(name: str, root: Path) -> Path | None:
-    """The folder that `load` reads; None where there is none."""
-    return root / name if (root / name).is_dir() else None
-
-
 def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     """Scenes in `folder`, resized once (images bilinear, labels by their nearest pixel), shuffled once, cached.
 
@@ -100,36 +90,25 @@ def _read(dataset: Dataset, folder: Path, scenes: Sequence[Scene], split: str, p
     class_of[list(known)] = IGNORE
     class_of[[value for value, label in known.items() if label]] = range(dataset.classes)
     _, height, width = dataset.shape
-    images = torch.empty((len(scenes), height, width, 3), dtype=torch.uint8)
-    labels = torch.empty((len(scenes), height, width), dtype=torch.uint8)
+    images = np.empty((len(scenes), height, width, 3), dtype=np.uint8)
+    labels = np.empty((len(scenes), height, width), dtype=np.uint8)
 
-    def read(row: int) -> Problem | None:
+    def read(row: int) -> None:
         _, picture, label = scenes[row]
-        pixels = decode(folder / picture.path)
-        if isinstance(pixels, str):
-            return picture.path, pixels
-        values = decode(folder / label.path, _one_byte, formats=("PNG",))
-        if isinstance(values, str):
-            return label.path, values
+        pixels = decode(folder, picture.path)
+        values = decode(folder, label.path, _one_byte, formats=("PNG",))
         if values.shape != pixels.shape[:2]:
             sides = f"{values.shape[1]}x{values.shape[0]} pixels, but its image has {pixels.shape[1]}x{pixels.shape[0]}"
-            return label.path, sides
-        mapped = class_of[values.numpy()]
+            raise SatlibError(f"{label.path}: {sides}")
+        mapped = class_of[values]
         if (mapped == UNKNOWN).any():
-            strange = int(values.numpy()[mapped == UNKNOWN][0])
-            return label.path, f"the value {strange} is no label; expected some of {VALUES[dataset.name]}"
-        images[row] = _resized(pixels.numpy(), (width, height), Image.Resampling.BILINEAR)
-        labels[row] = _resized(mapped, (width, height), Image.Resampling.NEAREST)
-        return None
+            strange, expected = values[mapped == UNKNOWN][0], VALUES[dataset.name]
+            raise SatlibError(f"{label.path}: the value {strange} is no label; expected some of {expected}")
+        images[row] = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        labels[row] = Image.fromarray(mapped).resize((width, height), Image.Resampling.NEAREST)
 
-    problems = in_threads(read, range(len(scenes)), f"decoding {dataset.name}/{split}", progress)
-    if bad := [problem for problem in problems if problem]:
-        raise SatlibError(bad_image(folder, bad))
-    return images.permute(0, 3, 1, 2), labels
-
-
-def _resized(pixels: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> Tensor:
-    return torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, how)))
+    refuse(folder, problems(read, range(len(scenes)), f"decoding {dataset.name}/{split}", progress))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def _one_byte(image: Image.Image) -> Image.Image:

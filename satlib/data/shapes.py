@@ -2,9 +2,12 @@
 
 shapes32 has ten classes at 32x32; shapes64 has twenty at 64x64, the same ten each with a close relative.
 
-The same images, bit by bit, on every machine: see `satlib.data.drawing`.
+The same bits on every machine: each value comes from PCG64's raw stream (which NumPy guarantees) by operations that
+IEEE 754 rounds exactly (+ - * / sqrt, floor, abs, comparisons), one element at a time; there are no sums over axes,
+and no sines. Rotations use the rational points of the circle instead.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -17,8 +20,9 @@ import torch
 from numpy import ndarray as Array
 
 from satlib.data.datasets import DATASETS, Dataset
-from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
 from satlib.data.imageset import ImageSet, Splits
+
+Shape = Callable[[Array, Array], Array]
 
 # What makes the task hard. Contrasts, textures and noise are in pixel units, 0..255.
 SCALE = (0.6, 0.88)  # half the size of a shape; 1 is half the image
@@ -32,6 +36,61 @@ BRIGHTNESS = (80.0, 175.0)  # of the background, each channel by itself
 OCCLUSION = 0.4  # probability that a line crosses the shape
 NOISE = (5.0, 17.0)  # standard deviation for each pixel and channel
 TENDENCY = 0.7  # at most this share of colour and texture follows the class (0: none, 1: all)
+
+
+def union(*distances: Array) -> Array:
+    return reduce(np.minimum, distances)
+
+
+def intersection(*distances: Array) -> Array:
+    return reduce(np.maximum, distances)
+
+
+def circle(x: Array, y: Array, radius: float) -> Array:
+    return np.sqrt(x * x + y * y) - radius
+
+
+def box(x: Array, y: Array, width: float, height: float) -> Array:
+    return intersection(np.abs(x) - width, np.abs(y) - height)
+
+
+class Draws:
+    """Random numbers for n images from one stream; each draw is float32 (n, 1, 1), to go with their pixels."""
+
+    def __init__(self, n: int, *key: int) -> None:
+        self.n, self.stream = n, np.random.PCG64(np.random.SeedSequence(key))
+
+    def uniform(self, low: float, high: float) -> Array:
+        unit = (self.stream.random_raw((self.n, 1, 1)) >> np.uint64(11)) / (1 << 53)
+        return (low + (high - low) * unit).astype(np.float32)
+
+    def either(self, probability: float) -> Array:
+        """1 with this probability, else 0."""
+        return (self.uniform(0, 1) < probability).astype(np.float32)
+
+    def turn(self) -> tuple[Array, Array]:
+        """Cosine and sine of a random angle: a rational point within 45 degrees, then quarter turns."""
+        t = self.uniform(1 - math.sqrt(2), math.sqrt(2) - 1)
+        c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+        swap, sign = self.either(0.5) > 0, 1 - 2 * self.either(0.5)
+        return sign * np.where(swap, -s, c), sign * np.where(swap, c, s)
+
+    def noise(self, *shape: int) -> Array:
+        """Bell-shaped, float32 (n, *shape): sums of four bytes, scaled to mean 0 and standard deviation 1."""
+        count = self.n * math.prod(shape)
+        octets = self.stream.random_raw((count + 1) // 2).astype("<u8").view(np.uint8).reshape(-1, 4)[:count]
+        a, b, c, d = octets.astype(np.float32).T
+        return ((a + b + c + d - 510) / math.sqrt((256**2 - 1) / 3)).reshape(self.n, *shape)
+
+
+def wave(t: Array) -> Array:
+    """Triangular wave of period 1 between -1 and 1."""
+    return 4 * np.abs(t - np.floor(t) - 0.5) - 1
+
+
+def cover(distance: Array, size: int) -> Array:
+    """Share of each pixel that lies inside, from the signed distance in half images of `size` pixels."""
+    return np.clip(0.5 - distance * (size / 2), 0, 1)
 
 
 def _star(x: Array, y: Array) -> Array:
@@ -48,7 +107,7 @@ def _star(x: Array, y: Array) -> Array:
 
 
 # Signed distances (below 0 inside) in the shape's own coordinates, in which it about fills -1..1.
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+SHAPES: dict[str, Shape] = {
     "disc": lambda x, y: circle(x, y, 0.85),
     "ring": lambda x, y: np.abs(circle(x, y, 0.72)) - 0.22,
     "square": lambda x, y: box(x, y, 0.74, 0.74),
@@ -82,14 +141,13 @@ FINER = {
 
 @dataclass(frozen=True)
 class Family:
-    """What `generate` draws: `per_class` of each shape in each split.
+    """What `generate` draws: in each split so many of each shape, by chunks.
 
-    chunk: images drawn at a time, of which per_class has multiples. fingerprint: what they must give on every machine;
-    whoever changes the drawing records it anew.
+    fingerprint: what they must give on every machine; whoever changes the drawing records it anew.
     """
 
-    shapes: Mapping[str, Callable[[Array, Array], Array]]
-    per_class: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+    per_class: Mapping[str, int]  # multiples of chunk, by split
     seed: int
     chunk: int
     fingerprint: str
@@ -101,15 +159,15 @@ class Family:
 
 FAMILIES = {
     "shapes32": Family(
-        shapes=SHAPES,
-        per_class={"train": 900, "val": 150, "test": 150},
+        SHAPES,
+        {"train": 900, "val": 150, "test": 150},
         seed=3203,
         chunk=150,
         fingerprint="78ce30a1c0e4f77cb6c47af6a39871030c0b0f527607ea2e5279c1a2afb2fc02",
     ),
     "shapes64": Family(
-        shapes={name: shape for pair in zip(SHAPES.items(), FINER.items(), strict=True) for name, shape in pair},
-        per_class={"train": 400, "val": 80, "test": 80},
+        dict(itertools.chain(*zip(SHAPES.items(), FINER.items(), strict=True))),
+        {"train": 400, "val": 80, "test": 80},
         seed=6403,
         chunk=40,
         fingerprint="8affb0c7229196c72c266e4acaba5f66e739823d84b203e1c6b57af6a6762c25",

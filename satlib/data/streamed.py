@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from satlib.data.imageset import ImageSet
-from satlib.data.imagetree import MOST_WORKERS, ImageFile, bad_image, decode, decoding, in_threads, workers_here
+from satlib.data.imagetree import MOST_WORKERS, ImageFile, decode, problems, refuse, workers_here
 from satlib.errors import SatlibError
 
 # Of ImageNet, times 255: the normalisation that its pretrained weights expect.
@@ -41,11 +42,14 @@ class StreamedImages:
         return len(self.files)
 
     def __getitem__(self, indices: slice | Tensor) -> Tensor:
-        files, take = self.part(indices).files, partial(middle, size=self.size)
-        decoded = in_threads(lambda file: decode(self.folder / file.path, take), files)
-        if bad := [(file.path, image) for file, image in zip(files, decoded, strict=True) if isinstance(image, str)]:
-            raise SatlibError(bad_image(self.folder, bad))
-        return torch.stack(decoded).to(self.device).permute(0, 3, 1, 2)
+        files = self.part(indices).files
+        pixels = np.empty((len(files), self.size, self.size, 3), dtype=np.uint8)
+
+        def read(row: int) -> None:
+            pixels[row] = decode(self.folder, files[row].path, partial(middle, size=self.size))
+
+        refuse(self.folder, problems(read, range(len(files))))
+        return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
 
     def part(self, indices: slice | Tensor) -> "StreamedImages":
         """The images at `indices`, not decoded yet."""
@@ -103,25 +107,41 @@ class StreamedSet(ImageSet):
         if augmenting:
             seeds = torch.randint(2**62, (len(self),), generator=augmenting)[: len(order)].tolist()
             flips = torch.randint(2, (len(self),), generator=augmenting).bool()[: len(order)].to(self.device)
-        folder, files, size = self.images.folder, self.images.files, self.images.size
+        folder, files = self.images.folder, self.images.files
         images = [(files[index].path, seed) for index, seed in zip(order.tolist(), seeds, strict=True)]
         # A batch is decoded in chunks, so that what is under way takes the same memory whatever the batches' size.
         tasks = [images[i : min(i + CHUNK, part.stop)] for part in parts for i in range(part.start, part.stop, CHUNK)]
-        take, pin = partial(cropped, size=size), self.device.type == "cuda"
-        loader = iter(decoding(folder, tasks, (size, size), take, workers=workers_here(), pin=pin))
+        # Processes, for threads wait for each other at every small step. A generator of its own keeps the loader from
+        # drawing on torch's global one.
+        loader = DataLoader(
+            tasks,
+            batch_size=None,
+            collate_fn=partial(_decoded, folder, self.images.size),
+            num_workers=min(workers_here(), len(tasks)),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        decoded = iter(loader)
         for part in parts:
-            decoded = [next(loader) for _ in range(part.start, part.stop, CHUNK)]
-            if bad := [problem for _, problems in decoded for problem in problems]:
-                raise SatlibError(bad_image(folder, bad))
-            pixels = torch.cat([found.to(self.device, non_blocking=True) for found, _ in decoded]).permute(0, 3, 1, 2)
+            chunks, bad = zip(*(next(decoded) for _ in range(part.start, part.stop, CHUNK)), strict=True)
+            refuse(folder, [problem for found in bad for problem in found])
+            pixels = torch.cat([chunk.to(self.device, non_blocking=True) for chunk in chunks]).permute(0, 3, 1, 2)
             if augmenting:
                 pixels = torch.where(flips[part].view(-1, 1, 1, 1), pixels.flip(-1), pixels)
             yield pixels.to(torch.float32, memory_format=torch.channels_last), self.labels[order[part].to(self.device)]
 
 
-def cropped(image: Image.Image, size: int, seed: int | None) -> Image.Image:
-    """A random part of an image, drawn from `seed`; without one, its middle."""
-    return middle(image, size) if seed is None else anywhere(image, size, seed)
+def _decoded(folder: Path, size: int, images: Sequence[tuple[str, int | None]]) -> tuple[Tensor, list[str]]:
+    """Of images, by path and seed: their middles, or parts drawn from the seeds, as pixels uint8 (n, size, size, 3),
+    and what is wrong with them."""
+    pixels, problems = torch.zeros((len(images), size, size, 3), dtype=torch.uint8), []
+    for row, (path, seed) in enumerate(images):
+        take = partial(middle, size=size) if seed is None else partial(anywhere, size=size, seed=seed)
+        try:
+            pixels[row] = torch.from_numpy(decode(folder, path, take))
+        except SatlibError as error:
+            problems.append(str(error))
+    return pixels, problems
 
 
 def middle(image: Image.Image, size: int) -> Image.Image:

@@ -3,10 +3,11 @@
 A canyon of houses and hedges in perspective, seen from a car: road and pavements, traffic, trees, people, poles and
 signs at all distances, lit from one side, textured and noisy. The own bonnet, where it is in sight, has no class (label
 255). Lengths are in units of the camera's height over the road, which is about 1.4 m. The same images, bit by bit, on
-every machine: see `satlib.data.drawing`.
+every machine: see `satlib.data.shapes`.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -16,8 +17,8 @@ from numpy import ndarray as Array
 
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import DATASETS, Dataset
-from satlib.data.drawing import Draws, box, circle, cover, intersection, union, wave
 from satlib.data.imageset import IGNORE, ImageSet, Splits
+from satlib.data.shapes import Draws, box, circle, cover, intersection, union, wave
 from satlib.paths import project_root
 
 CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "person", "pole", "sign")
@@ -28,7 +29,8 @@ EVERYWHERE = (slice(None), slice(None))
 FAR = 14.0  # where walls end, and the farthest objects stand
 HOUSES = 24  # on each side, at most
 NOISE = (3.0, 9.0)  # standard deviation for each pixel and channel, in pixel units
-Colour = tuple[float, float, float]
+Colour = Array | tuple[float, float, float]
+Window = tuple[slice, slice]  # rows and columns
 
 SEEDS = {"streets128x64": 12864, "streets256x128": 25612}
 FINGERPRINTS = {  # what drawing must give on every machine; whoever changes it records them anew
@@ -45,11 +47,11 @@ class _Scene:
     """
 
     def __init__(self, width: int, height: int, draw: Draws) -> None:
-        self.size, self.draw = height, draw
+        self.size, self.side, self.draw = height, width / height, draw
         self.colours = np.zeros((height, width, 3), dtype=np.float32)
         self.labels = np.full((height, width), VOID, dtype=np.uint8)
         half = np.float32(height / 2)
-        self.u = ((np.arange(width, dtype=np.float32) + 0.5) / half - width / height)[None, :]
+        self.u = ((np.arange(width, dtype=np.float32) + 0.5) / half - self.side)[None, :]
         self.v = ((np.arange(height, dtype=np.float32) + 0.5) / half - 1)[:, None]
         self.focal = self.one(1.5, 1.9)
         self.u0, self.v0 = self.one(-0.35, 0.35), self.one(-0.25, 0.05)
@@ -63,27 +65,11 @@ class _Scene:
     def chance(self, probability: float) -> bool:
         return self.one(0, 1) < probability
 
-    def colour(self, low: float, high: float, tint: float = 25.0) -> Colour:
-        """Of this brightness, each channel off by at most `tint`."""
-        grey = self.one(low, high)
-        return grey + self.one(-tint, tint), grey + self.one(-tint, tint), grey + self.one(-tint, tint)
+    def colour(self, low: float, high: float, tint: float = 25.0, plus: Colour = (0, 0, 0)) -> Array:
+        """Of this brightness, each channel off by at most `tint`; and then some."""
+        return self.one(low, high) + np.array([self.one(-tint, tint) for _ in range(3)]) + np.asarray(plus)
 
-    def at(self, x: float, z: float) -> tuple[float, float, float]:
-        """Where a thing on the ground at (x, z) is seen, and how large one unit of length is there."""
-        scale = self.focal / z
-        return self.u0 + x * scale, self.v0 + scale, scale
-
-    def window(self, left: float, right: float, top: float, bottom: float) -> tuple[slice, slice]:
-        """The pixels of a part of the picture, with two to spare."""
-        half, (height, width) = self.size / 2, self.labels.shape
-
-        def pixels(low: float, high: float, middle: float, most: int) -> slice:
-            first, last = (int(np.floor((edge + middle) * half)) for edge in (low, high))
-            return slice(min(max(first - 2, 0), most), min(max(last + 3, 0), most))
-
-        return pixels(top, bottom, 1, height), pixels(left, right, width / height, width)
-
-    def paint(self, label: int, where: tuple[slice, slice], distance: Array, colour: Colour | Array) -> None:
+    def paint(self, label: int, distance: Array, colour: Colour, where: Window = EVERYWHERE) -> None:
         """Cover what lies inside (signed distance in half heights, below 0) with a colour; its pixels get the label."""
         share = cover(distance, self.size)
         colours = self.colours[where]
@@ -91,13 +77,26 @@ class _Scene:
         if label != KEEP:
             self.labels[where][share > 0.5] = label
 
+    def at(self, x: float, z: float, half: float, height: float, foot: float = 0) -> tuple[Array, Array, float, Window]:
+        """For what stands on the ground at (x, z), so wide to either side and so high: coordinates from the point
+        `foot` above that place, how large one unit of length is there, and the pixels that may show it."""
+        scale = self.focal / z
+        u, v = self.u0 + x * scale, self.v0 + scale
+        where = self._pixels(v - height * scale, v, 1), self._pixels(u - half * scale, u + half * scale, self.side)
+        return self.u[:, where[1]] - u, self.v[where[0]] - (v - foot * scale), scale, where
+
+    def _pixels(self, low: float, high: float, middle: float) -> slice:
+        """The rows or columns from `low` to `high`, with two to spare."""
+        first, last = (int(np.floor((edge + middle) * (self.size / 2))) for edge in (low, high))
+        return slice(max(first - 2, 0), max(last + 3, 0))
+
 
 def _sky(scene: _Scene) -> None:
-    above, below = scene.colour(150, 215, 10), scene.colour(195, 245, 8)
+    above, below = scene.colour(150, 215, 10), scene.colour(195, 245, 8).astype(np.float32)
     blue = scene.one(0, 45)
     height = np.clip((scene.v + 1) / (scene.v0 + 1), 0, 1)[..., None]
-    colours = np.asarray((above[0] - blue, above[1] - blue / 3, above[2]), dtype=np.float32)
-    colours = colours + height * (np.asarray(below, dtype=np.float32) - colours)
+    colours = (above - (blue, blue / 3, 0)).astype(np.float32)
+    colours = colours + height * (below - colours)
     slant, fine = scene.one(-0.4, 0.4), scene.one(1, 2.5)
     clouds = wave(fine * scene.u + slant * scene.v + scene.one(0, 1)) * wave(2 * fine * scene.v + scene.one(0, 1))
     colours = colours + scene.one(0, 14) * clouds[..., None]
@@ -115,21 +114,19 @@ def _ground(scene: _Scene, road: float, pavement: float, middle: float) -> None:
 
     def strip(label: int, half: float, colour: Colour, relief: Array) -> None:
         distance = np.maximum((np.abs(across) - half) * edge, -(scene.v - scene.v0))
-        scene.paint(label, EVERYWHERE, distance, np.asarray(colour, dtype=np.float32) + relief[..., None])
+        scene.paint(label, distance, np.asarray(colour, dtype=np.float32) + relief[..., None])
 
     near = np.minimum(edge * 6, 1)  # textures fade with distance, as they become finer than pixels
     rough = near * wave(across * scene.one(2, 4)) * wave(z * scene.one(1, 3))
-    green = scene.colour(60, 95, 6)
-    strip(VEGETATION, 60.0, (green[0], green[1] + 35, green[2] - 15), 14 * rough)
+    strip(VEGETATION, 60.0, scene.colour(60, 95, 6, plus=(0, 35, -15)), 14 * rough)
     tiles = near * np.maximum(wave(across * 2), wave(z * 1.3))
     strip(PAVEMENT, road + pavement, scene.colour(120, 175, 10), scene.one(3, 12) * tiles)
     asphalt = scene.colour(70, 125, 6)
     strip(ROAD, road, asphalt, scene.one(2, 9) * rough)
     dash = np.maximum(np.abs(across) - 0.07, 0.6 * wave(z * 0.35 + scene.one(0, 1)))
-    white = tuple(value + 80 for value in asphalt)
-    scene.paint(KEEP, EVERYWHERE, np.maximum(dash * edge, 0.02 - (scene.v - scene.v0)), white)
+    scene.paint(KEEP, np.maximum(dash * edge, 0.02 - (scene.v - scene.v0)), asphalt + 80)
     kerb = np.abs(np.abs(across) - road) - 0.06
-    scene.paint(KEEP, EVERYWHERE, np.maximum(kerb * edge, 0.01 - (scene.v - scene.v0)), scene.colour(150, 200, 5))
+    scene.paint(KEEP, np.maximum(kerb * edge, 0.01 - (scene.v - scene.v0)), scene.colour(150, 200, 5))
 
 
 def _side(scene: _Scene, sign: int, distance: float, lit: float) -> None:
@@ -139,11 +136,14 @@ def _side(scene: _Scene, sign: int, distance: float, lit: float) -> None:
     z = scene.focal / scale
     length = scene.one(1.8, 3.2)
     place = np.minimum(np.floor(z / length + scene.one(0, 1)).astype(np.int64), HOUSES - 1)
-    green = np.array([scene.chance(0.22) for _ in range(HOUSES)])[place]
-    height = np.array([scene.one(2.6, 7.0) for _ in range(HOUSES)], dtype=np.float32)[place]
-    hedge = np.array([scene.one(1.0, 2.6) for _ in range(HOUSES)], dtype=np.float32)[place]
-    walls = np.array([scene.colour(85, 190, 20) for _ in range(HOUSES)], dtype=np.float32)[place]
-    leaves = np.array([scene.colour(45, 80, 8) for _ in range(HOUSES)], dtype=np.float32)[place]
+
+    def each(draw: Callable[[], float | Array]) -> Array:
+        """Of each house, by the column that shows it."""
+        return np.array([draw() for _ in range(HOUSES)], dtype=np.float32)[place]
+
+    green = each(lambda: scene.chance(0.22)) > 0
+    height, hedge = each(lambda: scene.one(2.6, 7.0)), each(lambda: scene.one(1.0, 2.6))
+    walls, leaves = each(lambda: scene.colour(85, 190, 20)), each(lambda: scene.colour(45, 80, 8))
     leaves = leaves + np.array([-8, 32, -20], dtype=np.float32)
     along, up = z, 1 - (scene.v - scene.v0) / scale  # coordinates on the wall
     ragged = hedge + 0.35 * wave(along * 1.1) * wave(along * 2.3)
@@ -152,89 +152,72 @@ def _side(scene: _Scene, sign: int, distance: float, lit: float) -> None:
     inside = np.where(sign * (scene.u - scene.u0) > 0, inside, np.float32(1))
     column = scene.one(0.8, 1.3)
     windows = np.maximum(np.abs(wave(along * column / 2) * 0.5) - 0.26, np.abs(wave(up * 0.5 + 0.3) * 0.5) - 0.22)
-    glass = np.asarray(scene.colour(40, 110, 12), dtype=np.float32)
+    glass = scene.colour(40, 110, 12).astype(np.float32)
     fine = np.minimum(scale * 4, 1)
     colours = walls * np.float32(lit) + np.zeros_like(inside)[..., None]
     colours = colours + (fine * (windows < 0) * (up > 0.35))[..., None] * (glass - colours)
     foliage = leaves + (20 * fine * wave(along * 3.1) * wave(up * 2.7))[..., None]
     colours = np.where(green[..., None], foliage * np.float32(lit), colours)
-    share = inside < 0
-    scene.paint(KEEP, EVERYWHERE, inside, colours)
-    scene.labels[share & ~np.broadcast_to(green, share.shape)] = BUILDING
-    scene.labels[share & np.broadcast_to(green, share.shape)] = VEGETATION
+    scene.paint(KEEP, inside, colours)
+    scene.labels[:] = np.where(inside < 0, np.where(green, VEGETATION, BUILDING), scene.labels)
 
 
 def _tree(scene: _Scene, x: float, z: float) -> None:
-    u, v, scale = scene.at(x, z)
     height, radius = scene.one(2.2, 3.6), scene.one(0.8, 1.4)
-    middle = v - height * scale
-    where = scene.window(u - 1.3 * radius * scale, u + 1.3 * radius * scale, middle - 1.3 * radius * scale, v)
-    du, dv = scene.u[:, where[1]] - u, scene.v[where[0]] - middle
+    du, dv, scale, where = scene.at(x, z, 1.3 * radius, height + 1.3 * radius, foot=height)  # from the crown's middle
     trunk = box(du, dv - height * scale / 2, 0.1 * scale, height * scale / 2)
-    bark = scene.colour(55, 90, 10)
-    scene.paint(VEGETATION, where, trunk, bark)
+    scene.paint(VEGETATION, trunk, scene.colour(55, 90, 10), where)
     bumps = 0.14 * wave(du / scale * scene.one(0.8, 1.4)) * wave(dv / scale * scene.one(0.8, 1.4))
     crown = circle(du, dv * scene.one(0.85, 1.15), radius * scale) + scale * bumps
-    leaf = scene.colour(45, 85, 8)
+    leaf = scene.colour(45, 85, 8, plus=(-5, 35, -20))
     texture = 22 * wave(du / scale * 2.2) * wave(dv / scale * 1.9) - 14 * (dv / (radius * scale))
-    colours = np.asarray((leaf[0] - 5, leaf[1] + 35, leaf[2] - 20), dtype=np.float32) + texture[..., None]
-    scene.paint(VEGETATION, where, crown, colours)
+    scene.paint(VEGETATION, crown, leaf.astype(np.float32) + texture[..., None], where)
 
 
 def _car(scene: _Scene, x: float, z: float) -> None:
-    u, v, scale = scene.at(x, z)
     half, height = scene.one(0.58, 0.72), scene.one(0.95, 1.25)
-    where = scene.window(u - half * scale, u + half * scale, v - height * scale, v)
-    du, dv = (scene.u[:, where[1]] - u) / scale, (scene.v[where[0]] - v) / scale  # in units of length, from the ground
-    shadow = box(du, dv + 0.03, half * 1.02, 0.06) * scale
-    scene.paint(KEEP, where, shadow, (35, 35, 38))
+    du, dv, scale, where = scene.at(x, z, half, height)
+    du, dv = du / scale, dv / scale  # in units of length, from the ground
+    scene.paint(KEEP, box(du, dv + 0.03, half * 1.02, 0.06) * scale, (35, 35, 38), where)  # the shadow
     body = box(du, dv + 0.42, half, 0.26)
     cabin = intersection(np.abs(du) + 0.35 * (-dv - 0.6) - 0.82 * half, -dv - height, dv + 0.5)
     wheels = box(np.abs(du) - 0.75 * half, dv + 0.13, 0.13, 0.13)
-    paint, dark = scene.colour(45, 215, 45), (28.0, 28.0, 30.0)
-    scene.paint(CAR, where, wheels * scale, dark)
-    scene.paint(CAR, where, union(body, cabin) * scale, np.asarray(paint) * scene.light)
+    colour = scene.colour(45, 215, 45) * scene.light
+    scene.paint(CAR, wheels * scale, (28, 28, 30), where)
+    scene.paint(CAR, union(body, cabin) * scale, colour, where)
     glass = np.maximum(cabin + 0.09, dv + 0.7)
-    scene.paint(KEEP, where, glass * scale, scene.colour(35, 95, 10))
+    scene.paint(KEEP, glass * scale, scene.colour(35, 95, 10), where)
     lamps = box(np.abs(du) - 0.8 * half, dv + 0.5, 0.1, 0.06) * scale
-    scene.paint(KEEP, where, lamps, (190.0, 30.0, 25.0) if scene.chance(0.6) else (235.0, 230.0, 200.0))
+    scene.paint(KEEP, lamps, (190, 30, 25) if scene.chance(0.6) else (235, 230, 200), where)
 
 
 def _person(scene: _Scene, x: float, z: float) -> None:
-    u, v, scale = scene.at(x, z)
     height, half = scene.one(1.05, 1.3), scene.one(0.15, 0.21)
-    where = scene.window(u - 1.5 * half * scale, u + 1.5 * half * scale, v - height * scale, v)
-    du, dv = (scene.u[:, where[1]] - u) / scale, (scene.v[where[0]] - v) / scale
+    du, dv, scale, where = scene.at(x, z, 1.5 * half, height)
+    du, dv = du / scale, dv / scale
     stride = scene.one(0.02, 0.12)
     legs = box(np.abs(du) - stride * (-dv / 0.5), dv + 0.25, 0.055, 0.28)
     torso = box(du, dv + 0.74, half, 0.26)
     head = circle(du, dv + height - 0.1, 0.105)
-    label = PERSON
-    scene.paint(label, where, legs * scale, scene.colour(30, 110, 20))
-    scene.paint(label, where, torso * scale, scene.colour(50, 210, 60))
+    scene.paint(PERSON, legs * scale, scene.colour(30, 110, 20), where)
+    scene.paint(PERSON, torso * scale, scene.colour(50, 210, 60), where)
     skin = scene.one(90, 200)
-    scene.paint(label, where, head * scale, (skin + 25, skin, skin - 20))
+    scene.paint(PERSON, head * scale, (skin + 25, skin, skin - 20), where)
 
 
 def _pole(scene: _Scene, x: float, z: float) -> None:
     """A pole, with a sign on it more often than not."""
-    u, v, scale = scene.at(x, z)
     height = scene.one(2.0, 3.2)
-    where = scene.window(u - 0.4 * scale, u + 0.4 * scale, v - (height + 0.4) * scale, v)
-    du, dv = (scene.u[:, where[1]] - u) / scale, (scene.v[where[0]] - v) / scale
-    grey = scene.colour(90, 170, 6)
-    scene.paint(POLE, where, box(du, dv + height / 2, 0.055, height / 2) * scale, grey)
+    du, dv, scale, where = scene.at(x, z, 0.4, height + 0.4)
+    du, dv = du / scale, dv / scale
+    scene.paint(POLE, box(du, dv + height / 2, 0.055, height / 2) * scale, scene.colour(90, 170, 6), where)
     if scene.chance(0.75):
         dv = dv + height - 0.1
-        shapes = (
-            circle(du, dv, 0.3),
-            box(du, dv, 0.27, 0.27),
-            intersection(dv - 0.24, np.abs(du) * 0.87 - 0.5 * dv - 0.18),
-        )
-        plate = shapes[int(scene.one(0, 3) * 0.999)]
-        rims = ((200.0, 35.0, 40.0), (35.0, 70.0, 180.0), (215.0, 180.0, 40.0))
-        scene.paint(SIGN, where, plate * scale, rims[int(scene.one(0, 3) * 0.999)])
-        scene.paint(KEEP, where, (plate + 0.09) * scale, (235.0, 235.0, 230.0))
+        triangle = intersection(dv - 0.24, np.abs(du) * 0.87 - 0.5 * dv - 0.18)
+        plate = (circle(du, dv, 0.3), box(du, dv, 0.27, 0.27), triangle)[int(scene.one(0, 3) * 0.999)]
+        rim = ((200, 35, 40), (35, 70, 180), (215, 180, 40))[int(scene.one(0, 3) * 0.999)]
+        scene.paint(SIGN, plate * scale, rim, where)
+        scene.paint(KEEP, (plate + 0.09) * scale, (235, 235, 230), where)
 
 
 def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
@@ -265,7 +248,7 @@ def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
     if scene.chance(0.6):
         top = scene.one(0.78, 0.95)
         bonnet = circle((scene.u - scene.one(-0.1, 0.1)) * 0.45, scene.v - top - 1, 1.0)
-        scene.paint(VOID, EVERYWHERE, bonnet, scene.colour(30, 120, 20))
+        scene.paint(VOID, bonnet, scene.colour(30, 120, 20))
     noise = scene.one(*NOISE) * scene.draw.noise(height, width, 3)[0]
     gain = np.asarray([scene.light * cast for cast in scene.cast], dtype=np.float32)
     pixels = np.clip(np.floor(scene.colours * gain + noise + 0.5), 0, 255).astype(np.uint8)
@@ -273,13 +256,10 @@ def render(width: int, height: int, draw: Draws) -> tuple[Array, Array]:
 
 
 def load(dataset: Dataset, folder: None, *, progress: bool = True) -> Splits:
-    """400, 80 and 80 scenes; no files are needed. Drawn once, then kept in the project's `data/.cache`, by the
-    fingerprint that they must have."""
-
-    def build() -> Splits:
-        return Splits(**{split: generate(dataset.name, split) for split in COUNTS})
-
-    return cached_splits(dataset.name, {"fingerprint": FINGERPRINTS[dataset.name]}, project_root() / "data", build)
+    """400, 80 and 80 scenes: drawn once, then kept in the project's `data/.cache` by the fingerprint they must have."""
+    name, sources = dataset.name, {"fingerprint": FINGERPRINTS[dataset.name]}
+    kept = project_root() / "data"
+    return cached_splits(name, sources, kept, lambda: Splits(**{split: generate(name, split) for split in COUNTS}))
 
 
 @cache

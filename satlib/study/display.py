@@ -48,8 +48,7 @@ def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet) -> li
     pictures, the first of the test set, under it. Weights are needed only where no `predictions` were recorded."""
     rows = []
     for model in models:
-        search = model.searches[0]
-        xi = search.tensors("perturbation")["perturbation"].to(runner.device)
+        xi = model.searches[0].tensors("perturbation")["perturbation"].to(runner.device)
         if model.predictions:
             predicted = model.predictions.metrics["first"]["perturbed"][: len(pictures)]
         else:
@@ -60,7 +59,7 @@ def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet) -> li
         rows.append(
             {
                 "title": model.title,
-                "eps_uni": search.metrics["eps_uni"],
+                "eps_uni": model.searches[0].metrics["eps_uni"],
                 "perturbation": xi[0].cpu().numpy(),
                 "predictions": [(pictures.classes[p], p == y) for p, y in pairs],
             }

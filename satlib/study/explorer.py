@@ -7,9 +7,11 @@ first within a second. A newer question ends an older one: nothing queues up. Wh
 import base64
 import html
 import io
+import itertools
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -48,37 +50,22 @@ class Panel:
         *,
         start: bool = True,
     ):
-        self.controls = dict(controls)
-        self._answer, self._records = answer, records
+        self.controls, self._answer, self._records = dict(controls), answer, records
         self._asked = 0  # how many questions there were: an answer to an older one is not wanted
         self._new = threading.Condition()
-        self.status = widgets.HTML()
-        self.picture = widgets.HTML()
+        self.status, self.picture = widgets.HTML(), widgets.HTML()
         rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
         self.widget = widgets.VBox([rows, self.status, self.picture])
         for control in self.controls.values():
             control.observe(lambda change: self.ask(), names="value")
-        self._thread = threading.Thread(target=self._work, daemon=True)
         if start:
-            self._thread.start()
+            threading.Thread(target=self._work, daemon=True).start()
             self.ask()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the controls say."""
         return {name: control.value for name, control in self.controls.items()}
-
-    def ask(self) -> None:
-        """Have the present settings answered, instead of whatever is being answered."""
-        with self._new:
-            self._asked += 1
-            self._new.notify()
-        self._say("computing …", busy=True)
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        named = ", ".join(control.description for control in self.controls.values())
-        text = f"A panel with {named}: run this notebook in Jupyter to move them. The figure below is one answer."
-        return (self.widget._repr_mimebundle_(**options) or {}) | {"text/plain": text}
 
     @property
     def records(self) -> list[Record]:
@@ -89,6 +76,18 @@ class Panel:
         """The last answer to the present settings, computed here and now: what readers without widgets see."""
         *_, (figure, _) = self._answer(self.settings, lambda: False)
         return figure
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        named = ", ".join(control.description for control in self.controls.values())
+        text = f"A panel with {named}: run this notebook in Jupyter to move them. The figure below is one answer."
+        return (self.widget._repr_mimebundle_(**options) or {}) | {"text/plain": text}
+
+    def ask(self) -> None:
+        """Have the present settings answered, instead of whatever is being answered."""
+        with self._new:
+            self._asked += 1
+            self._new.notify()
+        self._say("computing …", busy=True)
 
     def _work(self) -> None:
         answered = 0
@@ -113,13 +112,11 @@ class Panel:
         except SatlibError as error:
             self._say(f"<b>That does not work:</b> {html.escape(str(error))}", failed=True)
         except Exception as error:
-            where = html.escape(traceback.format_exc(limit=-2))
-            text = html.escape(f"{type(error).__name__}: {error}")
-            self._say(f"<b>This is a bug:</b> {text}<pre>{where}</pre>", failed=True)
+            text, where = f"{type(error).__name__}: {error}", traceback.format_exc(limit=-2)
+            self._say(f"<b>This is a bug:</b> {html.escape(text)}<pre>{html.escape(where)}</pre>", failed=True)
 
     def _say(self, text: str, *, busy: bool = False, failed: bool = False) -> None:
-        colour = "#b2182b" if failed else "#0173b2" if busy else "#333"
-        sign = "⏳ " if busy else ""
+        colour, sign = "#b2182b" if failed else "#0173b2" if busy else "#333", "⏳ " if busy else ""
         self.status.value = f'<div role="status" aria-live="polite" style="color: {colour}">{sign}{text}</div>'
 
 
@@ -144,25 +141,21 @@ class ModelZoo:
         self._loaded: dict[str, Target] = {}
         self._lock = threading.Lock()
         records = Records(runner.ledger)
-        for name in dict.fromkeys((profile, "laptop")):
-            for section in ("6.1", "6.3"):
-                self._offer(name, section, records)
+        for name, (section, final) in itertools.product(dict.fromkeys((profile, "laptop")), (("6.1", 0), ("6.3", -1))):
+            settings, plan = settings_of(section, name), measurements.plan(section, name)
+            runs = [plan.erm, *(runs[final] for runs in plan.models.values())]
+            trained = [run for run in runs if (record := records.of(run)) and record.has("weights")]
+            if not is_here(settings.dataset):
+                self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
+            elif not trained:
+                stem = next(stem for stem, sections in NOTEBOOKS.items() if section in sections)
+                call = f"./run_all.sh --profile {name} --only {stem[:2]}"
+                self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
+            else:
+                target = getattr(settings, "target", "")
+                self._offered |= {f"{run.title} · {settings.dataset}": (run, target) for run in trained}
         if not self._offered:
             raise SatlibError(f"no trained model has its weights here: {'; '.join(self.missing)}")
-
-    def _offer(self, profile: str, section: str, records: Records) -> None:
-        settings, plan = settings_of(section, profile), measurements.plan(section, profile)
-        if not is_here(settings.dataset):
-            self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
-            return
-        runs = [plan.erm, *(runs[-1 if section == "6.3" else 0] for runs in plan.models.values())]
-        trained = [run for run in runs if (record := records.of(run)) and record.has("weights")]
-        for run in trained:
-            self._offered[f"{run.title} · {settings.dataset}"] = (run, getattr(settings, "target", ""))
-        if not trained:
-            stem = next(stem for stem, sections in NOTEBOOKS.items() if section in sections)
-            call = f"./run_all.sh --profile {profile} --only {stem[:2]}"
-            self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
 
     @property
     def titles(self) -> list[str]:
@@ -193,16 +186,18 @@ def is_here(dataset: str) -> bool:
     return data.is_embedded(dataset) or data.find(dataset) is not None
 
 
-def _control(kind: type[widgets.Widget], name: str, **options: Any) -> widgets.Widget:
+def _control(kind: Callable[..., widgets.Widget], name: str, value: Any, **options: Any) -> widgets.Widget:
     layout, style = widgets.Layout(width="31em"), {"description_width": "7em"}
-    return kind(description=name, layout=layout, style=style, **options)
+    return kind(description=name, value=value, layout=layout, style=style, **options)
+
+
+def _choice(name: str, options: Iterable[Any], value: Any) -> widgets.Widget:
+    return _control(widgets.Dropdown, name, value, options=list(options))
 
 
 def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.Widget:
-    limits = {"value": value, "min": low, "max": high, "step": step}
-    if isinstance(step, int):
-        return _control(widgets.IntSlider, name, **limits)
-    return _control(widgets.FloatSlider, name, readout_format=".4g", **limits)
+    kind = widgets.IntSlider if isinstance(step, int) else partial(widgets.FloatSlider, readout_format=".4g")
+    return _control(kind, name, value, min=low, max=high, step=step)
 
 
 ANY, SCENE = -2, -1  # targets beside classes; a selection's None would be none of its options
@@ -214,8 +209,7 @@ def attack_panel(
     """Attack a model: what a perturbation looks like, what it does, and how success grows with eps."""
     anything = ("any wrong answer", ANY)
     kinds = [("one perturbation for all images", False), ("one for each image", True)]
-    chosen = _control(widgets.Dropdown, "model", options=zoo.titles, value=model or zoo.titles[0])
-    aim = _control(widgets.Dropdown, "target", options=[anything], value=ANY)
+    chosen, aim = _choice("model", zoo.titles, model or zoo.titles[0]), _choice("target", [anything], ANY)
 
     def offer_aims(change: object = None) -> None:
         """The targets of the chosen model; the old choice stays where there is one of its name."""
@@ -225,23 +219,22 @@ def attack_panel(
             aim.options = [anything, *named]
             aim.value = dict(aim.options).get(kept, ANY)
 
-    offer_aims()
-    chosen.observe(offer_aims, names="value")  # before the panel, which then asks with targets that the model has
-    controls = {
-        "model": chosen,
-        "own": _control(widgets.Dropdown, "attack", options=kinds, value=False),
-        "eps": _slider("eps", eps, 0, 64, 1.0),
-        "target": aim,
-        "steps": _slider("steps", steps, 5, 200, 5),
-        "seed": _slider("seed", 0, 0, 9, 1),
-    }
-
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
         target = zoo.load(settings.pop("model"))
         settings["target"] = None if settings["target"] == ANY else settings["target"]
         for each in attack(target, Attack(**settings), superseded):
             yield drawings.attack_figure(each), _attack_words(each)
 
+    offer_aims()
+    chosen.observe(offer_aims, names="value")  # before the panel, which then asks with targets that the model has
+    controls = {
+        "model": chosen,
+        "own": _choice("attack", kinds, False),
+        "eps": _slider("eps", eps, 0, 64, 1.0),
+        "target": aim,
+        "steps": _slider("steps", steps, 5, 200, 5),
+        "seed": _slider("seed", 0, 0, 9, 1),
+    }
     return Panel(controls, answer, zoo.records, start=start)
 
 
@@ -262,8 +255,8 @@ def sharedness_panel(
     """Share perturbations within a mini-batch: what they look like, whom they fool, and the four risks."""
     titles = [title for title in zoo.titles if not zoo.segments(title)]
     controls = {
-        "model": _control(widgets.Dropdown, "model", options=titles, value=model or titles[0]),
-        "sharedness": _control(widgets.SelectionSlider, "s", options=[2**k for k in range(7)], value=sharedness),
+        "model": _choice("model", titles, model or titles[0]),
+        "sharedness": _control(widgets.SelectionSlider, "s", sharedness, options=[2**k for k in range(7)]),
         "eps": _slider("eps", eps, 0, 64, 1.0),
         "steps": _slider("steps", 20, 5, 200, 5),
         "seed": _slider("seed", 0, 0, 9, 1),
@@ -293,10 +286,9 @@ def nearest_model(models: Sequence[Model], family: str, eps: float, sigma: float
         far = 0.0 if model.eps is None else abs(model.eps - eps) / 26
         return far + (0.0 if model.sigma is None else abs(model.sigma - sigma))
 
-    members = [m for m in models if m.family == family]
-    if not members:
-        raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
-    return min(members, key=distance)
+    if nearest := min((m for m in models if m.family == family), key=distance, default=None):
+        return nearest
+    raise SatlibError(f"no model of {family} was run; there are {', '.join(sorted({m.family for m in models}))}")
 
 
 def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
@@ -308,10 +300,9 @@ def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
     if not runs:
         raise SatlibError("no model of section 6.1 has a record here; ./run_all.sh --only 04 makes some")
     families = list(dict.fromkeys(m.family for _, models in runs.values() for m in models))
-    family = "s = 64" if "s = 64" in families else families[0]
     controls = {
-        "runs": _control(widgets.Dropdown, "runs", options=list(runs), value=next(iter(runs))),
-        "family": _control(widgets.Dropdown, "defence", options=families, value=family),
+        "runs": _choice("runs", runs, next(iter(runs))),
+        "family": _choice("defence", families, "s = 64" if "s = 64" in families else families[0]),
         "eps": _slider("eps", 22.0, 2, 26, 2.0),
         "sigma": _slider("sigma", 0.7, 0.1, 1.0, 0.1),
     }
@@ -321,8 +312,7 @@ def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
         return nearest_model(models, settings["family"], settings["eps"], settings["sigma"])
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
-        (dataset, models), chosen = runs[settings["runs"]], nearest(settings)
-        row, pictures = None, None
+        (dataset, models), chosen, row, pictures = runs[settings["runs"]], nearest(settings), None, None
         if is_here(dataset) and chosen.searches[0].has("perturbation") and chosen.trainings[0].has("weights"):
             test = zoo.runner.splits(dataset).test.first(8)
             (row,) = broken_by(zoo.runner, [chosen], test)

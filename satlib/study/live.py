@@ -7,7 +7,7 @@ that a newer question ends them within one pass. No widgets, no files: `satlib.s
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,19 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import (
-    annealed_step_sizes,
-    decisions_won,
-    heap_pgd,
-    images_at_once,
-    perturb,
-    success_rates,
-    universal_pgd,
-)
-from satlib.data import ImageSet, Splits
+from satlib import attacks
+from satlib.attacks import heap_pgd, perturb, success_rates
+from satlib.data import Splits
 from satlib.device import autocast
 from satlib.errors import SatlibError
-from satlib.risks import expected_risk, heap_risk, universal_risk
+from satlib.risks import adversarial_risk, expected_risk, universal_risk
 from satlib.segmentation import repeated
 
 GRID = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # eps of the curve, pixel units
@@ -61,7 +54,7 @@ class Target:
     model: nn.Module
     splits: Splits
     scene: Tensor | None = None
-    known: dict = field(default_factory=dict)  # answers that do not change while some settings stay
+    known: dict[tuple, Any] = field(default_factory=dict)  # answers that do not change while some settings stay
 
     @property
     def segments(self) -> bool:
@@ -79,19 +72,15 @@ class Target:
         """Images in a mini-batch of the universal attack."""
         return 4 if self.segments else 16
 
-    def scored(self, *, own: bool = False) -> ImageSet:
-        """The test images that an attack is scored on; fewer where each needs a perturbation of its own."""
-        return self.splits.test.subset(slice((8 if own else 16) if self.segments else (32 if own else UNSEEN)))
-
     def steps_at_once(self, images: int) -> int:
         """Steps on so many images that a first answer has time for; segmentation does more pixels in that time."""
         pixels = self.splits.test.images.shape[2:].numel()
         return max(4, int(QUICK_PASSES * 1024 / pixels / images * (1.25 if self.segments else 1.0)))
 
-    def remembered(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        """What was computed for these settings before, or is now."""
+    def remembered(self, key: tuple, compute: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What was computed for the settings in the key before, or is now."""
         if key not in self.known:
-            self.known[key] = compute()
+            self.known[key] = compute(*arguments, **options)
         return self.known[key]
 
 
@@ -108,10 +97,6 @@ class Attack:
     own: bool = False
     seed: int = 0
 
-    def sharedness(self, images: int) -> int:
-        """How many of so many images share a perturbation."""
-        return 1 if self.own else images
-
 
 @dataclass(frozen=True)
 class Sharing:
@@ -125,8 +110,9 @@ class Sharing:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attacked:
-    """An answer. images (n, C, H, W), xi likewise or (1, C, H, W), in pixel units; clean, perturbed: predictions (n,)
-    and their confidence (n,), or segmentations (n, H, W) and the mean over their pixels.
+    """An answer. images, seen (n, C, H, W): without perturbation and with it, of which xi has n or one, in pixel units;
+    clean, perturbed: predictions of both (n,) and their confidence (n,), or segmentations (n, H, W) and the mean over
+    their pixels.
 
     won: the share of its decisions that the attack wins on each unseen image; curve: (eps, share of all of them) where
     it is known. steps: those that were made.
@@ -135,6 +121,7 @@ class Attacked:
     question: Attack
     target: Target
     images: Tensor
+    seen: Tensor
     labels: Tensor
     xi: Tensor
     clean: tuple[Tensor, Tensor]
@@ -164,68 +151,96 @@ class Shared:
 
 
 def attack(target: Target, question: Attack, superseded: Callable[[], bool] = lambda: False) -> Iterator[Attacked]:
-    """Answers: after a few steps, after all of them, and with the curve over eps.
+    """Answers: after a few steps, after all of them, and with the curve over eps, of few steps.
 
     One perturbation for all is crafted on validation images; what is shown and scored are test images. Raises
     SatlibError on settings that the attack cannot work with, and Superseded.
     """
-    net = Cancellable(target.net, superseded)
-    for steps in sorted({min(question.steps, target.steps_at_once(target.batch_size)), question.steps}):
-        answer = _attacked(target, net, question, steps)
+    net, targeted = Cancellable(target.net, superseded), question.target is not None
+    counts = (16, 8) if target.segments else (UNSEEN, 32)  # fewer where each image needs a perturbation of its own
+    scored, craft = target.splits.test.subset(slice(counts[question.own])), target.splits.val
+    few = target.steps_at_once(target.batch_size)
+    x, aim = scored.images.float(), _aim(target, question, scored.labels)
+
+    def universal(eps: Sequence[float], steps: int) -> Tensor:
+        options = {"targeted": targeted, "batch_size": min(target.batch_size, len(craft)), "snapshots": 1}
+        generator, aims = torch.Generator().manual_seed(question.seed), _aim(target, question, craft.labels)
+        return attacks.universal_pgd(net, craft.images, aims, eps=eps, steps=steps, generator=generator, **options)
+
+    def curve(steps: int) -> tuple[tuple[float, float], ...]:
+        rates = success_rates(net, scored.images, aim, universal(GRID, steps), targeted=targeted)
+        return tuple(zip(GRID, rates.tolist(), strict=True))
+
+    for steps in sorted({min(question.steps, few), question.steps}):
+        began = time.perf_counter()
+        if question.own:  # an image by itself needs fewer steps
+            xi = heap_pgd(net, x, aim, sharedness=1, targeted=targeted, **_heap_settings(question, max(4, steps // 4)))
+        else:
+            xi = universal([question.eps], steps)
+        seen = perturb(x, xi, 1 if question.own else None)
+        answer = Attacked(
+            question=question,
+            target=target,
+            won=_won(net, seen, aim, targeted=targeted),
+            images=x[:SHOWN],
+            seen=seen[:SHOWN],
+            labels=scored.labels[:SHOWN],
+            xi=xi[:SHOWN],
+            clean=_predicted(net, x[:SHOWN]),
+            perturbed=_predicted(net, seen[:SHOWN]),
+            steps=steps,
+            seconds=time.perf_counter() - began,
+        )
         yield answer
     if not question.own:
-        yield replace(answer, curve=_curve(target, net, question))
+        steps = min(question.steps, 2 * few)
+        key = ("curve", steps, question.target, question.seed)  # it stays while eps moves
+        yield replace(answer, curve=target.remembered(key, curve, steps))
 
 
-def _attacked(target: Target, net: nn.Module, question: Attack, steps: int) -> Attacked:
-    began, scored = time.perf_counter(), target.scored(own=question.own)
-    x, aim, targeted = scored.images.float(), _aim(target, question, scored.labels), question.target is not None
-    if question.own:  # an image by itself needs fewer steps
-        xi = heap_pgd(net, x, aim, sharedness=1, targeted=targeted, **_heap_settings(question, max(4, steps // 4)))
-    else:
-        xi = _universal(target, net, question, [question.eps], steps)
-    won = _won(net, perturb(x, xi, question.sharedness(len(x))), aim, targeted=targeted)
-    x, xi = x[:SHOWN], xi[:SHOWN]
-    return Attacked(
-        question=question,
-        target=target,
-        images=x,
-        labels=scored.labels[:SHOWN],
-        xi=xi,
-        clean=_predicted(net, x),
-        perturbed=_predicted(net, perturb(x, xi, question.sharedness(len(x)))),
-        won=won,
-        steps=steps,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _universal(target: Target, net: nn.Module, question: Attack, epsilons: list[float], steps: int) -> Tensor:
-    craft = target.splits.val
-    return universal_pgd(
-        net,
-        craft.images,
-        _aim(target, question, craft.labels),
-        eps=epsilons,
-        steps=steps,
-        batch_size=min(target.batch_size, len(craft)),
-        targeted=question.target is not None,
-        generator=torch.Generator().manual_seed(question.seed),
-        snapshots=1,
-    )
+def share(target: Target, question: Sharing, superseded: Callable[[], bool] = lambda: False) -> Iterator[Shared]:
+    """Answers: after a few steps, then after all of them. The four risks are those of the mini-batch; the universal
+    perturbation for it is crafted on validation images. Raises SatlibError, and Superseded."""
+    if target.segments:
+        raise SatlibError(f"{target.title} labels pixels: sharedness is explored on classifiers; choose one")
+    net, test, craft = Cancellable(target.net, superseded), target.splits.test, target.splits.val
+    batch, unseen = test.subset(slice(BATCH)), test.subset(slice(BATCH, BATCH + UNSEEN // 2))
+    x, y, s = batch.images.float(), batch.labels, question.sharedness
+    for steps in sorted({min(question.steps, target.steps_at_once(BATCH)), question.steps}):
+        began = time.perf_counter()
+        xi = heap_pgd(net, x, y, sharedness=s, keep_best=True, **_heap_settings(question, steps))
+        own = _won(net, perturb(x, xi, s), y, targeted=False).mean().item()
+        settings, alone = (question.eps, steps, question.seed), _heap_settings(question, steps)
+        for_all: dict[str, Any] = {"craft": (craft.images, craft.labels), "batch_size": target.batch_size}
+        for_all |= {"eps": question.eps, "steps": 2 * steps, "snapshots": 1}
+        for_all["generator"] = torch.Generator().manual_seed(question.seed)
+        risks = {
+            "expected": target.remembered(("expected",), expected_risk, net, x, y).error,
+            "universal": target.remembered(("universal", *settings), universal_risk, net, x, y, **for_all).error,
+            f"heap, s = {s}": own,
+            "adversarial": target.remembered(("adversarial", *settings), adversarial_risk, net, x, y, **alone).error,
+        }
+        fooled = success_rates(net, unseen.images, unseen.labels, xi[:4]).mean().item()
+        seconds = time.perf_counter() - began
+        answer = {"xi": xi, "own": own, "unseen": fooled, "risks": risks, "steps": steps, "seconds": seconds}
+        yield Shared(question=question, target=target, **answer)
 
 
 def _heap_settings(question: Attack | Sharing, steps: int) -> dict[str, Any]:
     """What `heap_pgd` takes from a question."""
-    sizes = annealed_step_sizes(question.eps, steps, beta=4.0, gamma=0.95)
-    generator = torch.Generator().manual_seed(question.seed)
-    return {"eps": question.eps, "steps": steps, "step_size": sizes, "generator": generator}
+    sizes = attacks.annealed_step_sizes(question.eps, steps, beta=4.0, gamma=0.95)
+    return {
+        "eps": question.eps,
+        "steps": steps,
+        "step_size": sizes,
+        "generator": torch.Generator().manual_seed(question.seed),
+    }
 
 
 def _won(net: nn.Module, images: Tensor, aim: Tensor, *, targeted: bool) -> Tensor:
     """The share of each image's decisions (n,) that the attack wins; pixels without a class do not count."""
-    predicted = torch.cat([_predicted(net, part)[0] for part in images.split(images_at_once(images))])
-    won, counted = decisions_won(predicted, aim, targeted=targeted)
+    predicted = torch.cat([_predicted(net, part)[0] for part in images.split(attacks.images_at_once(images))])
+    won, counted = attacks.decisions_won(predicted, aim, targeted=targeted)
     return won / counted.clamp(min=1)
 
 
@@ -251,19 +266,6 @@ def _predicted(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return classes, confidence.flatten(1).mean(1) if confidence.ndim > 1 else confidence
 
 
-def _curve(target: Target, net: nn.Module, question: Attack) -> tuple[tuple[float, float], ...]:
-    """Success against eps, with few steps: one pass for all eps, remembered while only eps changes."""
-    steps = min(question.steps, 2 * target.steps_at_once(target.batch_size))
-
-    def compute() -> tuple[tuple[float, float], ...]:
-        xi, scored = _universal(target, net, question, list(GRID), steps), target.scored()
-        aim = _aim(target, question, scored.labels)
-        rates = success_rates(net, scored.images, aim, xi, targeted=question.target is not None)
-        return tuple(zip(GRID, rates.tolist(), strict=True))
-
-    return target.remembered(("curve", steps, question.target, question.seed), compute)
-
-
 def interval(won: Tensor) -> tuple[float, float]:
     """The 95 % interval of the mean of images' shares (n,): Wilson's (1927) where each is 0 or 1, else of the normal
     distribution."""
@@ -274,40 +276,3 @@ def interval(won: Tensor) -> tuple[float, float]:
     else:
         centre, shrunk, spread = share, 1.0, z * won.std().item() / math.sqrt(count)
     return max(0.0, (centre - spread) / shrunk), min(1.0, (centre + spread) / shrunk)
-
-
-def share(target: Target, question: Sharing, superseded: Callable[[], bool] = lambda: False) -> Iterator[Shared]:
-    """Answers: after a few steps, then after all of them. The four risks are those of the mini-batch; the universal
-    perturbation for it is crafted on validation images. Raises SatlibError, and Superseded."""
-    if target.segments:
-        raise SatlibError(f"{target.title} labels pixels: sharedness is explored on classifiers; choose one")
-    net = Cancellable(target.net, superseded)
-    for steps in sorted({min(question.steps, target.steps_at_once(BATCH)), question.steps}):
-        yield _shared(target, net, question, steps)
-
-
-def _shared(target: Target, net: nn.Module, question: Sharing, steps: int) -> Shared:
-    began, test, craft = time.perf_counter(), target.splits.test, target.splits.val
-    batch = test.subset(slice(BATCH))
-    unseen = test.subset(slice(len(batch), len(batch) + UNSEEN // 2))
-    x, y, own = batch.images.float(), batch.labels, f"heap, s = {question.sharedness}"
-
-    def universal() -> float:
-        options = {"eps": question.eps, "steps": 2 * steps, "batch_size": target.batch_size, "snapshots": 1}
-        options["generator"] = torch.Generator().manual_seed(question.seed)
-        return universal_risk(net, x, y, craft=(craft.images, craft.labels), **options).error
-
-    def adversarial() -> float:
-        return heap_risk(net, x, y, sharedness=1, **_heap_settings(question, steps)).error
-
-    xi = heap_pgd(net, x, y, sharedness=question.sharedness, keep_best=True, **_heap_settings(question, steps))
-    settings = (question.eps, steps, question.seed)
-    risks = {
-        "expected": target.remembered(("expected",), lambda: expected_risk(net, x, y).error),
-        "universal": target.remembered(("universal", *settings), universal),
-        own: _won(net, perturb(x, xi, question.sharedness), y, targeted=False).mean().item(),
-        "adversarial": target.remembered(("adversarial", *settings), adversarial),
-    }
-    fooled = success_rates(net, unseen.images, unseen.labels, xi[:4]).mean().item()
-    numbers = {"own": risks[own], "unseen": fooled, "risks": risks, "steps": steps}
-    return Shared(question=question, target=target, xi=xi, seconds=time.perf_counter() - began, **numbers)

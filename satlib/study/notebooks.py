@@ -1,9 +1,8 @@
 """Executes the notebooks under a profile with papermill and tells how far they are.
 
-Each notebook is executed by this very Python, in the folder of the notebooks, into
-`notebooks/executed/<profile>/`, as a notebook and as an HTML page. The kernel finds in its environment
-`SATLIB_FORCE` (seconds since the epoch) if what was recorded before is to be computed again, and `SATLIB_DEADLINE`
-(likewise) if the time is limited: the code that it runs raises `BudgetSpent` when the time is up.
+Each is executed by this very Python, in the notebooks' folder, into `notebooks/executed/<profile>/`, as a notebook and
+as an HTML page. Its kernel finds in its environment, in seconds since the epoch, `SATLIB_FORCE` if what was recorded
+before is to be computed again, and `SATLIB_DEADLINE` if the time is limited: its code raises `BudgetSpent` then.
 
 A request is checked before anything is installed: what lies outside the standard library is imported when it is used.
 """
@@ -32,11 +31,8 @@ EVERY_SECONDS = 10.0
 MARK = "[run"  # lines of a notebook's output that start with this are shown while it runs
 
 
-# --- their execution
-
-
 class Outcome(NamedTuple):
-    """What became of one notebook: status is "done", "failed", "stopped" or "not started"."""
+    """What became of one notebook: it is "done", "failed", "stopped" or "not started"."""
 
     status: str
     message: str = ""
@@ -106,8 +102,11 @@ def run(profile: str, *, only: str | None = None, deadline: float | None = None,
             outcomes[stem] = Outcome("failed", message or problem, seconds)
     from satlib.study import report, results
 
-    _print_summary(outcomes, folder)
-    print(f"Report: {report.write_index(profile, stated.description)}", flush=True)
+    print(f"\nExecuted notebooks and pages: {folder}")
+    width = max(map(len, outcomes))
+    for stem, (status, message, seconds) in outcomes.items():
+        print(f"  {stem:{width}}  {status:11}  {duration(seconds) if seconds else '':>12}  {message}".rstrip())
+    print(f"\nReport: {report.write_index(profile, stated.description)}", flush=True)
     print(results.table(profile), flush=True)
     statuses = {outcome.status for outcome in outcomes.values()}
     return 1 if "failed" in statuses else 0 if statuses == {"done"} else 3
@@ -161,29 +160,20 @@ def _write_pages(notebook: Path, folder: Path, profile: str) -> str:
     """Writes the HTML page beside the executed notebook, and that of the report; what went wrong, or nothing."""
     from satlib.study import export, report
 
+    page = notebook.with_suffix(".html")
     try:
-        export.write_html(notebook, notebook.with_suffix(".html"), folder=folder)
-        in_report = report.folder_of(profile) / f"{notebook.stem}.html"
-        export.write_html(notebook, in_report, folder=folder, contents="index.html")
+        export.write_html(notebook, page, folder=folder)
+        export.write_html(notebook, report.folder_of(profile) / page.name, folder=folder, contents="index.html")
     except (SatlibError, OSError) as error:
         return f"no HTML page: {error}"
     return ""
 
 
-def _print_summary(outcomes: dict[str, Outcome], folder: Path) -> None:
-    width = max(map(len, outcomes))
-    print(f"\nExecuted notebooks and pages: {folder}")
-    for stem, outcome in outcomes.items():
-        time_taken = duration(outcome.seconds) if outcome.seconds else ""
-        print(f"  {stem:{width}}  {outcome.status:11}  {time_taken:>12}  {outcome.message}".rstrip())
-    print(flush=True)
-
-
 class NotebookProgress:
     """Prints where the execution of the notebooks `stems` is: at each start and end, and every few seconds in between.
 
-    Passed to papermill as the file for a notebook's output, and its method `cell` as the hook for each cell. The
-    JSON file `timings` keeps how many seconds each notebook took when it was last executed under the profile.
+    For papermill it is the file for a notebook's output, and `cell` the hook for each cell. The JSON file `timings`
+    keeps how many seconds each notebook took when it was last executed under the profile.
     """
 
     def __init__(self, stems: list[str], timings: Path) -> None:
@@ -246,19 +236,18 @@ class NotebookProgress:
 
     def left(self) -> str:
         """What is left by the last execution's times, or that it is not known."""
-        elapsed = time.monotonic() - self._started
         current, *waiting = self._stems[self._stems.index(self._stem) :]
-        last = self.seconds.get(current, 0.0)
-        if current in self.seconds and elapsed > last:
+        last, elapsed = self.seconds.get(current), time.monotonic() - self._started
+        if last is not None and elapsed > last:
             more = f", and {len(waiting)} more after this" if waiting else ""
             return f"longer than last time ({duration(last)}){more}"
-        seconds = max(0.0, last - elapsed) + sum(self.seconds.get(stem, 0.0) for stem in waiting)
-        unknown = [stem for stem in (current, *waiting) if stem not in self.seconds]
-        if not unknown:
-            return f"about {duration(seconds)} left, if it takes as long as last time"
-        if seconds:
-            return f"at least {duration(seconds)} left ({len(unknown)} not timed yet)"
-        return "time left unknown: not timed yet"
+        known = [self.seconds[stem] for stem in waiting if stem in self.seconds]
+        known += [] if last is None else [last - elapsed]
+        if not known:
+            return "time left unknown: not timed yet"
+        if unknown := len(waiting) + 1 - len(known):
+            return f"at least {duration(sum(known))} left ({unknown} not timed yet)"
+        return f"about {duration(sum(known))} left, if it takes as long as last time"
 
     def _tick(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):

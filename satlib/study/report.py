@@ -34,6 +34,7 @@ def write_index(profile: str, description: str) -> Path:
     folder = folder_of(profile)
     pages = [folder / f"{stem}.html" for stem in notebook_paths()]
     picture = folder.parent / f"{FIRST_PICTURE}.png"
+    boards = {"live": results.rows(profile), "published": results.rows(published=True)}
     page = _PAGE.render(
         profile=profile,
         description=description,
@@ -41,8 +42,7 @@ def write_index(profile: str, description: str) -> Path:
         missing=[page.stem for page in pages if not page.is_file()],
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         alt=alt_text(picture) if picture.is_file() else "",
-        live=_table(results.rows(profile)),
-        published=_table(results.rows(published=True)),
+        **{name: results.scoreboard(rows).to_html(index=False, border=0) for name, rows in boards.items()},
     )
     write_text(folder / "index.html", page)
     return folder / "index.html"
@@ -53,10 +53,6 @@ def _chapter(page: Path) -> dict[str, Any]:
     headings = _HEADING.findall(page.read_text(encoding="utf-8"))
     title = next((text for level, _, text in headings if level == "1"), html.escape(page.stem))
     return {"page": page.name, "title": title, "sections": [each[1:] for each in headings if each[0] == "2"]}
-
-
-def _table(rows: list[results.Row]) -> str:
-    return results.scoreboard(rows).to_html(index=False, border=0, classes="numbers", na_rep="–")
 
 
 _PAGE = Environment(autoescape=False).from_string("""<!DOCTYPE html>

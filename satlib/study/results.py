@@ -2,16 +2,17 @@
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from satlib.evaluation_checks import checks
 from satlib.paper import REPORTED
+from satlib.progress import aligned
 from satlib.study import claims, costs, measurements
-from satlib.study.claims import BEYOND, Claim, Model, Records, evaluation_checks, scenes, size_text
+from satlib.study.claims import Claim, Model, Records, evaluation_checks, scenes, size_text
 from satlib.study.claims.scenes import SceneModel
 from satlib.study.measurement import Run
 from satlib.study.records import Record
@@ -43,11 +44,10 @@ class Row:
     """One number of the paper and ours for it; None where there is none.
 
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
-    `ours` follows from.
-    verdict: "reproduced within spread" where the settings are the paper's and ours is within two spreads of its number;
-    else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models, by the
-    same rule as for its claims; "other setting" for a number of one model that is smaller, shorter trained or on other
-    data than the paper's; "not run".
+    `ours` follows from. verdict: "reproduced within spread" under the paper's settings within two spreads of its
+    number; else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models,
+    by the rule of its claims; "other setting" for one model's that is smaller, shorter trained or on other data; or
+    "not run".
     """
 
     section: str
@@ -65,23 +65,16 @@ class Row:
     @property
     def text(self) -> str:
         """Our number with its spread; where there is none, why."""
-        if self.ours is None:
-            return BEYOND if self.runs else "no such model"
-        return size_text(self.ours, self.spread)
+        return "no such model" if self.ours is None and not self.runs else size_text(self.ours, self.spread)
 
 
 Numbers = dict[str, dict[str, Any]]  # what the rows of reported numbers say of ours, by the numbers' keys
 
 
-@dataclass(frozen=True)
-class Section:
-    """A section of the paper that has models to compare: its plan under some settings, and what its records become.
+class Section(NamedTuple):
+    """What records say of a section of the paper that has models to compare: those that have records, ERM first; of
+    them and the record of costs, if any, the claims and our numbers; of the settings and them a table."""
 
-    models: those of a plan that have records, ERM first. With the record of costs, if the section has one, they give
-    the claims and our numbers; with the settings, a table.
-    """
-
-    plan: Callable[[Any], Any]
     models: Callable[[Any, Records], list]
     claims: Callable[[list, Record | None], list[Claim]]
     numbers: Callable[[list, Record | None], Numbers]
@@ -110,7 +103,7 @@ def published_models(section: str, profile: str) -> pd.DataFrame:
 
 
 class PublishedEvaluation(NamedTuple):
-    """What a profile's published records say of its evaluation: see notebook 09. Claims in words, the rest tables."""
+    """Audits, bounds by stronger attacks, and claims about them: see notebook 09."""
 
     verdicts: pd.DataFrame
     bounds: pd.DataFrame
@@ -118,7 +111,7 @@ class PublishedEvaluation(NamedTuple):
 
 
 def published_evaluation(profile: str) -> PublishedEvaluation:
-    """The audits, the bounds by stronger attacks and the claims about them, from a profile's published records."""
+    """What a profile's published records say of its evaluation."""
     plan, records = measurements.plan("checks", profile), Records(published=True)
 
     def known(runs: Mapping[str, Run]) -> dict[str, Record]:
@@ -140,18 +133,20 @@ def _measured(model: Model | SceneModel, measure: str) -> str:
 
 
 def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
-    """A row of text for each model of section 6.1 or 6.2."""
-    rows = []
-    for m in models:
-        row = {"model": m.title, "accuracy (%)": _measured(m, "accuracy")}
-        row[f"eps_uni({settings.delta:g})"] = _measured(m, "eps_uni")
-        if any(each.deepfool is not None for each in models):
-            title = f"accuracy under DeepFool, eps = {settings.deepfool_eps:g} (%)"
-            row[title] = "-" if m.deepfool is None else _measured(m, "deepfool")
-        if any(each.entropy_bits is not None for each in models):
-            row["entropy where fooled (bits)"] = "-" if m.entropy_bits is None else f"{m.entropy_bits:.2f}"
-        rows.append(row | {"trainings, searches": f"{len(m.trainings)}, {len(m.searches)}"})
-    return pd.DataFrame(rows)
+    """A row of text for each model of section 6.1 or 6.2; no column for what no model has."""
+    deepfool = f"accuracy under DeepFool, eps = {getattr(settings, 'deepfool_eps', 0):g} (%)"
+    rows = [
+        {
+            "model": m.title,
+            "accuracy (%)": _measured(m, "accuracy"),
+            f"eps_uni({settings.delta:g})": _measured(m, "eps_uni"),
+            deepfool: None if m.deepfool is None else _measured(m, "deepfool"),
+            "entropy where fooled (bits)": None if m.entropy_bits is None else f"{m.entropy_bits:.2f}",
+            "trainings, searches": f"{len(m.trainings)}, {len(m.searches)}",
+        }
+        for m in models
+    ]
+    return pd.DataFrame(rows).dropna(axis="columns", how="all").fillna("-")
 
 
 def segmenters(settings: Any, models: list[SceneModel]) -> pd.DataFrame:
@@ -198,63 +193,59 @@ def with_tables(text: str) -> str:
     return BLOCK.sub(render, text)
 
 
-def _ours(
-    value: float | None, verdict: str, *models: Model | SceneModel, spread: float | None = None
-) -> dict[str, Any]:
-    """Our number, the verdict on it, and what the models that it follows from say, as a row has them."""
+def _ours(value: float | None, verdict: str, compared: Iterable, spread: float | None = None) -> dict[str, Any]:
+    """Our number, the verdict on it, and what the models that both follow from say, as a row has them."""
+    models = list(compared)
     seeds, runs = min((m.seeds for m in models), default=0), tuple(r.id for m in models for r in m.records)
     return {"ours": value, "spread": spread, "seeds": seeds, "runs": runs, "verdict": verdict}
 
 
 def _measure_of(model: Any, measure: str, verdict: str = "other setting", compared: Sequence = ()) -> dict[str, Any]:
     """A measure of a model, as `_ours`; compared: the models that the verdict follows from, this one among them."""
-    return _ours(getattr(model, measure), verdict, *(compared or [model]), spread=model.spreads.get(measure))
+    return _ours(getattr(model, measure), verdict, compared or [model], model.spreads.get(measure))
 
 
 def _beside_erm(model: Model | None, erm: Model) -> dict[str, Any]:
     """The robustness of a model beside that of ERM, as `_ours`."""
     if model is None:
-        return _ours(None, "not reproduced")
+        return _ours(None, "not reproduced", [])
     larger = claims.comparable(model.eps_uni) > claims.comparable(erm.eps_uni)
     return _measure_of(model, "eps_uni", DIRECTION[claims.verdict(larger)], [erm, model])
 
 
-def _best(models: list[Model], *, sharedness: int, accuracy: float) -> Model | None:
-    """The most robust model of a sharedness that keeps at least `accuracy` %."""
-    kept = [m for m in models if m.sharedness == sharedness and m.accuracy >= accuracy and m.eps_uni is not None]
-    return max(kept, key=lambda model: model.eps_uni or 0.0, default=None)
+def _best(models: list[Model], family: str, accuracy: float) -> Model | None:
+    """The most robust model of a family that keeps at least `accuracy` %."""
+    return next((m for m, _ in claims.front(models, family=family) if m.accuracy >= accuracy), None)
 
 
-def _classifiers_numbers(key: str, models: list[Model], sharedness: int, accepted: Mapping[str, float]) -> Numbers:
-    """ERM's, and those of the most robust model of a sharedness that loses at most so many points, by name."""
+def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: Mapping[str, float]) -> Numbers:
+    """ERM's, and by name those of the most robust model of a family that loses at most so many points."""
     erm = models[0]
     numbers = {f"{key}/erm/{measure}": _measure_of(erm, measure) for measure in ("accuracy", "eps_uni")}
-    if any(m.sharedness == sharedness for m in models):
+    if any(m.family == family for m in models):
         for name, points in accepted.items():
-            best = _best(models, sharedness=sharedness, accuracy=erm.accuracy - points)
-            numbers[f"{key}/{name}/eps_uni"] = _beside_erm(best, erm)
+            numbers[f"{key}/{name}/eps_uni"] = _beside_erm(_best(models, family, erm.accuracy - points), erm)
     return numbers
 
 
 def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
     erm, points = models[0], 93.25 - 90.0
-    numbers = _classifiers_numbers("cifar10", models, 64, {"no-loss": 0.0, "90": points})
-    if accepted := _best(models, sharedness=64, accuracy=erm.accuracy - points):
-        numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", erm, accepted)
+    numbers = _classifiers_numbers("cifar10", models, "s = 64", {"no-loss": 0.0, "90": points})
+    if accepted := _best(models, "s = 64", erm.accuracy - points):
+        numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", [erm, accepted])
     standard = [m for m in models if m.sharedness == 1 and m.eps_uni is not None]
-    pairs = [(m, other) for m in standard if (other := _best(models, sharedness=64, accuracy=m.accuracy))]
-    if pairs:
-        gain = statistics.mean((other.eps_uni or 0.0) - (m.eps_uni or 0.0) for m, other in pairs)
+    if pairs := [(m, other) for m in standard if (other := _best(models, "s = 64", m.accuracy))]:
+        gain = statistics.mean(claims.comparable(other.eps_uni) - claims.comparable(m.eps_uni) for m, other in pairs)
         used = {m.title: m for pair in pairs for m in pair}.values()
-        numbers["cifar10/gain"] = _ours(gain, DIRECTION[claims.domination(models, "s = 64", "s = 1").verdict], *used)
+        numbers["cifar10/gain"] = _ours(gain, DIRECTION[claims.domination(models, "s = 64", "s = 1").verdict], used)
     if cost:
         for key, way in COSTS.items():
-            numbers[key] = _ours(cost.metrics["seconds"][way], "other setting") | {"runs": (cost.id,)}
+            numbers[key] = _ours(cost.metrics["seconds"][way], "other setting", []) | {"runs": (cost.id,)}
     return numbers
 
 
 def _imagenet_numbers(models: list[Model], cost: None = None) -> Numbers:
-    erm, numbers = models[0], _classifiers_numbers("imagenet", models, 32, {"no-loss": 0.0})
+    erm, numbers = models[0], _classifiers_numbers("imagenet", models, "s = 32", {"no-loss": 0.0})
     if good := next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None):
         lower = DIRECTION[claims.verdict(good.accuracy < erm.accuracy)]
         numbers["imagenet/good/accuracy"] = _measure_of(good, "accuracy", lower, [erm, good])
@@ -267,8 +258,7 @@ def _cityscapes_numbers(models: list[SceneModel], cost: None = None) -> Numbers:
     numbers = {"cityscapes/erm/iou": _measure_of(chosen["ERM"], "iou")}
     for key, (family, measure, order) in SCENES.items():
         if family in chosen:
-            compared = [chosen[name] for name in order if name in chosen]
-            verdict = "other setting"
+            compared, verdict = [chosen[name] for name in order if name in chosen], "other setting"
             if len(compared) == 2:
                 verdict = DIRECTION[scenes.larger(compared[0], compared[1], measure)]
             numbers[key] = _measure_of(chosen[family], measure, verdict, compared)
@@ -276,13 +266,9 @@ def _cityscapes_numbers(models: list[SceneModel], cost: None = None) -> Numbers:
 
 
 SECTIONS = {
-    "6.1": Section(measurements.cifar10, claims.trained_models, claims.cifar10_claims, _cifar10_numbers, classifiers),
-    "6.2": Section(
-        measurements.imagenet, claims.trained_models, claims.imagenet_claims, _imagenet_numbers, classifiers
-    ),
-    "6.3": Section(
-        measurements.cityscapes, scenes.scene_models, scenes.cityscapes_claims, _cityscapes_numbers, segmenters
-    ),
+    "6.1": Section(claims.trained_models, claims.cifar10_claims, _cifar10_numbers, classifiers),
+    "6.2": Section(claims.trained_models, claims.imagenet_claims, _imagenet_numbers, classifiers),
+    "6.3": Section(scenes.scene_models, scenes.cityscapes_claims, _cityscapes_numbers, segmenters),
 }
 
 
@@ -292,20 +278,16 @@ def section_rows(section: str, profile: str, settings: Any, models: list, cost: 
     numbers = SECTIONS[section].numbers(models, cost) if models and models[0].family == "ERM" else {}
     rows = []
     for reported in (each for each in REPORTED if each.section == section):
-        row = Row(section, reported.quantity, reported.unit, reported.value)
-        if reported.key in numbers:
+        found = numbers.get(reported.key, {})
+        if found:
             dataset = models[0].records[0].labels["dataset"]
-            if row.unit == "pixel units" and settings.delta != paper.delta:
+            if reported.unit == "pixel units" and settings.delta != paper.delta:
                 dataset += f", but delta = {settings.delta:g}"
-            row = replace(row, profile=profile, dataset=dataset, **numbers[reported.key])
-            if (
-                settings == paper
-                and row.spread
-                and row.ours is not None
-                and abs(row.ours - row.paper) <= 2 * row.spread
-            ):
-                row = replace(row, verdict="reproduced within spread")
-        rows.append(row)
+            found |= {"profile": profile, "dataset": dataset}
+            ours, spread = found["ours"], found["spread"]
+            if settings == paper and spread and ours is not None and abs(ours - reported.value) <= 2 * spread:
+                found["verdict"] = "reproduced within spread"
+        rows.append(Row(section, reported.quantity, reported.unit, reported.value, **found))
     return rows
 
 
@@ -332,9 +314,7 @@ def table(profile: str | None = None) -> str:
     if frame.empty:
         under = f" under the profile {profile!r}" if profile else ""
         return f"no results yet{under}: ./run_all.sh --profile {profile or 'quick'} computes them"
-    lines = [list(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return aligned([list(frame.columns), *frame.astype(str).to_numpy().tolist()])
 
 
 def scoreboard(rows: list[Row]) -> pd.DataFrame:
@@ -357,19 +337,10 @@ def scoreboard(rows: list[Row]) -> pd.DataFrame:
 def beside(section: str, profile: str) -> pd.DataFrame:
     """Three columns side by side for a section: the paper, the weightiest published record, the live run."""
 
-    def shown(row: Row) -> str:
-        return "not run" if row.verdict == "not run" else f"{row.text} ({row.profile}: {row.dataset})"
+    def shown(rows: Iterable[Row]) -> list[str]:
+        return ["not run" if r.verdict == "not run" else f"{r.text} ({r.profile}: {r.dataset})" for r in rows]
 
     live = section_rows(section, profile, *evaluated(section, profile, Records()))
-    published = [row for row in rows(published=True) if row.section == section]
-    return pd.DataFrame(
-        {
-            "quantity": own.quantity,
-            "unit": own.unit,
-            "paper": f"{own.paper:g}",
-            "published": shown(best),
-            "live": shown(own),
-            "verdict, live": own.verdict,
-        }
-        for own, best in zip(live, published, strict=True)
-    )
+    published = shown(row for row in rows(published=True) if row.section == section)
+    columns = {"published": published, "live": shown(live), "verdict, live": [row.verdict for row in live]}
+    return scoreboard(live)[["quantity", "unit", "paper"]].assign(**columns)

@@ -31,8 +31,7 @@ class Records:
     """Finds the records of planned runs by their settings and the name of their data, which nobody needs to have."""
 
     def __init__(self, ledger: Ledger | None = None, *, published: bool = False):
-        ledger = ledger or Ledger()
-        known = ledger.records(published=published)
+        known = (ledger or Ledger()).records(published=published)
         self._by_settings: dict[tuple, list[Record]] = {}
         for record in sorted(known, key=lambda record: record.created, reverse=True):
             key = (record.kind, record.version, record.labels.get("data"), digest_of(record.config))
@@ -50,12 +49,8 @@ class Records:
         key = (run.kind, run.measurement.version, run.dataset, digest_of(run.config))
         alike = self._by_settings.get(key, [])
         parents = {role: {r.id for r in self._all(parent)} for role, parent in run.parents.items()} if alike else {}
-        return [
-            record
-            for record in alike
-            if record.parents.keys() == parents.keys()
-            and all(record.parents[role] in ids for role, ids in parents.items())
-        ]
+        alike = [record for record in alike if record.parents.keys() == parents.keys()]
+        return [record for record in alike if all(record.parents[role] in ids for role, ids in parents.items())]
 
 
 @dataclass(frozen=True)
@@ -83,10 +78,10 @@ class Model:
     """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
 
     family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
-    training, eps for ERM. accuracy, eps_uni and deepfool are means over the trainings that were evaluated, eps_uni of
-    each over its searches, None where one did not succeed; deepfool: accuracy in % under the DeepFool universal
-    perturbation, None if not run. spreads: the standard deviation of each of the three over trainings where there are
-    several, else over searches, by name. run: the first training; predictions: those of it.
+    training, eps for ERM. accuracy, eps_uni and deepfool (accuracy in % under that universal perturbation, None if not
+    run) are means over the trainings that were evaluated, eps_uni of each over its searches, None where one did not
+    succeed. spreads: the standard deviation of each of the three over trainings where there are several, else over
+    searches, by name. run: the first training; predictions: those of it.
     """
 
     title: str
@@ -103,10 +98,6 @@ class Model:
     searches: tuple[Record, ...] = ()
     deepfools: tuple[Record, ...] = ()
     predictions: Record | None = None
-
-    def robustness(self, measure: str) -> float | None:
-        """By "eps_uni" (pixel units) or "deepfool" (%)."""
-        return getattr(self, measure)
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -174,8 +165,8 @@ def front(models: Iterable[Model], measure: str = "eps_uni", *, family: str | No
     measure: "eps_uni" or "deepfool"; models without it are left out, as are those that are not of the `family`, if one
     is given. The most accurate one is the last.
     """
-    those = (model for model in models if family in (None, model.family))
-    known = [(model, value) for model in those if (value := model.robustness(measure)) is not None]
+    those = ((model, getattr(model, measure)) for model in models if family in (None, model.family))
+    known = [(model, value) for model, value in those if value is not None]
     best: list[tuple[Model, float]] = []
     for model, value in sorted(known, key=lambda pair: (-pair[0].accuracy, -pair[1])):
         if not best or value > best[-1][1]:
@@ -202,10 +193,8 @@ def domination(models: Sequence[Model], better: str, worse: str, attack: str = "
     strong, weak = (front(models, measure, family=family) for family in (better, worse))
     if not strong or not weak:
         return Claim(claim, "not run")
-    gaps = []
-    for model, value in weak:
-        above = [other for m, other in strong if m.accuracy >= model.accuracy]
-        gaps += [max(above) - value] if above else []
+    above = [(value, [other for m, other in strong if m.accuracy >= model.accuracy]) for model, value in weak]
+    gaps = [max(others) - value for value, others in above if others]
     if not gaps:
         return Claim(claim, "not decided", f"no {better} model is as accurate as one of {worse}")
     spreads = [m.spreads[measure] for m, _ in (*strong, *weak) if measure in m.spreads]
@@ -225,7 +214,7 @@ def cifar10_claims(models: Sequence[Model], cost: Record | None) -> list[Claim]:
         domination(models, "s = 64", "s = 1"),
         domination(models, "s = 64", "s = 8"),
         _alike(models, "s = 1", "s = 8"),
-        *(_all_dominate(models, (1, 8, 64), name) for name in ("DeepFool UAD", "fictitious play")),
+        *(_all_dominate(models, name) for name in ("DeepFool UAD", "fictitious play")),
         domination(models, "s = 64", "s = 1", "DeepFool"),
         domination(models, "s = 1", "DeepFool UAD", "DeepFool"),
         domination(models, "s = 64", "fictitious play", "DeepFool"),
@@ -234,12 +223,12 @@ def cifar10_claims(models: Sequence[Model], cost: Record | None) -> list[Claim]:
     ]
 
 
-def _all_dominate(models: Sequence[Model], sharedness: Iterable[int], name: str) -> Claim:
+def _all_dominate(models: Sequence[Model], name: str) -> Claim:
     """That adversarial training of every sharedness dominates a baseline."""
-    parts = {s: domination(models, f"s = {s}", name) for s in sharedness}
-    evidence = "; ".join(f"s = {s}: {part.verdict} ({part.evidence})" for s, part in parts.items() if part.evidence)
+    parts = [(s, domination(models, f"s = {s}", name)) for s in (1, 8, 64)]
+    evidence = "; ".join(f"s = {s}: {part.verdict} ({part.evidence})" for s, part in parts if part.evidence)
     claim = f"all (shared) adversarial training dominates {name} (S-PGD)"
-    return Claim(claim, worst(part.verdict for part in parts.values()), evidence)
+    return Claim(claim, worst(part.verdict for _, part in parts), evidence)
 
 
 def _alike(models: Sequence[Model], one: str, other: str) -> Claim:
@@ -284,10 +273,8 @@ def _cost_claims(cost: Record | None) -> list[Claim]:
     ratio = seconds["s = 64"] / seconds["s = 1"]
     times = {name: seconds[name] / seconds["s = 64"] for name in ("DeepFool UAD", "fictitious play") if name in seconds}
     listed = ", ".join(f"{name} takes {value:.2f} times s = 64's" for name, value in times.items())
-    return [
-        Claim(same, verdict(abs(ratio - 1) <= 0.1), f"an epoch of s = 64 takes {ratio:.2f} times s = 1's"),
-        Claim(dear, verdict(min(times.values()) > 1.1) if times else "not run", listed),
-    ]
+    equal = Claim(same, verdict(abs(ratio - 1) <= 0.1), f"an epoch of s = 64 takes {ratio:.2f} times s = 1's")
+    return [equal, Claim(dear, verdict(min(times.values()) > 1.1) if times else "not run", listed)]
 
 
 def imagenet_claims(models: Sequence[Model], cost: None = None) -> list[Claim]:

@@ -68,27 +68,27 @@ def scene_models(plan: ScenesPlan, records: Records) -> list[SceneModel]:
     for family, sharedness, parts in described:
         curve, searches = [], []
         for part in parts:
-            evaluated = records.found((part, plan.targeted[part], plan.adversarial[part]))
-            if len(evaluated) == 3:
-                training, universal, adversarial = (record.metrics for record in evaluated)
-                eps = (universal["eps_uni"], adversarial["eps_adv"], adversarial["standard_error"])
-                curve.append(Checkpoint(len(training["history"]), 100 * training["mean_iou"], *eps))
-                searches += evaluated[1:]
+            found = records.found((part, plan.targeted[part], plan.adversarial[part]))
+            if len(found) == 3:
+                trained, universal, own = (record.metrics for record in found)
+                eps = (universal["eps_uni"], own["eps_adv"], own["standard_error"])
+                curve.append(Checkpoint(len(trained["history"]), 100 * trained["mean_iou"], *eps))
+                searches += found[1:]
         run = parts[-1]
         final = records.found((run, plan.untargeted[run], plan.untargeted_adversarial[run]))
         if len(final) < 3 or not curve or curve[-1].epoch != len(final[0].metrics["history"]):
             continue
-        training, universal, adversarial = (record.metrics for record in final)
+        trained, universal, own = (record.metrics for record in final)
         models.append(
             SceneModel(
                 **vars(curve[-1]),
                 title=run.title,
                 family=family,
                 sharedness=sharedness,
-                validation_iou=100 * training["validation_mean_iou"],
+                validation_iou=100 * trained["validation_mean_iou"],
                 untargeted=universal["eps_uni"],
-                untargeted_adv=adversarial["eps_adv"],
-                untargeted_error=adversarial["standard_error"],
+                untargeted_adv=own["eps_adv"],
+                untargeted_error=own["standard_error"],
                 curve=tuple(curve),
                 run=run,
                 training=final[0],
@@ -121,27 +121,22 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
         return [Claim("shared adversarial training is more robust to universal perturbations (6.3)", "not run")]
     erm, one, many = chosen
     equal = abs(one.iou - many.iou) <= NEAR and erm.iou - min(one.iou, many.iou) <= LOST
+
+    def compared(claim: str, better: SceneModel, worse: SceneModel, measure: str) -> Claim:
+        return Claim(claim, larger(better, worse, measure), _sizes((better, worse), measure))
+
+    targeted = "larger targeted universal perturbations"
     return [
         Claim(
             f"both defences segment clean scenes alike (within {NEAR:g} points), and lose at most {LOST:g} points",
             verdict(equal),
             f"mean IoU: {', '.join(f'{m.title} {m.iou:.1f} %' for m in (one, many, erm))}",
         ),
-        *(
-            Claim(claim, larger(better, worse, measure), _sizes((better, worse), measure))
-            for claim, better, worse, measure in (
-                (
-                    "shared training withstands larger targeted universal perturbations (paper: 111.7, 62.5)",
-                    many,
-                    one,
-                    "eps_uni",
-                ),
-                ("it does so without a target, too (paper: 47.8, 25)", many, one, "untargeted"),
-                ("standard training withstands larger image-dependent ones (paper: 11, 5.9)", one, many, "eps_adv"),
-            )
-        ),
+        compared(f"shared training withstands {targeted} (paper: 111.7, 62.5)", many, one, "eps_uni"),
+        compared("it does so without a target, too (paper: 47.8, 25)", many, one, "untargeted"),
+        compared("standard training withstands larger image-dependent ones (paper: 11, 5.9)", one, many, "eps_adv"),
         Claim(
-            "both withstand larger targeted universal perturbations than ERM (paper: 19.92)",
+            f"both withstand {targeted} than ERM (paper: 19.92)",
             worst(larger(m, erm, "eps_uni") for m in (one, many)),
             _sizes((one, many, erm), "eps_uni"),
         ),

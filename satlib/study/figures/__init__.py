@@ -2,7 +2,7 @@
 
 This module holds what all of them share. `method` draws sections 3 to 5, with `pictures` for what is made of images;
 `classification` sections 6.1 and 6.2, `scenes` sections 6.3 and 6.4 and Figure 1, `evaluation_checks` notebook 09.
-Every function takes plain values and records, returns a matplotlib Figure, and is written to disk by `save` alone.
+Every function takes plain values and records and returns a matplotlib Figure, which `save` alone writes.
 """
 
 import json
@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, NullLocator, PercentFormatter
 from PIL import Image
 
 from satlib.errors import SatlibError
+from satlib.files import replacing, writing
 from satlib.paths import project_root
 from satlib.robustness import LARGEST
 from satlib.study.ledger import Ledger
@@ -33,14 +33,11 @@ RED = "#b2182b"  # a wrong prediction, a failed attack
 
 # One colour and one marker for each kind of model wherever it appears.
 ERM = {"color": "black", "marker": "*"}
-LARGE_SHAREDNESS = {"color": BLUE, "marker": "D"}  # the sharedness that the paper proposes: 5, 32 or 64
 BY_FAMILY = {
     "ERM": ERM,
     "s = 1": {"color": VERMILION, "marker": "o"},
-    "s = 5": LARGE_SHAREDNESS,
     "s = 8": {"color": ORANGE, "marker": "s"},
-    "s = 32": LARGE_SHAREDNESS,
-    "s = 64": LARGE_SHAREDNESS,
+    **{f"s = {s}": {"color": BLUE, "marker": "D"} for s in (5, 32, 64)},  # what the paper proposes
     "DeepFool UAD": {"color": GREEN, "marker": "^"},
     "fictitious play": {"color": PURPLE, "marker": "v"},
     "universal adversarial training": {"color": "#949494", "marker": "P"},
@@ -54,19 +51,10 @@ EPS = "eps (pixel units of 255)"
 
 def use_style() -> None:
     """The one figure style; notebooks call it once."""
-    plt.style.use(["default", "seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
-    matplotlib.rcParams.update(
-        {
-            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-            "figure.dpi": 110,
-            "savefig.dpi": 120,
-            "figure.constrained_layout.use": True,
-            "axes.titlesize": "medium",
-            "axes.titleweight": "bold",
-            "image.interpolation": "nearest",
-            "svg.hashsalt": "satlib",
-        }
-    )
+    ours = {"axes.prop_cycle": matplotlib.cycler(color=PALETTE), "figure.dpi": 110, "savefig.dpi": 120}
+    ours |= {"figure.constrained_layout.use": True, "image.interpolation": "nearest"}
+    ours |= {"axes.titlesize": "medium", "axes.titleweight": "bold"}
+    plt.style.use(["default", "seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook", ours])
 
 
 def look(model: str | int | None) -> dict[str, str]:
@@ -149,59 +137,45 @@ def save(
 
     The PNG carries the text chunk `satlib`, the PDF the same JSON as its keywords: profile, figure, data sets, and
     the digest of every record by its id; `verify` checks them. alt, what the picture shows in words, stands in the
-    PNG's `Description` and the PDF's subject. Returns the PNG's path.
+    PNG's `Description` and the PDF's subject. Returns the PNG's path; raises SatlibError where it cannot be written.
     """
     records = list(records)
-    provenance = json.dumps(
-        {
-            "figure": name,
-            "profile": profile,
-            "datasets": sorted({record.labels.get("dataset", "") for record in records}),
-            "records": {record.id: record.digest for record in records},
-        },
-        sort_keys=True,
-    )
-    folder = (root or project_root() / "figures") / profile
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-        new_png, new_pdf = (path.with_name(f"{path.name}.new") for path in (png, pdf))
-        text = {"satlib": provenance, "Description": alt, "Software": None}
-        figure.savefig(new_png, format="png", metadata=text)
-        about = {"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None}
-        with PdfPages(new_pdf, metadata=about) as pages:
-            pages.savefig(figure)
-        new_png.replace(png)
-        new_pdf.replace(pdf)
-    except OSError as error:
-        raise SatlibError(f"cannot write {folder}: {error.strerror}; make it writable, or free some space") from None
+    about = {
+        "figure": name,
+        "profile": profile,
+        "datasets": sorted({record.labels.get("dataset", "") for record in records}),
+        "records": {record.id: record.digest for record in records},
+    }
+    provenance = json.dumps(about, sort_keys=True)
+    png = (root or project_root() / "figures") / profile / f"{name}.png"
+    with writing(png.parent):
+        png.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(png) as new:
+            figure.savefig(new, format="png", metadata={"satlib": provenance, "Description": alt, "Software": None})
+        with replacing(png.with_suffix(".pdf")) as new:
+            words = {"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None}
+            figure.savefig(new, format="pdf", metadata=words)
     return png
 
 
 def alt_text(picture: Path) -> str:
     """What a PNG that `save` wrote says it shows; empty where it says nothing."""
-    return _texts(picture).get("Description", "")
-
-
-def _texts(picture: Path) -> dict[str, str]:
-    """The text chunks of a PNG."""
     with Image.open(picture) as image:
-        return getattr(image, "text", {})
+        return image.info.get("Description", "")
 
 
 def verify(folder: Path, ledger: Ledger | None = None) -> tuple[int, list[str]]:
     """Check every PNG below `folder` against the records that it names: (figures checked, problems found)."""
     digests = {record.id: record.digest for record in (ledger or Ledger()).records()}
-    problems = []
-    files = sorted(Path(folder).rglob("*.png"))
+    problems, files = [], sorted(Path(folder).rglob("*.png"))
     if not files:
         raise SatlibError(f"{folder}: no figures (*.png) to verify; draw some with ./run_all.sh first")
     for file in files:
-        text = _texts(file).get("satlib")
+        with Image.open(file) as image:
+            text = image.info.get("satlib")
         if text is None:
             problems.append(f"{file}: names no records; draw it again")
-            continue
-        for run_id, digest in json.loads(text)["records"].items():
+        for run_id, digest in json.loads(text)["records"].items() if text else ():
             if run_id not in digests:
                 problems.append(f"{file}: its record {run_id[:12]} is missing or damaged; run ./run_all.sh again")
             elif digests[run_id] != digest:

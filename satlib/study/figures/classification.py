@@ -9,21 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from satlib.study import figures
 from satlib.study.claims import Model, front, size_text
-from satlib.study.figures import (
-    ACCURACY,
-    BLUE,
-    ERM,
-    REFERENCE,
-    as_picture,
-    finish,
-    look,
-    name_row,
-    perturbation_picture,
-    picture_panels,
-    robustness_label,
-    show_picture,
-)
+from satlib.study.figures import ACCURACY, BLUE, REFERENCE, as_picture, finish, look, show_picture
 
 Reported = Sequence[tuple[float, float, str]]  # the paper's stated points: accuracy, eps_uni, what
 
@@ -35,11 +23,11 @@ def figure3(models: Sequence[Model], reported: Reported, *, delta: float, eps: f
     at the left. Models that no search could break are named there.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 6.0))
-    _draw_fronts_by_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
+    _draw_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
     _draw_fronts(right, models, "deepfool")
     left.set_title("S-PGD")
-    right.set(xlabel=ACCURACY, ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units")
     right.set_title("DeepFool universal perturbations")
+    right.set(xlabel=ACCURACY, ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units")
     for axis in (left, right):
         axis.margins(x=0.08, y=0.12)
     title = f"Universal robustness against accuracy · {dataset}\nlabels: $\\varepsilon$, $\\sigma$ of training"
@@ -49,24 +37,22 @@ def figure3(models: Sequence[Model], reported: Reported, *, delta: float, eps: f
 def figure4(models: Sequence[Model], reported: Reported, *, delta: float, dataset: str) -> Figure:
     """Figure 4: robustness against clean accuracy, as Figure 3 (left)."""
     figure, axis = plt.subplots(figsize=(7.2, 5.2))
-    _draw_fronts_by_eps_uni(axis, models, reported, delta=delta, paper="the paper, ImageNet with 200 classes")
+    _draw_eps_uni(axis, models, reported, delta=delta, paper="the paper, ImageNet with 200 classes")
     axis.margins(x=0.12, y=0.2)
     axis.set_ylim(bottom=0)
     return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=axis, fontsize=10)
 
 
-def _draw_fronts_by_eps_uni(
-    axis: Axes, models: Sequence[Model], reported: Reported, *, delta: float, paper: str
-) -> None:
+def _draw_eps_uni(axis: Axes, models: Sequence[Model], reported: Reported, *, delta: float, paper: str) -> None:
     """eps_uni against accuracy, with the points of the `paper` as crosses, and who needs more than was searched."""
     _draw_fronts(axis, models, "eps_uni")
-    beside = {"xytext": (14, 7), "textcoords": "offset points", "ha": "right"}
+    beside = {"xytext": (14, 7), "textcoords": "offset points", "ha": "right", "fontsize": 8, "color": "0.35"}
     for accuracy, eps_uni, what in reported:
         axis.plot(accuracy, eps_uni, **REFERENCE)
-        axis.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), fontsize=8, color="0.35", **beside)
+        axis.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), **beside)
     if reported:
         axis.plot([], [], label=paper, **REFERENCE)
-    axis.set(xlabel=ACCURACY, ylabel=robustness_label("uni", delta))
+    axis.set(xlabel=ACCURACY, ylabel=figures.robustness_label("uni", delta))
     if unbroken := [model.title for model in models if model.eps_uni is None]:
         axis.text(0.02, 0.02, f"{size_text(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
 
@@ -74,34 +60,24 @@ def _draw_fronts_by_eps_uni(
 def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
     """Each family's models and its front; the front's models are named by eps and sigma."""
     for family in dict.fromkeys(m.family for m in models):
-        style = look(family)
-        members = [m for m in models if m.family == family]
+        style, sizes = look(family), (15, 12) if family == "ERM" else (8, 7)
+        members = [m for m in models if m.family == family and getattr(m, measure) is not None]
         best = front(members, measure)
         for model in members:
-            if (value := model.robustness(measure)) is None:
-                continue
+            x, y = model.accuracy, getattr(model, measure)
             place = next((i for i, (other, _) in enumerate(best) if model is other), None)
-            axis.errorbar(
-                model.accuracy,
-                value,
-                xerr=model.spreads.get("accuracy"),
-                yerr=model.spreads.get(measure),
-                linestyle="none",
-                capsize=3,
-                markersize=15 if style is ERM else 8,
-                alpha=0.3 if place is None else 1.0,
-                **style,
-            )
+            spreads = {"xerr": model.spreads.get("accuracy"), "yerr": model.spreads.get(measure), "capsize": 3}
+            faint = {"linestyle": "none", "markersize": sizes[0], "alpha": 0.3 if place is None else 1.0}
+            axis.errorbar(x, y, **spreads, **faint, **style)
             if place is not None and model.eps is not None:
                 text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
                 beside = (6, -12 if place % 2 else 5)  # neighbours on a front get out of each other's way
-                near = {"xytext": beside, "textcoords": "offset points"}
-                axis.annotate(text, (model.accuracy, value), fontsize=7.5, color=style["color"], **near)
+                axis.annotate(text, (x, y), beside, textcoords="offset points", fontsize=7.5, color=style["color"])
         if best:
+            steps = {"drawstyle": "steps-pre", "linewidth": 1.4, "markersize": sizes[1]}
+            accuracies, values = [m.accuracy for m, _ in best], [value for _, value in best]
             label = "ERM (undefended)" if family == "ERM" else family
-            marked = style | {"markersize": 12 if style is ERM else 7}
-            points = [(m.accuracy, value) for m, value in best]
-            axis.plot(*zip(*points, strict=True), drawstyle="steps-pre", linewidth=1.4, label=label, **marked)
+            axis.plot(accuracies, values, label=label, **steps, **style)
 
 
 def perturbation_gallery(rows: Sequence[dict], clean: np.ndarray, *, dataset: str) -> Figure:
@@ -111,19 +87,18 @@ def perturbation_gallery(rows: Sequence[dict], clean: np.ndarray, *, dataset: st
     right) for every picture; clean: the pictures (n, C, H, W) in 0..255, undisturbed.
     """
     down, across = len(rows) + 1, len(clean) + 1
-    figure, axes = picture_panels(down, across, 1.3 * across + 1.9, 1.4 * down + 0.4)
+    figure, axes = figures.picture_panels(down, across, 1.3 * across + 1.9, 1.4 * down + 0.4)
     axes[0, 0].text(0.5, 0.5, "clean", ha="center", va="center", fontsize=10)
-    axes[0, 0].set_axis_off()
     for axis, image in zip(axes[0, 1:], clean, strict=True):
         show_picture(axis, as_picture(image))
     for row, line in zip(rows, axes[1:], strict=True):
-        show_picture(line[0], perturbation_picture(row["perturbation"]))
-        name_row(line[0], f"{row['title']}\nε = {row['eps_uni']:.1f}")
+        show_picture(line[0], figures.perturbation_picture(row["perturbation"]))
+        figures.name_row(line[0], f"{row['title']}\nε = {row['eps_uni']:.1f}")
         for axis, image, (name, right) in zip(line[1:], clean, row["predictions"], strict=True):
             show_picture(axis, as_picture(image + row["perturbation"]), name, color="0.25" if right else "tab:red")
     axes[1, 0].set_title("perturbation\n(contrast stretched)", fontsize=8)
-    title = "Universal perturbations at $\\varepsilon_{uni}$, and the predictions that they cause"
-    return finish(figure, f"{title} · {dataset}")
+    title = f"Universal perturbations at $\\varepsilon_{{uni}}$, and the predictions that they cause · {dataset}"
+    return finish(figure, title)
 
 
 def spectrum(perturbation: np.ndarray) -> np.ndarray:
@@ -145,11 +120,9 @@ def spectra(perturbations: Mapping[str, np.ndarray], *, dataset: str) -> Figure:
 
     perturbations: (C, H, W) in pixel units, by the family of the model. Random signs are drawn for comparison.
     """
-    shape = next(iter(perturbations.values())).shape
-    random = np.sign(np.random.default_rng(0).standard_normal(shape))
-    columns = len(perturbations)
-    figure = plt.figure(figsize=(max(9.0, 1.9 * columns), 5.6))
-    grid = figure.add_gridspec(2, columns, height_ratios=(1, 1.5))
+    random = np.sign(np.random.default_rng(0).standard_normal(next(iter(perturbations.values())).shape))
+    figure = plt.figure(figsize=(max(9.0, 1.9 * len(perturbations)), 5.6))
+    grid = figure.add_gridspec(2, len(perturbations), height_ratios=(1, 1.5))
     magnitudes = {title: np.log10(spectrum(xi / np.abs(xi).max()) + 1e-3) for title, xi in perturbations.items()}
     shown = {"vmin": 0.0, "vmax": max(m.max() for m in magnitudes.values()), "cmap": "magma"}
     for column, (title, magnitude) in enumerate(magnitudes.items()):
@@ -164,8 +137,8 @@ def spectra(perturbations: Mapping[str, np.ndarray], *, dataset: str) -> Figure:
     for title, xi in perturbations.items():
         below.plot(*energy_below(xi), label=title, linewidth=1.6, color=look(title)["color"])
     below.plot(*energy_below(random), color="0.3", linestyle=":", label="random signs")
-    below.set(xlabel="spatial frequency (cycles a pixel)", xlim=(0, 0.71))
-    below.set(ylabel="share of energy at or below", ylim=(0, 1.02))
+    below.set(xlim=(0, 0.71), ylim=(0, 1.02))
+    below.set(xlabel="spatial frequency (cycles a pixel)", ylabel="share of energy at or below")
     below.legend(fontsize=8, loc="lower right")
     return finish(figure, f"Spectra of the universal perturbations (axes in cycles a pixel) · {dataset}")
 
@@ -194,5 +167,5 @@ def dominant_labels(
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("share of fooled images (%)", fontsize=9)
         axis.set_title(f"{title}\n{bits:.2f} of {np.log2(len(counts)):.2f} bits", fontsize=9)
-    title = "Classes predicted under the universal perturbation, where it fools the model"
-    return finish(figure, f"{title} · {dataset}", size=11)
+    title = f"Classes predicted under the universal perturbation, where it fools the model · {dataset}"
+    return finish(figure, title, size=11)

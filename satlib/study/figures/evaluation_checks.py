@@ -1,14 +1,14 @@
 """Figures of notebook 09: audits, bounds by stronger attacks, transfer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from satlib.study.claims.evaluation_checks import Searches, Seeds
 from satlib.study.figures import EPS, finish, height_of, look, plain_ticks
-from satlib.study.records import Record
 
 
 def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
@@ -47,13 +47,7 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     return finish(figure, f"Is the attack sound? · {dataset}", legend=left)
 
 
-def bounds(
-    searches: Mapping[str, Mapping[str, Record]],
-    seeds: Mapping[str, Sequence[float | None]],
-    *,
-    delta: float,
-    dataset: str,
-) -> Figure:
+def bounds(searches: Searches, seeds: Seeds, *, delta: float, dataset: str) -> Figure:
     """eps_uni of each model by each attack, and by the paper's from several seeds; what none reached stands at 255.
 
     searches: records by model and attack; seeds: eps_uni of the paper's attack by model.
@@ -77,9 +71,7 @@ def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:
     """
     titles = [title.replace(", ", "\n") for title in metrics["titles"]]
     rows = [f"{title}\n($\\varepsilon$ = {eps:.1f})" for title, eps in zip(titles, metrics["eps"], strict=True)]
-    nothing = [np.nan] * len(titles)
-    rates = 100 * np.array([row or nothing for row in metrics["rates"]])
-    table = np.vstack([rates, 100 * np.array(metrics["clean"])[None]])
+    table = 100 * np.array([row or [np.nan] * len(titles) for row in (*metrics["rates"], metrics["clean"])])
     figure, axis = plt.subplots(figsize=(1.5 * len(titles) + 3.0, 0.9 * len(table) + 2.2))
     image = axis.imshow(table, vmin=0, vmax=100, cmap="viridis")
     for i, row in enumerate(table):

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from satlib.attacks import perturb
 from satlib.study.claims import Model, front, size_text
 from satlib.study.figures import EPS, PALETTE, RED, as_picture, finish, look, perturbation_picture
 from satlib.study.figures.scenes import colour
@@ -70,10 +69,9 @@ def attack_figure(answer: Attacked) -> Figure:
     owner = "the first image's own" if question.own else "one for all images"
     picture = perturbation_picture(answer.xi[0].cpu().numpy(), question.eps or 1.0)
     _pictures(figure, (0.005, 0.16, 0.20, 0.60), [picture], title=f"perturbation, {owner}\n{strength}")
-    perturbed = perturb(answer.images, answer.xi, question.sharedness(len(answer.images)))
     for bottom, heading, seen, images, (predicted, confidence) in (
         (0.53, "clean", ", and what the model sees", answer.images, answer.clean),
-        (0.08, "perturbed", ", and what it sees", perturbed, answer.perturbed),
+        (0.08, "perturbed", ", and what it sees", answer.seen, answer.perturbed),
     ):
         shown, captions = [as_picture(image) for image in images.cpu().numpy()], []
         if target.segments:
@@ -127,8 +125,7 @@ def trade_figure(
     figure = _figure(4.4)
     axis = figure.add_axes((0.06, 0.13, 0.42, 0.72))
     for family in dict.fromkeys(m.family for m in models):
-        points = [(m.accuracy, m.eps_uni) for m in models if m.family == family and m.eps_uni is not None]
-        if points:
+        if points := [(m.accuracy, m.eps_uni) for m in models if m.family == family and m.eps_uni is not None]:
             axis.plot(*np.array(points).T, linestyle="none", markersize=7, label=family, **look(family))
     if best := [(m.accuracy, eps_uni) for m, eps_uni in front(models)]:
         axis.plot(*np.array(best).T, color="0.6", linewidth=1, zorder=0, label="Pareto front")
@@ -144,8 +141,8 @@ def trade_figure(
         figure.text(0.74, 0.5, "neither its perturbation nor its weights\nare here: only its numbers", ha="center")
         return figure
     xi = row["perturbation"]
-    strength = f"shown {127.5 / np.abs(xi).max():.1f} times as strong"
-    _pictures(figure, (0.52, 0.36, 0.14, 0.42), [perturbation_picture(xi)], title=f"its perturbation,\n{strength}")
+    title = f"its perturbation,\nshown {127.5 / np.abs(xi).max():.1f} times as strong"
+    _pictures(figure, (0.52, 0.36, 0.14, 0.42), [perturbation_picture(xi)], title=title)
     shown = [as_picture(x + xi) for x in pictures]
     captions = [(name, GREY if right else RED) for name, right in row["predictions"]]
     half = -(-len(shown) // 2)

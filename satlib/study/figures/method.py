@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
+from satlib.robustness import LARGEST
 from satlib.study.figures import GREEN, PURPLE, RED, finish, look, percent, plain_ticks
 from satlib.study.records import Record
 
@@ -25,22 +26,20 @@ def model_name(sharedness: int | None) -> str:
     return "undefended (ERM)" if sharedness is None else f"defended (s = {sharedness})"
 
 
-def _first(records: Mapping[int | None, Record]) -> Record:
-    """One of several records that have their data set and the settings of the measurement in common."""
-    return next(iter(records.values()))
-
-
-# --- sections 3 and 4: risks
+def _common(records: Mapping[int | None, Record], setting: str) -> tuple[float, str]:
+    """A setting and the data set of several records that have both in common."""
+    first = next(iter(records.values()))
+    return first.settings[setting], first.labels["dataset"]
 
 
 def error_curves(record: Record) -> Figure:
     """Misclassification rate of one model against eps, for each kind of perturbation (kind `error_curves`)."""
-    metrics, epsilons = record.metrics, [0.0, *record.settings["epsilons"]]
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    for name, errors in metrics["errors"].items():
-        axis.plot(epsilons, [metrics["clean_error"], *errors], label=name, **_ATTACKS[name])
-    title = f"Undefended model · {record.labels['dataset']}"
-    axis.set(xlabel="eps: largest change of a pixel value (pixel units, 0..255)", title=title)
+    for name, errors in record.metrics["errors"].items():
+        epsilons, errors = [0.0, *record.settings["epsilons"]], [record.metrics["clean_error"], *errors]
+        axis.plot(epsilons, errors, label=name, **_ATTACKS[name])
+    axis.set(xlabel="eps: largest change of a pixel value (pixel units, 0..255)")
+    axis.set_title(f"Undefended model · {record.labels['dataset']}")
     percent(axis, "misclassified images")
     axis.legend(title="perturbation")
     return figure
@@ -51,13 +50,12 @@ def three_risks(record: Record) -> Figure:
     chain = [record.metrics["expected"], record.metrics["universal"], record.metrics["heap"][-1]]
     names = ["expected: no attack", "universal: one\nperturbation for all", "adversarial: one\nfor each image"]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 2.7), sharey=True)
-    colors = ("0.4", PURPLE, GREEN)
-    for axis, quantity, form in zip(axes, ("loss", "error"), ("{:.2f}", "{:.1%}"), strict=True):
-        for place, (risk, color) in enumerate(zip(chain, colors, strict=True)):
-            axis.plot([0, risk[quantity]], [place, place], color=color, linewidth=2)
-            axis.plot(risk[quantity], place, "o", color=color, markersize=10)
-            label, beside = form.format(risk[quantity]), {"textcoords": "offset points", "va": "center"}
-            axis.annotate(label, (risk[quantity], place), (9, 0), **beside)
+    for axis, quantity, form in zip(axes, ("loss", "error"), (".2f", ".1%"), strict=True):
+        for place, (risk, color) in enumerate(zip(chain, ("0.4", PURPLE, GREEN), strict=True)):
+            value = risk[quantity]
+            axis.plot([0, value], [place, place], color=color, linewidth=2)
+            axis.plot(value, place, "o", color=color, markersize=10)
+            axis.annotate(f"{value:{form}}", (value, place), (9, 0), textcoords="offset points", va="center")
         axis.set(ylim=(2.7, -0.7), yticks=range(3), yticklabels=names)
         axis.grid(False, axis="y")
     axes[0].set(xlabel="mean cross-entropy", xlim=(0, 1.2 * max(risk["loss"] for risk in chain)))
@@ -71,16 +69,13 @@ def risk_chain(records: Mapping[int | None, Record]) -> Figure:
     """The risks of sections 3.1 and 4.2 in the order that theory gives them (kind `risks`): loss, and 0-1 loss."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2))
     for sharedness, record in records.items():
-        metrics = record.metrics
-        chain = [metrics["expected"], metrics["universal"], *metrics["heap"]]
+        chain = [record.metrics["expected"], record.metrics["universal"], *record.metrics["heap"]]
         for axis, quantity in zip(axes, ("loss", "error"), strict=True):
             values = [risk[quantity] for risk in chain]
             axis.plot(range(len(chain)), values, label=model_name(sharedness), markersize=8, **look(sharedness))
-    sizes = [row["sharedness"] for row in _first(records).metrics["heap"]]
-    ticks = ["$\\rho_{exp}$", "$\\rho_{uni}$", *(f"$\\rho_{{heap}}^{{({s})}}$" for s in sizes)]
-    if sizes[-1] == 1:
-        ticks[-1] = "$\\rho_{adv}$"
-    eps = _first(records).settings["eps"]
+    sizes = [row["sharedness"] for row in next(iter(records.values())).metrics["heap"]]
+    heaps = ["$\\rho_{adv}$" if s == 1 else f"$\\rho_{{heap}}^{{({s})}}$" for s in sizes]
+    ticks = ["$\\rho_{exp}$", "$\\rho_{uni}$", *heaps]
     for axis in axes:
         axis.set(xlabel="risk, from its lower bound to its upper bounds")
         axis.set_xticks(range(len(ticks)), ticks)
@@ -89,7 +84,8 @@ def risk_chain(records: Mapping[int | None, Record]) -> Figure:
     axes[1].set(title="0-1 loss")
     percent(axes[1], "misclassified images")
     axes[1].legend(loc="lower right")
-    return finish(figure, f"Risks at eps = {eps:g} pixel units · {_first(records).labels['dataset']}")
+    eps, dataset = _common(records, "eps")
+    return finish(figure, f"Risks at eps = {eps:g} pixel units · {dataset}")
 
 
 def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
@@ -108,26 +104,28 @@ def heap_overfitting(records: Mapping[int | None, Record]) -> Figure:
         plain_ticks(axis.xaxis, sizes)
         axis.set(xlabel="sharedness s (images in the heap, log scale)", title=model_name(sharedness))
         percent(axis, "misclassified images" if axis is axes[0][0] else "")
-    title = f"A shared perturbation fits its heap, eps = {_first(records).settings['eps']:g} pixel units"
-    return finish(figure, f"{title} · {_first(records).labels['dataset']}", legend=axes[0][0], fontsize=9)
+    eps, dataset = _common(records, "eps")
+    title = f"A shared perturbation fits its heap, eps = {eps:g} pixel units · {dataset}"
+    return finish(figure, title, legend=axes[0][0], fontsize=9)
 
 
 def loss_threshold(record: Record) -> Figure:
     """Winner takes all (section 4.3): loss of every image under perturbations found with and without kappa."""
     losses, kappa = record.arrays("losses"), record.settings["loss_threshold"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), width_ratios=(1.35, 1))
-    kinds = {"uncapped": ("without threshold", "0.6", "--"), "capped": ("with threshold $\\kappa$", GREEN, "-")}
-    for offset, (name, (label, color, line)) in enumerate(kinds.items()):
+    for name, label, color, line, offset in (
+        ("uncapped", "without threshold", "0.6", "--", -0.19),
+        ("capped", "with threshold $\\kappa$", GREEN, "-", 0.19),
+    ):
         share = (np.arange(len(losses[name])) + 1) / len(losses[name])
         left.plot(share, np.sort(losses[name])[::-1], color=color, linestyle=line, label=label, linewidth=2)
-        metrics = record.metrics[name]
-        heights = [metrics["error"], metrics["unseen_error"], metrics["top_tenth_share"]]
-        bars = right.bar(np.arange(3) + 0.38 * offset - 0.19, heights, 0.36, color=color, label=label)
+        heights = [record.metrics[name][share] for share in ("error", "unseen_error", "top_tenth_share")]
+        bars = right.bar(np.arange(3) + offset, heights, 0.36, color=color, label=label)
         right.bar_label(bars, [f"{height:.0%}" for height in heights], fontsize=9, padding=1)
     left.axhline(kappa, color="0.3", linestyle=":", linewidth=1.5, label=f"$\\kappa$ = {kappa:.2f}")
-    left.set(xlabel="images, from the largest loss to the smallest", ylabel="cross-entropy under the perturbation")
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
-    left.set(title="where the attack's loss goes")
+    left.set(xlabel="images, from the largest loss to the smallest", ylabel="cross-entropy under the perturbation")
+    left.set_title("where the attack's loss goes")
     left.legend()
     counted = ["misclassified:\nown heap", "misclassified:\nunseen images", "loss held by\nthe top tenth"]
     right.set_xticks(range(3), counted, fontsize=9)
@@ -136,9 +134,6 @@ def loss_threshold(record: Record) -> Figure:
     right.set_ylim(0, 1.12)
     s, eps = record.settings["sharedness"], record.settings["eps"]
     return finish(figure, f"Loss threshold: heaps of {s}, eps = {eps:g} pixel units · {record.labels['dataset']}")
-
-
-# --- section 5: robustness
 
 
 def step_schedule(schedules: Mapping[str, Sequence[float]], *, total: float, title: str) -> Figure:
@@ -161,28 +156,26 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
     figure, axes = plt.subplots(2, len(records), figsize=(4.8 * len(records), 6.4), sharey="row", squeeze=False)
     for (upper, lower), (sharedness, record) in zip(axes.T, records.items(), strict=True):
         asked, eps_uni = record.metrics["evaluations"][1:], record.metrics["eps_uni"]
-        delta, color = record.settings["delta"], look(sharedness)["color"]
-        low, high = 0.0, 255.0
+        delta, own = record.settings["delta"], {"color": look(sharedness)["color"], "linewidth": 1.2}
+        low, high = 0.0, LARGEST
         for step, question in enumerate(asked, start=1):
             upper.plot([step, step], [low, high], color="0.75", linewidth=5, solid_capstyle="butt", zorder=1)
             low, high = (low, question["eps"]) if question["success"] else (question["eps"], high)
-        for success, style in (
-            (True, {"color": GREEN, "marker": "v", "label": f"{delta:.0%} reached: go lower"}),
-            (False, {"color": RED, "marker": "^", "label": f"{delta:.0%} missed: go higher"}),
+        for success, color, marker, label in (
+            (True, GREEN, "v", f"{delta:.0%} reached: go lower"),
+            (False, RED, "^", f"{delta:.0%} missed: go higher"),
         ):
-            answered = [(step, q["eps"], q["rate"]) for step, q in enumerate(asked, 1) if q["success"] == success]
-            steps, epsilons, rates = zip(*answered, strict=True) if answered else ((), (), ())
-            alone = {"linestyle": "none", "zorder": 3, "clip_on": False}
-            upper.plot(steps, epsilons, **style, **alone)
-            lower.plot(epsilons, rates, **style, **alone)
+            style = {"color": color, "marker": marker, "label": label, "linestyle": "none", "clip_on": False}
+            answers = [(step, q["eps"], q["rate"]) for step, q in enumerate(asked, start=1) if q["success"] == success]
+            upper.plot([step for step, _, _ in answers], [eps for _, eps, _ in answers], zorder=3, **style)
+            lower.plot([eps for _, eps, _ in answers], [rate for _, _, rate in answers], zorder=3, **style)
         lower.axhline(delta, color="0.4", linestyle=":", label=f"delta = {delta:g}")
         if eps_uni is not None:
-            upper.axhline(eps_uni, color=color, linewidth=1.2, label=f"eps_uni = {eps_uni:.1f}")
-            lower.axvline(eps_uni, color=color, linewidth=1.2)
-        upper.set(xlabel="iteration of the search", title=model_name(sharedness))
+            upper.axhline(eps_uni, label=f"eps_uni = {eps_uni:.1f}", **own)
+            lower.axvline(eps_uni, **own)
         upper.set_yscale("symlog", linthresh=8, base=2)
-        upper.set_ylim(0, 290)
         lower.set_xscale("symlog", linthresh=8, base=2)
+        upper.set(xlabel="iteration of the search", title=model_name(sharedness), ylim=(0, 290))
         lower.set(xlabel="eps that was asked (pixel units, log scale)", xlim=(0, 290))
         for scale in (upper.yaxis, lower.xaxis):
             plain_ticks(scale, [0, 4, 8, 16, 32, 64, 128, 255])
@@ -191,8 +184,8 @@ def search_trace(records: Mapping[int | None, Record]) -> Figure:
         percent(lower, "success rate" if lower is axes[1][0] else "")
         upper.legend(fontsize=9, loc="upper right")
     axes[1][0].legend(fontsize=9, loc="lower right")
-    title = "Binary search for the smallest universal perturbation"
-    return finish(figure, f"{title} · {_first(records).labels['dataset']}")
+    _, dataset = _common(records, "delta")
+    return finish(figure, f"Binary search for the smallest universal perturbation · {dataset}")
 
 
 def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mapping[int | None, Record]) -> Figure:
@@ -202,12 +195,9 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
     for sharedness, record in adversarial.items():
         style = {"color": look(sharedness)["color"], "linewidth": 2}
         epsilons = np.sort(record.arrays("epsilons")["epsilons"])
-        share = np.arange(1, len(epsilons) + 1) / len(epsilons)
-        reached = np.isfinite(epsilons)
-        later = reached & (epsilons > smallest)
-        x = np.concatenate([[smallest], epsilons[later], [255.0]])
-        y = np.concatenate([[np.mean(epsilons <= smallest)], share[later], [reached.mean()]])
-        axis.step(x, y, where="post", label=f"{model_name(sharedness)}: image-dependent", **style)
+        x = [smallest, *epsilons[(epsilons > smallest) & np.isfinite(epsilons)], LARGEST]
+        shares = [np.mean(epsilons <= eps) for eps in x]
+        axis.step(x, shares, where="post", label=f"{model_name(sharedness)}: image-dependent", **style)
         # Without the question eps = 0: a line from there would cross what nobody asked.
         asked = sorted(universal[sharedness].metrics["evaluations"][1:], key=lambda q: q["eps"])
         x, y = [q["eps"] for q in asked], [q["rate"] for q in asked]
@@ -215,7 +205,7 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
         for value, marker in ((record.metrics["eps_adv"], "o"), (universal[sharedness].metrics["eps_uni"], "D")):
             if value is not None:
                 axis.plot(max(value, smallest), record.settings["delta"], marker, markersize=8, **style)
-    delta = _first(adversarial).settings["delta"]
+    delta, dataset = _common(adversarial, "delta")
     axis.axhline(delta, color="0.4", linestyle=":", zorder=1, label=f"delta = {delta:g}")
     axis.set_xscale("log", base=2)
     plain_ticks(axis.xaxis, [smallest, 1, 4, 16, 64, 255])
@@ -224,4 +214,4 @@ def robustness_curves(adversarial: Mapping[int | None, Record], universal: Mappi
         axis.plot([], [], marker, color="0.4", markersize=8, label=name)
     percent(axis, "images fooled within eps")
     axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return finish(figure, f"Robustness to both kinds of perturbation · {_first(adversarial).labels['dataset']}")
+    return finish(figure, f"Robustness to both kinds of perturbation · {dataset}")

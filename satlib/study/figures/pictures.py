@@ -8,19 +8,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from satlib.study.figures import (
-    PALETTE,
-    RED,
-    as_picture,
-    finish,
-    name_row,
-    perturbation_picture,
-    picture_panels,
-    show_picture,
-)
+from satlib.study import figures
+from satlib.study.figures import as_picture, perturbation_picture
 from satlib.study.records import Record
 
 
@@ -37,19 +30,19 @@ class Row:
 def gallery(rows: Sequence[Row], *, title: str) -> Figure:
     """Rows of pictures, one column for each image; a red caption marks a wrong prediction."""
     columns = max(len(row.pictures) for row in rows)
-    figure, axes = picture_panels(len(rows), columns, 1.25 * columns + 1.9, 1.45 * len(rows) + 0.5)
+    figure, axes = figures.picture_panels(len(rows), columns, 1.25 * columns + 1.9, 1.45 * len(rows) + 0.5)
     for row, line in zip(rows, axes, strict=True):
-        name_row(line[0], row.name, fontsize=10, labelpad=8)
+        figures.name_row(line[0], row.name, fontsize=10, labelpad=8)
         for axis in line[len(row.pictures) :]:
             axis.set_visible(False)
         for axis, picture, caption, wrong in itertools.zip_longest(line, row.pictures, row.captions, row.wrong):
             if picture is not None:
-                show_picture(axis, picture, caption, **_prediction_style(wrong))
-    return finish(figure, title)
+                figures.show_picture(axis, picture, caption, **_prediction_style(wrong))
+    return figures.finish(figure, title)
 
 
 def _prediction_style(wrong: bool | None) -> dict[str, str]:
-    return {"color": RED, "fontweight": "bold"} if wrong else {"color": "0.2", "fontweight": "normal"}
+    return {"color": figures.RED, "fontweight": "bold"} if wrong else {"color": "0.2", "fontweight": "normal"}
 
 
 def two_attacks(record: Record) -> Figure:
@@ -71,12 +64,14 @@ def two_attacks(record: Record) -> Figure:
 
 
 def shared_training(record: Record) -> Figure:
-    """Figure 2 from the record of a real mini-batch (kind `heap_trace`): one lane for each heap, read left to right."""
+    """Figure 2 from the record of a real mini-batch (kind `heap_trace`): one lane for each heap, read left to right.
+
+    It is drawn in inches, by hand, on one axis without a frame.
+    """
     arrays, config, names = record.arrays("trace"), record.settings, record.metrics
     images, s, eps, steps = arrays["images"], config["sharedness"], config["eps"], config["steps"]
     d, heaps = len(images), len(arrays["perturbations"][0])
     alpha = config["relative_step_size"] * eps
-    summed = [np.sign(arrays["gradients"][h * s : (h + 1) * s].sum(0)) for h in range(heaps)]
     broadcast = np.repeat(arrays["perturbations"][-1], s, axis=0)[:d]
     across = math.ceil(math.sqrt(s))
     down = math.ceil(s / across)
@@ -85,7 +80,11 @@ def shared_training(record: Record) -> Figure:
     widths = [block, block, single, single, block, block]
     starts = [left + sum(widths[:i]) + i * arrow for i in range(len(widths))]
     width, top = starts[-1] + block + 0.34, 0.7 + heaps * (lane + 0.14)
-    canvas = _Canvas(width, top + 1.08)
+    figure = plt.figure(figsize=(width, top + 1.08))
+    figure.set_layout_engine("none")  # not by argument: saving as PDF would then lay it out after all
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(0, top + 1.08))
+    axis.axis("off")
     gradient = "$g_i=\\nabla_{\\xi}\\,L_{adv}(\\theta,\\,x_i+\\xi^{(k)},\\,y_i)$"
     headings = (
         ("mini-batch", f"$d$ = {d} images in\n$d/s$ = {heaps} heaps of $s$ = {s}"),
@@ -96,67 +95,56 @@ def shared_training(record: Record) -> Figure:
         ("adversarial images", "$x_i+\\xi$, clamped\nto [0, 255]"),
     )
     for x, extent, (name, formula) in zip(starts, widths, headings, strict=True):
-        canvas.text(x + extent / 2, top + 0.56, name, fontsize=10.5, fontweight="bold")
-        canvas.text(x + extent / 2, top + 0.22, formula, fontsize=8, color="0.25")
+        _text(axis, x + extent / 2, top + 0.56, name, fontsize=10.5, fontweight="bold")
+        _text(axis, x + extent / 2, top + 0.22, formula, fontsize=8, color="0.25")
     operations = ("$\\nabla_{\\xi}$", "$\\sum$, sgn, $\\times\\alpha_k$", "add, clip", f"$\\times\\,{s}$", "$+\\,x_i$")
-    colors = [PALETTE[heap % len(PALETTE)] for heap in range(heaps)]
     for heap in range(heaps):
+        color, members = figures.PALETTE[heap % len(figures.PALETTE)], range(heap * s, min((heap + 1) * s, d))
         base = top - 0.1 - (heap + 1) * (lane + 0.14) + 0.14
-        middle, members = base + lane / 2, range(heap * s, min((heap + 1) * s, d))
-        canvas.lane(0.12, base, width - 0.24, lane, colors[heap])
-        canvas.text(0.34, middle, f"heap {heap + 1}", rotation=90, fontsize=10, color=colors[heap], fontweight="bold")
+        middle = base + lane / 2
+        style = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": (color, 0.10), "edgecolor": (color, 0.55)}
+        axis.add_patch(FancyBboxPatch((0.12, base), width - 0.24, lane, **style))
+        _text(axis, 0.34, middle, f"heap {heap + 1}", rotation=90, fontsize=10, color=color, fontweight="bold")
         for place, i in enumerate(members):
             dx, y = (place % across) * pitch, base + lane - 0.12 - (place // across) * (pitch + 0.15) - tile
             label, prediction = names["labels"][i], names["adversarial_predictions"][i]
-            canvas.picture(starts[0] + dx, y, tile, as_picture(images[i]), label)
-            canvas.picture(starts[1] + dx, y, tile, perturbation_picture(arrays["gradients"][i]))
-            canvas.picture(starts[4] + dx, y, tile, perturbation_picture(broadcast[i], eps))
-            adversarial = as_picture(arrays["adversarial"][i])
-            canvas.picture(starts[5] + dx, y, tile, adversarial, prediction, wrong=prediction != label)
-        canvas.picture(starts[2], middle - single / 2, single, perturbation_picture(summed[heap], 1.0))
+            for column, picture in (
+                (0, as_picture(images[i])),
+                (1, perturbation_picture(arrays["gradients"][i])),
+                (4, perturbation_picture(broadcast[i], eps)),
+                (5, as_picture(arrays["adversarial"][i])),
+            ):
+                _picture(axis, starts[column] + dx, y, tile, picture)
+            for column, name in ((0, label), (5, prediction)):
+                below = _prediction_style(name != label)
+                _text(axis, starts[column] + dx + tile / 2, y - 0.07, name, fontsize=6.5, **below)
+        step = np.sign(arrays["gradients"][members].sum(0))
+        _picture(axis, starts[2], middle - single / 2, single, perturbation_picture(step, 1.0))
         last = arrays["perturbations"][-1][heap]
-        canvas.picture(starts[3], middle - single / 2, single, perturbation_picture(last, eps))
+        _picture(axis, starts[3], middle - single / 2, single, perturbation_picture(last, eps))
         for i, operation in enumerate(operations):
-            canvas.arrow((starts[i] + widths[i] + 0.04, middle), (starts[i + 1] - 0.08, middle))
-            canvas.text(starts[i + 1] - arrow / 2 - 0.02, middle + 0.16, operation, fontsize=7)
+            _arrow(axis, (starts[i] + widths[i] + 0.04, middle), (starts[i + 1] - 0.08, middle))
+            _text(axis, starts[i + 1] - arrow / 2 - 0.02, middle + 0.16, operation, fontsize=7)
     floor = top - 0.1 - heaps * (lane + 0.14) + 0.14
-    canvas.loop(starts[3] + single / 2, starts[1] + block / 2, floor - 0.04, 0.3)
+    start, end, below = starts[3] + single / 2, starts[1] + block / 2, floor - 0.34
+    axis.plot([start, start, end], [floor - 0.04, below, below], color="0.25", linewidth=1.3, zorder=2)
+    _arrow(axis, (end, below), (end, floor + 0.02), head=12)
     update = "$\\xi^{(k+1)}=\\mathrm{clip}(\\xi^{(k)}+\\mathrm{step},\\,-\\varepsilon,\\,\\varepsilon)$"
-    canvas.text((starts[3] + single + starts[1] + block) / 2, floor - 0.5, f"$K$ = {steps} times: {update}", fontsize=9)
+    _text(axis, (start + single / 2 + end + block / 2) / 2, floor - 0.5, f"$K$ = {steps} times: {update}", fontsize=9)
     objective = "then train on $\\sigma\\,L(\\theta,x+\\xi,y)+(1-\\sigma)\\,L(\\theta,x,y)$"
-    canvas.text(width - 0.12, floor - 0.26, objective, fontsize=9, ha="right")
-    canvas.text(0.12, top + 0.92, f"Shared adversarial training · {record.labels['dataset']}", fontsize=12, ha="left")
-    return canvas.figure
+    _text(axis, width - 0.12, floor - 0.26, objective, fontsize=9, ha="right")
+    _text(axis, 0.12, top + 0.92, f"Shared adversarial training · {record.labels['dataset']}", fontsize=12, ha="left")
+    return figure
 
 
-class _Canvas:
-    """A drawing surface in inches: pictures, lanes, arrows and text on one axis without a frame."""
+def _picture(axis: Axes, x: float, y: float, size: float, picture: np.ndarray) -> None:
+    axis.imshow(picture, extent=(x, x + size, y, y + size), aspect="auto", zorder=3)
 
-    def __init__(self, width: float, height: float) -> None:
-        self.figure = plt.figure(figsize=(width, height))
-        self.figure.set_layout_engine("none")  # not by argument: saving as PDF would then lay it out after all
-        self.axis = self.figure.add_axes((0, 0, 1, 1))
-        self.axis.set(xlim=(0, width), ylim=(0, height))
-        self.axis.axis("off")
 
-    def picture(
-        self, x: float, y: float, size: float, picture: np.ndarray, name: str = "", wrong: bool = False
-    ) -> None:
-        self.axis.imshow(picture, extent=(x, x + size, y, y + size), aspect="auto", zorder=3)
-        if name:
-            self.text(x + size / 2, y - 0.07, name, fontsize=6.5, **_prediction_style(wrong))
+def _text(axis: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    axis.text(x, y, text, zorder=5, **{"ha": "center", "va": "center"} | style)
 
-    def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        self.axis.text(x, y, text, zorder=5, **{"ha": "center", "va": "center"} | style)
 
-    def lane(self, x: float, y: float, width: float, height: float, color: str) -> None:
-        style = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": (color, 0.10), "edgecolor": (color, 0.55)}
-        self.axis.add_patch(FancyBboxPatch((x, y), width, height, **style))
-
-    def arrow(self, start: tuple[float, float], end: tuple[float, float], head: float = 10) -> None:
-        style = {"arrowstyle": "-|>", "mutation_scale": head, "color": "0.25", "shrinkA": 0, "shrinkB": 0}
-        self.axis.add_patch(FancyArrowPatch(start, end, **style))
-
-    def loop(self, start: float, end: float, y: float, depth: float) -> None:
-        self.axis.plot([start, start, end], [y, y - depth, y - depth], color="0.25", linewidth=1.3, zorder=2)
-        self.arrow((end, y - depth), (end, y + 0.06), head=12)
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], head: float = 10) -> None:
+    style = {"arrowstyle": "-|>", "mutation_scale": head, "color": "0.25", "shrinkA": 0, "shrinkB": 0}
+    axis.add_patch(FancyArrowPatch(start, end, **style))

@@ -1,58 +1,31 @@
 """Figures of sections 6.3 and 6.4, and Figure 1: segmentations, and the perturbations that change them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from satlib.robustness import LARGEST
+from satlib.study import figures
 from satlib.study.claims import size_text
 from satlib.study.claims.scenes import SceneModel
-from satlib.study.figures import (
-    BLUE,
-    EPS,
-    RED,
-    REFERENCE,
-    as_picture,
-    finish,
-    height_of,
-    look,
-    name_row,
-    perturbation_picture,
-    picture_panels,
-    robustness_label,
-    show_picture,
-)
+from satlib.study.figures import BLUE, EPS, RED, REFERENCE, as_picture, finish, height_of, look
 
-# The colours of Cityscapes' own pictures, by what a class shows.
-COLOURS = {
-    "road": (128, 64, 128),
-    **dict.fromkeys(("sidewalk", "pavement"), (244, 35, 232)),
-    "building": (70, 70, 70),
-    "wall": (102, 102, 156),
-    "fence": (190, 153, 153),
-    "pole": (153, 153, 153),
-    "traffic light": (250, 170, 30),
-    **dict.fromkeys(("traffic sign", "sign symbol", "sign"), (220, 220, 0)),
-    **dict.fromkeys(("vegetation", "tree"), (107, 142, 35)),
-    "terrain": (152, 251, 152),
-    "sky": (70, 130, 180),
-    **dict.fromkeys(("person", "pedestrian"), (220, 20, 60)),
-    **dict.fromkeys(("rider", "bicyclist"), (255, 0, 0)),
-    "car": (0, 0, 142),
-    "truck": (0, 0, 70),
-    "bus": (0, 60, 100),
-    "train": (0, 80, 100),
-    "motorcycle": (0, 0, 230),
-    "bicycle": (119, 11, 32),
-}
-UNKNOWN = (255, 255, 255)
+_SEEN = (  # the colours of Cityscapes' own pictures, and what is drawn in each
+    "#804080 road, #f423e8 sidewalk, #f423e8 pavement, #464646 building, #66669c wall, #be9999 fence, #999999 pole,"
+    " #faaa1e traffic light, #dcdc00 traffic sign, #dcdc00 sign symbol, #dcdc00 sign, #6b8e23 vegetation, #6b8e23 tree,"
+    " #98fb98 terrain, #4682b4 sky, #dc143c person, #dc143c pedestrian, #ff0000 rider, #ff0000 bicyclist, #00008e car,"
+    " #000046 truck, #003c64 bus, #005064 train, #0000e6 motorcycle, #770b20 bicycle"
+)
+COLOURS = {name: color for color, _, name in (each.partition(" ") for each in _SEEN.split(", "))}
+UNKNOWN = "white"
 MODELS = {"erm": "ERM", "s1": "s = 1", "s5": "s = 5"}  # by their place in the keys of the paper's numbers
 HOLLOW = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
 SMALL = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
@@ -61,7 +34,7 @@ SMALL = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
 def colour(labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """A segmentation (H, W) as a picture (H, W, 3) uint8; what has no class is black."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(classes)] = [COLOURS.get(name, UNKNOWN) for name in classes]
+    table[: len(classes)] = np.rint(255 * to_rgba_array([COLOURS.get(name, UNKNOWN) for name in classes])[:, :3])
     return table[labels.astype(np.uint8)]
 
 
@@ -69,49 +42,52 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
     """Figure 5: mean IoU (left), eps_adv (middle) and eps_uni (right) along the training of each defence.
 
     The undefended model is a dashed line, untargeted results stand by themselves at the last epoch; what nothing
-    reached stands on a dotted line at 255. reported: the paper's numbers by their keys, drawn as crosses beside the
-    last epoch.
+    reached stands on a dotted line at 255. reported: the paper's numbers by their keys, crosses beside the last epoch.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13.0, 4.6))
     last = max((each.epoch for m in models if m.family != "ERM" for each in m.curve), default=1)
-    axes[0].set(ylabel="mean IoU on clean test scenes (%)", title="clean images")
-    axes[1].set(ylabel=robustness_label("adv", delta), title="image-dependent")
-    axes[2].set(ylabel=robustness_label("uni", delta), title="universal")
-    panels = (  # what a model has to draw, its standard error, the same without a target, and the paper's numbers
-        ("iou", None, None, ("erm/iou",)),
-        ("eps_adv", "error", "untargeted_adv", ("s1/eps_adv", "s5/eps_adv")),
-        ("eps_uni", None, "untargeted", [f"{model}/eps_uni_targeted" for model in MODELS]),
+    uni = [f"{model}/eps_uni_targeted" for model in MODELS]
+    panels = (  # what a model has to draw, the same without a target, the paper's numbers, and the words for it
+        ("iou", "", ["erm/iou"], "mean IoU on clean test scenes (%)", "clean images"),
+        (
+            "eps_adv",
+            "untargeted_adv",
+            ["s1/eps_adv", "s5/eps_adv"],
+            figures.robustness_label("adv", delta),
+            "image-dependent",
+        ),
+        ("eps_uni", "untargeted", uni, figures.robustness_label("uni", delta), "universal"),
     )
-    for axis, (name, error, untargeted, paper) in zip(axes, panels, strict=True):
+    for axis, (name, untargeted, paper, label, title) in zip(axes, panels, strict=True):
+        drawn = [getattr(each, name) for m in models for each in m.curve]
         for m in models:
             if m.family == "ERM":
                 level = height_of(getattr(m, name))
                 axis.axhline(level, color="black", linestyle="--", linewidth=1.2, label="ERM (undefended)")
             else:
                 style = look(m.family) | {"capsize": 3, "linewidth": 1.5, "markersize": 6}
-                spread = [getattr(each, error) or 0.0 for each in m.curve] if error else None
+                spread = [each.error or 0.0 for each in m.curve] if name == "eps_adv" else None
                 xs, ys = [each.epoch for each in m.curve], [height_of(getattr(each, name)) for each in m.curve]
                 axis.errorbar(xs, ys, yerr=spread, label=m.title, **style)
             if untargeted:
+                drawn.append(getattr(m, untargeted))
                 place = 1.06 * last if m.family != "ERM" else 1.11 * last
-                axis.plot(place, height_of(getattr(m, untargeted)), **look(m.family), **HOLLOW)
-        if untargeted and any(
-            each is None for m in models for each in (getattr(m, untargeted), *(getattr(e, name) for e in m.curve))
-        ):
+                axis.plot(place, height_of(drawn[-1]), **look(m.family), **HOLLOW)
+        if None in drawn:
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
             axis.annotate(f"{size_text(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
         for key in paper:
             point = (1.16 * last, reported[f"cityscapes/{key}"])
             axis.plot(*point, **REFERENCE)
             axis.annotate(MODELS[key.partition("/")[0]], point, xytext=(-6, -3), ha="right", **SMALL)
-        axis.set(xlabel="epoch of fine-tuning", xlim=(0, 1.2 * last))
+        axis.set(xlabel="epoch of fine-tuning", ylabel=label, title=title, xlim=(0, 1.2 * last))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(bottom=0)
-    drawn, _ = axes[2].get_legend_handles_labels()
+    lines, _ = axes[2].get_legend_handles_labels()
     hollow = plt.Line2D([], [], color="0.3", marker="o", label="untargeted", **HOLLOW)
     crosses = plt.Line2D([], [], label="the paper (Cityscapes, delta = 0.95)", **REFERENCE)
     title = f"Robustness along the training, lines: for the target scene · {dataset}"
-    return finish(figure, title, legend=[*drawn, hollow, crosses], ncols=5)
+    return finish(figure, title, legend=[*lines, hollow, crosses], ncols=5)
 
 
 def segmentations(
@@ -122,26 +98,24 @@ def segmentations(
     rows: `title`, and `panels`: for each column (kind, array), kind "picture" (C, H, W) in 0..255, "perturbation"
     (C, H, W) in pixel units, "labels" (H, W), or None for an empty one; and `captions` for them, where there are any.
     """
-    shape = next(array.shape[-2:] for row in rows for panel in row["panels"] if panel for array in [panel[1]])
-    captioned = any(row.get("captions") for row in rows)
-    row_height, width = 2.5 * shape[0] / shape[1] + (0.3 if captioned else 0.1), 2.5 * len(columns) + 1.2
-    figure, axes = picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
-    drawn: dict[str, Callable[[np.ndarray], np.ndarray]] = {"picture": as_picture, "perturbation": perturbation_picture}
+    height, breadth = next(panel for row in rows for panel in row["panels"] if panel)[1].shape[-2:]
+    row_height = 2.5 * height / breadth + (0.3 if any(row.get("captions") for row in rows) else 0.1)
+    width = 2.5 * len(columns) + 1.2
+    figure, axes = figures.picture_panels(len(rows), len(columns), width, row_height * len(rows) + 1.1)
+    drawn: dict[str, Any] = {"picture": as_picture, "perturbation": figures.perturbation_picture}
     drawn["labels"] = partial(colour, classes=classes)
     seen: set[int] = set()
     for row, line in zip(rows, axes, strict=True):
         for column, (axis, panel) in enumerate(zip(line, row["panels"], strict=True)):
-            if panel is None:
-                continue
-            kind, array = panel
-            if kind == "labels":
-                seen |= set(np.unique(array).tolist())
-            show_picture(axis, drawn[kind](array), row.get("captions", {}).get(column, ""), fontsize=8)
-        name_row(line[0], row["title"].replace(", ", "\n"))
+            if panel:
+                kind, array = panel
+                seen |= set(array.flat) if kind == "labels" else set()
+                figures.show_picture(axis, drawn[kind](array), row.get("captions", {}).get(column, ""), fontsize=8)
+        figures.name_row(line[0], row["title"].replace(", ", "\n"))
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=9)
-    shown = [(classes[i], np.divide(COLOURS.get(classes[i], UNKNOWN), 255)) for i in sorted(seen) if i < len(classes)]
-    legend = [Patch(color=tuple(rgb), label=name) for name, rgb in shown]
+    shown = [classes[i] for i in sorted(seen) if i < len(classes)]
+    legend = [Patch(color=COLOURS.get(name, UNKNOWN), label=name) for name in shown]
     ncols = min(len(legend), int(width / 1.1))
     return finish(figure, title, legend=legend, ncols=ncols, fontsize=8, size=11 if width > 7 else 9)
 
@@ -152,21 +126,21 @@ def structure(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Fig
     measured: metrics of `perturbation_structure` by a model's title. Every dot is a test scene, bars are means.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2))
-    labels = (
-        ("weakening", "weakens the edges of the image\n(minus cosine of both gradients)"),
-        ("target_structure", "has its edges on the target's boundaries\n(correlation)"),
-    )
+    labels = {
+        "weakening": "weakens the edges of the image\n(minus cosine of both gradients)",
+        "target_structure": "has its edges on the target's boundaries\n(correlation)",
+    }
     random = np.random.default_rng(0)
-    for axis, (name, text) in zip(axes, labels, strict=True):
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for place, metrics in enumerate(measured.values()):
-            for shift, kind, hue in ((-0.2, "own", RED), (0.2, "universal", BLUE)):
+            for middle, kind, hue in ((place - 0.2, "own", RED), (place + 0.2, "universal", BLUE)):
                 values = np.asarray(metrics[kind][name])
-                axis.bar(place + shift, values.mean(), width=0.36, color=hue, alpha=0.45)
+                axis.bar(middle, values.mean(), width=0.36, color=hue, alpha=0.45)
                 jitter = random.uniform(-0.1, 0.1, len(values))
-                axis.plot(place + shift + jitter, values, linestyle="none", marker="o", markersize=3.5, color=hue)
+                axis.plot(middle + jitter, values, linestyle="none", marker="o", markersize=3.5, color=hue)
             axis.axhline(0, color="0.3", linewidth=0.8)
-        axis.set_xticks(range(len(measured)), [name.replace(", ", "\n") for name in measured], fontsize=9)
-        axis.set_ylabel(text)
+        axis.set_xticks(range(len(measured)), [title.replace(", ", "\n") for title in measured], fontsize=9)
+        axis.set_ylabel(label)
         axis.grid(axis="x", visible=False)
     legend = [Patch(color=RED, alpha=0.6, label="image-dependent"), Patch(color=BLUE, alpha=0.6, label="universal")]
     eps = next(iter(measured.values()))["eps"]
@@ -180,13 +154,12 @@ def hiding(scores: Sequence[tuple[SceneModel, Sequence[Mapping[str, Any]]]], *, 
     scores: models, each with those of its `hiding` record.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2), sharex=True)
-    for axis, measure in zip(axes, ("hidden", "kept"), strict=True):
+    labels = {"hidden": f"pixels of {hide!r} that are gone (%)", "kept": "other pixels that stay as they were (%)"}
+    for axis, (measure, label) in zip(axes, labels.items(), strict=True):
         for model, by_eps in scores:
             shares = [np.nan if score[measure] is None else 100 * score[measure] for score in by_eps]
             axis.plot([score["eps"] for score in by_eps], shares, label=model.title, **look(model.family))
-        axis.set(ylim=(0, 102), xlabel=EPS)
-    axes[0].set_ylabel(f"pixels of {hide!r} that are gone (%)")
-    axes[1].set_ylabel("other pixels that stay as they were (%)")
+        axis.set(ylim=(0, 102), xlabel=EPS, ylabel=label)
     return finish(figure, f"One perturbation that hides every {hide} · {dataset}", legend=axes[0])
 
 
@@ -212,18 +185,18 @@ def figure1(
     A row for each of the two: the image, then for each model the image with its perturbation and what is seen.
     """
     columns = 1 + max(len(classified), 2 * len(segmented))
-    figure, axes = picture_panels(2, columns, 2.6 * columns, 5.4)
+    figure, axes = figures.picture_panels(2, columns, 2.6 * columns, 5.4)
     for line, rows, dataset in zip(axes, (classified, segmented), datasets, strict=True):
         free = iter(line)
-        show_picture(next(free), as_picture(rows[0].clean), f"clean\n{dataset}", fontsize=8, labelpad=4)
+        figures.show_picture(next(free), as_picture(rows[0].clean), f"clean\n{dataset}", fontsize=8, labelpad=4)
         for row in rows:
-            axis, picture = next(free), as_picture(row.clean + row.xi)
+            axis, named = next(free), isinstance(row.seen, str)
             axis.set_title(f"{row.title}\n{row.words}", fontsize=8)
-            if isinstance(row.seen, str):
-                show_picture(axis, picture, f"taken for: {row.seen}", labelpad=4)
-            else:
-                show_picture(axis, picture)
-                show_picture(next(free), colour(row.seen, classes), "what is seen", labelpad=4)
+            figures.show_picture(
+                axis, as_picture(row.clean + row.xi), f"taken for: {row.seen}" if named else "", labelpad=4
+            )
+            if not named:
+                figures.show_picture(next(free), colour(row.seen, classes), "what is seen", labelpad=4)
         for axis in free:
             axis.set_visible(False)
     axes[0, 0].set_ylabel("classification", fontsize=10)
