@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.data.imageset import Splits
-from satlib.device import autocast
+from satlib.device import logits_of
 from satlib.errors import SatlibError
 
 
@@ -57,12 +57,7 @@ def without(labels: Tensor, hidden: int) -> Tensor:
 @torch.no_grad()
 def segment(model: nn.Module, images: Tensor, *, batch_size: int = 4) -> Tensor:
     """Predicted classes uint8 (n, H, W) of images (n, C, H, W) in 0..255, by the model as it is given."""
-    found = []
-    for x in images.split(batch_size):
-        with autocast(images.device):
-            predicted = model(x.float().contiguous(memory_format=torch.channels_last)).argmax(1)
-        found.append(predicted.to(torch.uint8))
-    return torch.cat(found)
+    return torch.cat([logits_of(model, x.float()).argmax(1).to(torch.uint8) for x in images.split(batch_size)])
 
 
 def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, float | None]:
