@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import attackable, perturb
-from satlib.checks import check_whole, per_heap
-from satlib.errors import SatlibError
+from satlib.checks import check, check_whole, per_heap
 
 
 def deepfool(
@@ -78,8 +77,7 @@ def universal_deepfool(
     pass. Raises SatlibError on eps outside [0, 255], and on what else is out of range.
     """
     bounds = per_heap(eps, None, images.device).flatten().tolist()
-    if not 0 < fooling_rate <= 1:
-        raise SatlibError(f"fooling_rate={fooling_rate!r}: expected a share in (0, 1]")
+    check("a share in (0, 1]", lambda value: 0 < value <= 1, fooling_rate=fooling_rate)
     check_whole(batch_size=batch_size, passes=passes)
     _check(classes, steps, overshoot)
     found = []
@@ -124,5 +122,4 @@ def _linearised(net: nn.Module, images: Tensor, v: Tensor, candidates: Tensor) -
 def _check(classes: int, steps: int, overshoot: float) -> None:
     check_whole(classes=classes, least=2)
     check_whole(steps=steps)
-    if not overshoot >= 0:
-        raise SatlibError(f"overshoot={overshoot!r}: expected at least 0")
+    check("at least 0", lambda value: value >= 0, overshoot=overshoot)

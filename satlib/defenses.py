@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from torch.nn import Module
 
 from satlib.attacks import heap_pgd, perturb
 from satlib.checks import check, check_eps, check_whole
@@ -66,7 +67,7 @@ class DeepFoolUAD(Pool):
         check("a probability", lambda value: 0 <= value <= 1, share=share)
         self.pool_size, self.epochs_each, self.share, self.images_each = pool_size, epochs_each, share, images_each
 
-    def start_epoch(self, model: nn.Module, epoch: int, generator: Generator) -> None:
+    def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         if epoch % self.epochs_each:
             return
         crafted = []
@@ -76,9 +77,7 @@ class DeepFoolUAD(Pool):
             self.progress(f"universal perturbation {index + 1}/{self.pool_size}")
         self.pool = torch.cat(crafted)
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
-    ) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
         which = torch.randint(len(self.pool), (len(images),), generator=generator).to(images.device)
         gets = (torch.rand(len(images), generator=generator) < self.share).to(images.device)
         seen = perturb(images, self.pool[which] * gets.view(-1, 1, 1, 1), 1)
@@ -95,14 +94,12 @@ class FictitiousPlay(Pool):
     def __init__(self, data: ImageSet, *, eps: float, attack: UniversalAttack = mean_of_signs, **settings: Any) -> None:
         super().__init__(data, eps=eps, attack=attack, **settings)
 
-    def start_epoch(self, model: nn.Module, epoch: int, generator: Generator) -> None:
+    def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         xi = self.attack(model, self.data.images, self.data.labels, generator=generator)
         self.pool = torch.cat([self.pool, xi])
         self.progress(f"best response {epoch + 1}")
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
-    ) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
         drawn = int(torch.randint(len(self.pool), (1,), generator=generator))
         return mixed_loss(model, images, perturb(images, self.pool[drawn : drawn + 1]), labels, settings)
 
@@ -120,9 +117,7 @@ class UniversalAdversarialTraining(Adversary):
         self.step = {"eps": eps, "steps": 1, "step_size": relative_step_size * eps}
         self.xi = torch.zeros(1, *data.images.shape[1:], device=data.device)
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
-    ) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
         step = settings.attack() | self.step
         self.xi = heap_pgd(model, images, labels, sharedness=len(images), start=self.xi, **step)
         return mixed_loss(model, images, perturb(images, self.xi), labels, settings)

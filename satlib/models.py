@@ -18,7 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from satlib.checks import check, check_known
 from satlib.errors import SatlibError
 
-
 Channels: TypeAlias = Sequence[float]  # one value a channel, in pixel units
 MEAN, STD = (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)
 STEMS = {"large": (7, 2), "half": (3, 2), "full": (3, 1)}  # kernel and stride
@@ -119,7 +118,7 @@ class UnitInputs(Statistics):
 
 
 class ResNet(Normalised):
-    """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` feature maps (section 6.1: depth 20, width 64)."""
+    """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` maps (section 6.1: depth 20, width 64)."""
 
     def __init__(
         self, *, depth: int = 20, width: int = 64, classes: int = 10, mean: Channels = MEAN, std: Channels = STD
@@ -148,8 +147,8 @@ class ResNet(Normalised):
 class BottleneckResNet(Normalised):
     """torchvision's residual network of bottleneck blocks; by default WRN-50-2 (section 6.2), 224x224 or larger.
 
-    layers: blocks in each of the four stages; group_width: inner maps of the first stage's blocks, doubled from stage to
-    stage (ResNet-50: 64, WRN-50-2: 128); expansion: each stage's maps, in units of 64, 128, 256, 512. stem: "large", a
+    layers: blocks in each of the four stages; group_width: inner maps of the first stage's blocks, doubled from each to
+    the next (ResNet-50: 64, WRN-50-2: 128); expansion: each stage's maps, in units of 64, 128, 256, 512. stem: "large", a
     7x7 convolution and a pooling that leave a quarter of the resolution; for small images "half", a 3x3 convolution
     with stride 2, or "full", without. The weights' names below `net.` are torchvision's: see `load_pretrained`.
     """

@@ -91,11 +91,6 @@ def weakening(images: Tensor, perturbations: Tensor) -> Tensor:
     return -F.cosine_similarity(edges, change)
 
 
-def boundaries(labels: Tensor) -> Tensor:
-    """Where a segmentation (H, W) changes its class to the right or downwards: float (H - 1, W - 1) of 0 and 1."""
-    return ((labels[:-1, 1:] != labels[:-1, :-1]) | (labels[1:, :-1] != labels[:-1, :-1])).float()
-
-
 def target_structure(perturbations: Tensor, target: Tensor, *, blur: int = 5) -> Tensor:
     """How far the edges of each perturbation (n, C, H, W) lie on the boundaries of the target (H, W): (n,), in [-1, 1].
 
@@ -103,6 +98,7 @@ def target_structure(perturbations: Tensor, target: Tensor, *, blur: int = 5) ->
     """
     strength = gradients(perturbations.float()).square().sum((1, 2)).sqrt()
     smooth = F.avg_pool2d(strength[:, None], blur, 1, blur // 2)[:, 0].flatten(1)
-    lines = F.avg_pool2d(boundaries(target)[None, None], blur, 1, blur // 2).flatten()
+    boundaries = (gradients(target[None, None].float()) != 0).any(2).float()
+    lines = F.avg_pool2d(boundaries, blur, 1, blur // 2).flatten()
     smooth, lines = smooth - smooth.mean(1, keepdim=True), lines - lines.mean()
     return F.cosine_similarity(smooth, lines.expand_as(smooth))

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
@@ -108,7 +109,7 @@ def learning_rate_at(settings: Training, epoch: float) -> float:
 
 
 def shared_adversarial_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
+    model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
 ) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
@@ -120,14 +121,14 @@ def shared_adversarial_loss(
     return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
 
 
-def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
+def mixed_loss(model: Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
     """sigma * L(theta, adversarial, y) + (1 - sigma) * L(theta, images, y), in one forward pass of both halves."""
     halves = logits_of(model, torch.cat([adversarial, images])).chunk(2)
     perturbed, clean = (training_loss(half, labels, settings) for half in halves)
     return settings.sigma * perturbed + (1 - settings.sigma) * clean
 
 
-def clean_loss(model: nn.Module, images: Tensor, labels: Tensor, settings: Training, *_: Any) -> Tensor:
+def clean_loss(model: Module, images: Tensor, labels: Tensor, settings: Training, *_: Any) -> Tensor:
     """L(theta, images, y): what ERM minimises."""
     return training_loss(logits_of(model, images), labels, settings)
 
@@ -144,13 +145,11 @@ def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
 class Adversary(Protocol):
     """What a training trains against. Only `loss` has to be there; the rest is for what goes on from epoch to epoch."""
 
-    def start_epoch(self, model: nn.Module, epoch: int, generator: Generator) -> None:
+    def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         """Called before each epoch; what it finds now is what `loss` trains against."""
         return
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
-    ) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
         """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`."""
 
     def state(self) -> dict[str, Tensor]:
@@ -175,7 +174,7 @@ class SharedAdversarialTraining(Adversary):
 
 
 def train(
-    model: nn.Module,
+    model: Module,
     data: Any,
     settings: Training,
     *,
@@ -239,7 +238,7 @@ def train(
     return history
 
 
-def new_optimizer(model: nn.Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
+def new_optimizer(model: Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
     """The optimizer after so many steps, but for its momenta, which are zero."""
     kind, kept = OPTIMIZERS[settings.optimizer]
     sgd = settings.optimizer == "sgd"
@@ -252,7 +251,7 @@ def new_optimizer(model: nn.Module, settings: Training, *, steps: int) -> torch.
     return optimizer
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors that training changes, by their names in a checkpoint: `model.NAME`, and of SGD `velocity.NAME`."""
     momenta = {
         f"{ours}.{name}": optimizer.state[weight][theirs]
@@ -264,15 +263,13 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {f"model.{name}": value for name, value in model.state_dict().items()} | momenta
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:
+def state_of(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:
     """Everything that a training needs to go on after an epoch."""
     return tensors_of(model, optimizer) | {f"adversary.{name}": value for name, value in adversary.state().items()}
 
 
 @torch.no_grad()
-def load_state(
-    state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary
-) -> None:
+def load_state(state: dict[str, Tensor], model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> None:
     """Go on from what `state_of` gave. Each tensor stays in its memory format, as on other ranks."""
     for name, tensor in tensors_of(model, optimizer).items():
         tensor.copy_(state[name])
@@ -281,13 +278,13 @@ def load_state(
     adversary.load({name.removeprefix("adversary."): value.to(device) for name, value in kept.items()})
 
 
-def accuracy(model: nn.Module, data: Any, *, batch_size: int = 512) -> float:
+def accuracy(model: Module, data: Any, *, batch_size: int = 512) -> float:
     """Share of an ImageSet's images, in segmentation of its labelled pixels, that the model in eval mode gets right."""
     return share_right(confusion(model, data, batch_size=batch_size))
 
 
 @torch.no_grad()
-def confusion(model: nn.Module, data: Any, *, batch_size: int = 512) -> Tensor:
+def confusion(model: Module, data: Any, *, batch_size: int = 512) -> Tensor:
     """How often each class (row) is taken for which (column) by the model in eval mode: int64 (classes, classes).
 
     Counted are images, or in segmentation pixels whose label is not 255.
