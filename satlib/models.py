@@ -148,7 +148,7 @@ class BottleneckResNet(Normalised):
     """torchvision's residual network of bottleneck blocks; by default WRN-50-2 (section 6.2), 224x224 or larger.
 
     layers: blocks in each of the four stages; group_width: inner maps of the first stage's blocks, doubled from each to
-    the next (ResNet-50: 64, WRN-50-2: 128); expansion: each stage's maps, in units of 64, 128, 256, 512. stem: "large", a
+    the next (ResNet-50: 64, WRN-50-2: 128); expansion: a stage's maps, in units of 64, 128, 256, 512. stem: "large", a
     7x7 convolution and a pooling that leave a quarter of the resolution; for small images "half", a 3x3 convolution
     with stride 2, or "full", without. The weights' names below `net.` are torchvision's: see `load_pretrained`.
     """

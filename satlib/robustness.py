@@ -92,8 +92,8 @@ def universal_robustness(
 ) -> Robustness:
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
-    It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or a
-    sequence of them, all of which are asked at every eps. Its rate on the `report` images, which neither crafting nor
+    It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or
+    several, all of which are asked at every eps. Its rate on the `report` images, which neither crafting nor
     search saw, is returned beside it. progress(text, done) follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255]. "k-ary" is ours: several eps are heaps of one

@@ -14,21 +14,19 @@ def scene_target(splits: Splits, frame: str) -> Tensor:
 
     Raises SatlibError where there is no such scene.
     """
-    if frame not in splits.train.frames:
-        few = ", ".join(splits.train.frames[:3])
-        raise SatlibError(
-            f"target={frame!r}: no training scene of {splits.train.title} is called so; there are {few}, ..."
-        )
-    return splits.train.labels[splits.train.frames.index(frame)]
+    train = splits.train
+    if frame not in train.frames:
+        few = ", ".join(train.frames[:3])
+        raise SatlibError(f"target={frame!r}: no training scene of {train.title} is called so; there are {few}, ...")
+    return train.labels[train.frames.index(frame)]
 
 
 def class_index(splits: Splits, name: str) -> int:
     """Index of a class by its name. Raises SatlibError where there is none."""
-    if name not in splits.train.classes:
-        raise SatlibError(
-            f"hidden={name!r}: {splits.train.title} has no such class; it has {', '.join(splits.train.classes)}"
-        )
-    return splits.train.classes.index(name)
+    train = splits.train
+    if name not in train.classes:
+        raise SatlibError(f"hidden={name!r}: {train.title} has no such class; it has {', '.join(train.classes)}")
+    return train.classes.index(name)
 
 
 def repeated(target: Tensor, count: int) -> Tensor:
@@ -42,16 +40,14 @@ def without(labels: Tensor, hidden: int) -> Tensor:
     Nearest is counted in steps to one of the eight neighbours. Maps of nothing but the hidden class stay as they are.
     """
     result = labels.clone()
-    open_ = result == hidden
-    while open_.any():
+    while True:
+        open_ = result == hidden
         known = torch.where(open_, -1, result.long())
         offered = F.max_pool2d(known[:, None].float(), 3, 1, 1)[:, 0].long()
         filled = open_ & (offered >= 0)
         if not filled.any():
-            break
+            return result
         result = torch.where(filled, offered.to(result.dtype), result)
-        open_ = open_ & ~filled
-    return result
 
 
 @torch.no_grad()
@@ -66,13 +62,12 @@ def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, flo
     hidden: share of its pixels that have another class; kept: share of all other pixels that have their class still.
     None where there are no such pixels.
     """
+
+    def share(won: Tensor) -> float | None:
+        return won.sum().item() / len(won) if len(won) else None
+
     there = clean == hidden
-    gone, same = (there & (perturbed != hidden)).sum().item(), (~there & (perturbed == clean)).sum().item()
-    pixels = there.sum().item()
-    return {
-        "hidden": gone / pixels if pixels else None,
-        "kept": same / (there.numel() - pixels) if there.numel() > pixels else None,
-    }
+    return {"hidden": share(perturbed[there] != hidden), "kept": share((perturbed == clean)[~there])}
 
 
 def gradients(pictures: Tensor) -> Tensor:
