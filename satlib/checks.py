@@ -132,8 +132,6 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     if shares.min() >= 0 and (shares.amin(1) > 0).any() and ((shares.sum(1) - 1).abs() < 1e-3).all():
         raise SatlibError("the model returns probabilities: expected logits; leave out its softmax")
     known = labels[labels != IGNORE] if labels.ndim > 1 else labels
-    if len(known) and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
-        raise SatlibError(
-            f"labels from {int(known.min())} to {int(known.max())}: expected 0 to {logits.shape[1] - 1},"
-            " the classes of the model"
-        )
+    if len(known) and not 0 <= known.min() <= known.max() < logits.shape[1]:
+        named = f"labels from {known.min()} to {known.max()}"
+        raise SatlibError(f"{named}: expected 0 to {logits.shape[1] - 1}, the classes of the model")

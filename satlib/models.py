@@ -66,10 +66,7 @@ class BasicBlock(nn.Module):
 
 
 class Statistics(nn.Module):
-    """The training images' statistics as buffers, so that weights carry them: `mean` and `std`, one value a channel.
-
-    Raises SatlibError where they do not fit.
-    """
+    """The training images' statistics as buffers, so that weights carry them: `mean` and `std`, one value a channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -248,10 +245,9 @@ ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8
 
 
 def build(architecture: Mapping[str, Any], **data: Any) -> nn.Module:
-    """The network that `architecture` describes: `name`, a key of ARCHITECTURES ("resnet" if missing), and its
-    settings. data: `classes`, `mean` and `std`.
+    """The network of that `name`, a key of ARCHITECTURES ("resnet" if missing), and settings. data: classes, mean, std.
 
-    Raises SatlibError for an unknown name or setting, and what the classifier raises.
+    Raises SatlibError for an unknown name or setting, and what the network raises.
     """
     settings = dict(architecture)
     name = settings.pop("name", "resnet")
@@ -287,11 +283,9 @@ class Fitted:
 def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
     """Load the weights of a file as far as they fit; the result says what did, and what did not.
 
-    path: a .safetensors file, or a state dict as torch.save writes it (read with weights_only, so that no code in it
-    runs), on its own or below the key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the
-    latter. A head for other classes has another shape, and is left as it was.
-
-    Raises SatlibError where the file cannot be read, or nothing in it fits.
+    path: a .safetensors file, or a state dict as torch.save writes it (no code in it is run), on its own or below the
+    key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the latter. A head for other classes
+    is left as it was. Raises SatlibError where the file cannot be read, or nothing in it fits.
     """
     path, expected = Path(path), "expected a .safetensors file or a state dict of torch.save"
     try:
@@ -312,10 +306,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
 
 @torch.no_grad()
 def load_matching(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Fitted:
-    """Load tensors by name as far as they fit; the rest of the model stays as it was. source: where they are from.
-
-    Raises SatlibError where none of them fits.
-    """
+    """As `load_pretrained`, of tensors by name; source says where they are from."""
     if hasattr(model, "translated"):
         weights = model.translated(weights)
     wanted = model.state_dict()

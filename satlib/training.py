@@ -192,12 +192,10 @@ def train(
     `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
-    Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
-    its heaps of every mini-batch, gradients are summed, and all go on from rank 0's state and history. Only rank 0
-    calls `after_epoch` and `progress`; what the former raises there stops all of them.
-
-    Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a mini-batch, and where the loss
-    is not finite after an epoch, naming the epoch and the mend.
+    Under `torchrun` every rank calls this alike, on the same data: each takes its heaps of every mini-batch, gradients
+    are summed, and all go on from rank 0's state and history. Only rank 0 calls `after_epoch` and `progress`; what the
+    former raises stops all. Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a
+    mini-batch, and where the loss is not finite after an epoch.
     """
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
