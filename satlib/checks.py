@@ -1,7 +1,7 @@
 """What attacks are asked, checked before anything is computed: one line that names the bad value and its mend."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,32 +15,33 @@ from satlib.errors import SatlibError
 TRIED = 4  # images that a model is tried on
 
 
+def check(expected: str, right: Callable[[Any], bool], **values: Any) -> None:
+    """Raises SatlibError where one of the values is not right: its name, the value, and what was expected."""
+    for name, value in values.items():
+        if not right(value):
+            raise SatlibError(f"{name}={value!r}: expected {expected}")
+
+
 def check_eps(eps: float) -> None:
     """Raises SatlibError where eps is not a number from 0 to 255."""
-    if not 0 <= eps <= 255:
-        raise SatlibError(f"eps={eps!r}: expected a number from 0 to 255 (pixel units)")
+    check("a number from 0 to 255 (pixel units)", lambda value: 0 <= value <= 255, eps=eps)
 
 
 def check_whole(*, least: int = 1, **values: Any) -> None:
     """Raises SatlibError where one of the values is not a whole number of at least `least`."""
-    for name, value in values.items():
-        if not (isinstance(value, Integral) and int(value) >= least):
-            raise SatlibError(f"{name}={value!r}: expected a whole number of at least {least}")
+    expected = f"a whole number of at least {least}"
+    check(expected, lambda value: isinstance(value, Integral) and int(value) >= least, **values)
 
 
 def check_known(known: Collection[str], **values: str) -> None:
     """Raises SatlibError where one of the values is not among the known ones."""
-    for name, value in values.items():
-        if value not in known:
-            raise SatlibError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    check(f"one of {', '.join(known)}", lambda value: value in known, **values)
 
 
 def check_annealing(steps: int, beta: float, gamma: float) -> None:
     """Raises SatlibError for what `annealed_step_sizes` cannot work with."""
     check_whole(steps=steps)
-    for name, value in (("beta", beta), ("gamma", gamma)):
-        if not (math.isfinite(value) and value > 0):
-            raise SatlibError(f"{name}={value!r}: expected a positive number")
+    check("a positive number", lambda value: 0 < value < math.inf, beta=beta, gamma=gamma)
 
 
 def check_pair(images: Tensor, labels: Tensor) -> None:
@@ -55,28 +56,18 @@ def check_pair(images: Tensor, labels: Tensor) -> None:
         )
 
 
-def check_range(images: Tensor) -> None:
-    """Raises SatlibError where pixels are not finite or lie outside of 0 to 255: normalised inputs, most often."""
-    if images.dtype.is_floating_point:  # which streamed images, too, can tell
-        low, high = (value.item() for value in images.aminmax())
-        if not 0 <= low <= high <= 255:
-            raise SatlibError(
-                f"images from {low:g} to {high:g}: expected pixel units, 0 to 255; normalise inside the model"
-            )
-
-
 def check_sharedness(sharedness: int, count: int) -> None:
     """Raises SatlibError where heaps of so many images cannot be made of `count` of them."""
-    if not 1 <= sharedness <= count:
-        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
+    check(f"1 to the number of images ({count})", lambda value: 1 <= value <= count, sharedness=sharedness)
 
 
 def check_threshold(loss_threshold: float | None, targeted: bool) -> None:
     """Raises SatlibError where the loss threshold is no positive number, or is given to a targeted attack."""
-    if loss_threshold is not None and targeted:
+    if loss_threshold is None:
+        return
+    if targeted:
         raise SatlibError(f"loss_threshold={loss_threshold!r} in a targeted attack: it knows no cap; pass None")
-    if loss_threshold is not None and not loss_threshold > 0:
-        raise SatlibError(f"loss_threshold={loss_threshold!r}: expected a positive number, or None for no cap")
+    check("a positive number, or None for no cap", lambda value: value > 0, loss_threshold=loss_threshold)
 
 
 def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: torch.device) -> Tensor:
@@ -114,8 +105,13 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     Raises SatlibError where images are out of range, and where the model fails, or returns what is no logits of the
     classes that the labels name: another shape, NaN or infinite values, probabilities.
     """
-    check_range(images)
-    few = images[:TRIED] if images.dtype.is_floating_point else images[:TRIED].float()
+    few = images[:TRIED]
+    if not images.dtype.is_floating_point:  # bytes are in range, also where they stay on disk
+        few = few.float()
+    elif not 0 <= (seen := images.aminmax()).min <= seen.max <= 255:  # normalised inputs, most often
+        raise SatlibError(
+            f"images from {seen.min:g} to {seen.max:g}: expected pixel units, 0 to 255; normalise inside the model"
+        )
     few = few.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     try:
         with autocast(images.device):
@@ -136,8 +132,6 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     if shares.min() >= 0 and (shares.amin(1) > 0).any() and ((shares.sum(1) - 1).abs() < 1e-3).all():
         raise SatlibError("the model returns probabilities: expected logits; leave out its softmax")
     known = labels[labels != IGNORE] if labels.ndim > 1 else labels
-    if len(known) and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[1]:
-        raise SatlibError(
-            f"labels from {int(known.min())} to {int(known.max())}: expected 0 to {logits.shape[1] - 1},"
-            " the classes of the model"
-        )
+    if len(known) and not 0 <= known.min() <= known.max() < logits.shape[1]:
+        named = f"labels from {known.min()} to {known.max()}"
+        raise SatlibError(f"{named}: expected 0 to {logits.shape[1] - 1}, the classes of the model")

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import attackable, perturb
-from satlib.checks import check_whole, per_heap
-from satlib.errors import SatlibError
+from satlib.checks import check, check_whole, per_heap
 
 
 def deepfool(
@@ -16,13 +15,12 @@ def deepfool(
     """DeepFool: for each image a small step, in the l2 norm, over the nearest decision boundary.
 
     Each iteration linearises the logits at the perturbed image and goes to the nearest of the hyperplanes that part the
-    predicted class from its strongest rivals; the way so far, times 1 + overshoot, is what is added. An image stops
-    as soon as its prediction changes. images (d, C, H, W) float32; they may lie outside of 0..255, as x + v does, and
-    are clamped only before the model sees them. classes: the predicted one and its strongest rivals.
+    predicted class from its strongest rivals, `classes` in all; the way so far, times 1 + overshoot, is what is added.
+    An image stops as soon as its prediction changes. images (d, C, H, W) float32 may lie outside of 0..255, as x + v
+    does; they are clamped only before the model sees them.
 
     Returns the perturbations (d, C, H, W) in pixel units, and which of them changed the prediction (d,). Runs in
-    float32: the way to a boundary hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1
-    or a negative overshoot.
+    float32: the way hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1, overshoot < 0.
     """
     _check(classes, steps, overshoot)
     with attackable(model) as net:
@@ -71,15 +69,13 @@ def universal_deepfool(
     step that DeepFool finds from x + v is added to v, which is then projected on [-eps, eps]. It stops when v fools a
     share `fooling_rate` of the images, or after `passes`. No label is used: fooled means that the prediction changes.
 
-    batch_size 1 is the algorithm as published, image by image. A larger batch takes its images' steps from the same v
-    and adds them up: a fraction of the time, and a little more than is needed, since none of them knows of the others.
-
-    images (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) is called after every
-    pass. Raises SatlibError on eps outside [0, 255], and on what else is out of range.
+    batch_size 1 is the algorithm as published, image by image. A larger batch adds up its images' steps from one v:
+    a fraction of the time, and a little more than is needed, since none of them knows of the others. images
+    (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) follows every pass.
+    Raises SatlibError on what is out of range.
     """
     bounds = per_heap(eps, None, images.device).flatten().tolist()
-    if not 0 < fooling_rate <= 1:
-        raise SatlibError(f"fooling_rate={fooling_rate!r}: expected a share in (0, 1]")
+    check("a share in (0, 1]", lambda value: 0 < value <= 1, fooling_rate=fooling_rate)
     check_whole(batch_size=batch_size, passes=passes)
     _check(classes, steps, overshoot)
     found = []
@@ -124,5 +120,4 @@ def _linearised(net: nn.Module, images: Tensor, v: Tensor, candidates: Tensor) -
 def _check(classes: int, steps: int, overshoot: float) -> None:
     check_whole(classes=classes, least=2)
     check_whole(steps=steps)
-    if not overshoot >= 0:
-        raise SatlibError(f"overshoot={overshoot!r}: expected at least 0")
+    check("at least 0", lambda value: value >= 0, overshoot=overshoot)

@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import platform
+import re
 import statistics
 import time
 import types
@@ -39,10 +40,8 @@ Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 def fastest_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where forward and backward passes on this device are really faster with it, else float32.
 
-    A small convolution stack is timed in both formats (under 0.3 s, once a process). The environment
-    variable SATLIB_PRECISION (`float32` or `bfloat16`) overrides the measurement.
-
-    Raises SatlibError for another value of SATLIB_PRECISION.
+    A small convolution stack is timed in both formats (under 0.3 s, once a process). The environment variable
+    SATLIB_PRECISION (`float32` or `bfloat16`) overrides the measurement; SatlibError for another value.
     """
     if wanted := os.environ.get("SATLIB_PRECISION"):
         if wanted not in PRECISIONS:
@@ -53,7 +52,7 @@ def fastest_dtype(device_type: str) -> torch.dtype:
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return torch.float32
     net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
-    net = net.requires_grad_(False).to(memory_format=torch.channels_last)
+    net.requires_grad_(False).to(memory_format=torch.channels_last)
     x = torch.zeros(16, 16, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
 
     def seconds(dtype: torch.dtype) -> float:
@@ -78,9 +77,8 @@ def device_name() -> str:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search("^model name.*?:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -107,6 +105,12 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which matrix products and convolutions on `device` run in its fastest format, or as `exact` says."""
     dtype = _dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model makes of images, given in channels last, in the format of `autocast`."""
+    with autocast(images.device):
+        return model(images.contiguous(memory_format=torch.channels_last))
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -136,9 +140,9 @@ def prepared(
 ) -> Callable[..., Outputs]:
     """`lambda *tensors: function(net, *tensors, **options)`, by a recording where the tensors' device has a recorder.
 
-    The tensors are examples: those of the calls have the same shapes, and are not changed in place between the calls.
-    The network's tensors are as they are now. One recording serves all networks that differ in the values of their
-    tensors alone. The environment variable SATLIB_GRAPHS=0 switches recording off.
+    The tensors are examples: those of the calls have the same shapes, and are not changed in place between them. The
+    network's are as they are now; one recording serves all networks that differ in the values of their tensors alone.
+    The environment variable SATLIB_GRAPHS=0 switches recording off.
     """
     plain = functools.partial(function, net, **options)
     device = tensors[0].device
@@ -159,11 +163,9 @@ def prepared(
     _recordings.move_to_end(key)
     if len(_recordings) > KEPT:
         _recordings.popitem(last=False)
-    recording = _recordings[key]
-    if recording is None:
-        return plain
-    recording.take(blueprint.tensors)
-    return recording
+    if (recording := _recordings[key]) is not None:
+        recording.take(blueprint.tensors)
+    return recording or plain
 
 
 class Blueprint(pickle.Pickler):

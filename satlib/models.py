@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from satlib.checks import check, check_known
 from satlib.errors import SatlibError
 from satlib.network import logits_in, weights_dtype
+
+Channels: TypeAlias = Sequence[float]  # one value a channel, in pixel units
+MEAN, STD = (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)
+STEMS = {"large": (7, 2), "half": (3, 2), "full": (3, 1)}  # kernel and stride
+
+
+def check_positive(**values: int) -> None:
+    """Raises SatlibError for a value that is not positive."""
+    check("a positive whole number", lambda value: value >= 1, **values)
 
 
 def conv_norm(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -25,13 +35,6 @@ def conv_norm(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) ->
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
     )
-
-
-def check_positive(**values: int) -> None:
-    """Raises SatlibError for a value that is not positive, by its name."""
-    for name, value in values.items():
-        if value < 1:
-            raise SatlibError(f"{name}={value!r}: expected a positive whole number")
 
 
 def fold_batch_norm(module: nn.Module) -> None:
@@ -64,10 +67,7 @@ class BasicBlock(nn.Module):
 
 
 class Statistics(nn.Module):
-    """The training images' statistics as buffers, so that weights carry them: `mean` and `std`, one value a channel.
-
-    Raises SatlibError where they do not fit.
-    """
+    """The training images' statistics as buffers, so that weights carry them: `mean` and `std`, one value a channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -78,7 +78,11 @@ class Statistics(nn.Module):
 
 
 class Normalised(Statistics):
-    """A network that takes pixels in 0..255 and normalises them by its statistics, in pixel units."""
+    """A network that takes images (n, channels, H, W), float32 in 0..255, and normalises them by its statistics.
+
+    It returns logits (n, classes), or for every pixel (n, classes, H, W). Raises SatlibError where one of its settings
+    is not as its class says, or mean and std do not fit.
+    """
 
     memory_format = torch.channels_last  # of the images that it wants; it never writes into them
 
@@ -127,21 +131,10 @@ class UnitInputs(Statistics):
 
 
 class ResNet(Normalised):
-    """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` feature maps (section 6.1: depth 20, width 64).
-
-    Input: (n, channels, H, W) float32 in 0..255. Output: logits (n, classes).
-
-    Raises SatlibError where depth is not 6n + 2, width or classes is not positive, or mean and std do not fit.
-    """
+    """CIFAR ResNet of depth 6n + 2 with `width`, 2 `width`, 4 `width` maps (section 6.1: depth 20, width 64)."""
 
     def __init__(
-        self,
-        *,
-        depth: int = 20,
-        width: int = 64,
-        classes: int = 10,
-        mean: Sequence[float] = (127.5, 127.5, 127.5),
-        std: Sequence[float] = (64.0, 64.0, 64.0),
+        self, *, depth: int = 20, width: int = 64, classes: int = 10, mean: Channels = MEAN, std: Channels = STD
     ):
         super().__init__(mean, std)
         if depth < 8 or (depth - 2) % 6:
@@ -167,13 +160,10 @@ class ResNet(Normalised):
 class BottleneckResNet(Normalised):
     """torchvision's residual network of bottleneck blocks; by default WRN-50-2 (section 6.2), 224x224 or larger.
 
-    Input: (n, channels, H, W) float32 in 0..255. Output: logits (n, classes). layers: blocks in each of the four
-    stages; group_width: inner maps of the first stage's blocks, doubled from stage to stage (ResNet-50: 64, WRN-50-2:
-    128); expansion: each stage's maps, in units of 64, 128, 256, 512 (the default: 4). stem: "large", a 7x7
-    convolution and a pooling that leave a quarter of the resolution; for small images "half", a 3x3 convolution
+    layers: blocks in each of the four stages; group_width: inner maps of the first stage's blocks, doubled from each to
+    the next (ResNet-50: 64, WRN-50-2: 128); expansion: a stage's maps, in units of 64, 128, 256, 512. stem: "large", a
+    7x7 convolution and a pooling that leave a quarter of the resolution; for small images "half", a 3x3 convolution
     with stride 2, or "full", without. The weights' names below `net.` are torchvision's: see `load_pretrained`.
-
-    Raises SatlibError where a setting is not as described, or mean and std do not fit.
     """
 
     def __init__(
@@ -184,8 +174,8 @@ class BottleneckResNet(Normalised):
         expansion: int = 4,
         stem: str = "large",
         classes: int = 200,
-        mean: Sequence[float] = (127.5, 127.5, 127.5),
-        std: Sequence[float] = (64.0, 64.0, 64.0),
+        mean: Channels = MEAN,
+        std: Channels = STD,
     ):
         from torchvision.models import resnet  # here, for it takes long to import
 
@@ -193,8 +183,7 @@ class BottleneckResNet(Normalised):
         if len(layers) != 4 or min(layers) < 1:
             raise SatlibError(f"layers={tuple(layers)}: expected the number of blocks of each of four stages")
         check_positive(group_width=group_width, expansion=expansion, classes=classes)
-        if stem not in STEMS:
-            raise SatlibError(f"stem={stem!r}: expected one of {', '.join(STEMS)}")
+        check_known(STEMS, stem=stem)
         block = type("Bottleneck", (resnet.Bottleneck,), {"expansion": expansion})
         self.net = resnet.ResNet(block, list(layers), num_classes=classes, width_per_group=group_width)
         if stem != "large" or len(mean) != 3:
@@ -208,25 +197,13 @@ class BottleneckResNet(Normalised):
         return self.net((x - self.mean) / self.std)
 
 
-STEMS = {"large": (7, 2), "half": (3, 2), "full": (3, 1)}  # kernel and stride
-
-
 class FCN8s(Normalised):
     """FCN-8s (Long et al. 2015) on a VGG-16 encoder with batch norm, `width` maps in its first stage (VGG-16: 64).
 
-    Input: (n, channels, H, W) float32 in 0..255, of any size. Output: logits (n, classes, H, W).
-
-    Raises SatlibError where width or classes is not positive, or mean and std do not fit.
+    Images may be of any size; the logits are every pixel's.
     """
 
-    def __init__(
-        self,
-        *,
-        classes: int,
-        width: int = 64,
-        mean: Sequence[float] = (127.5, 127.5, 127.5),
-        std: Sequence[float] = (64.0, 64.0, 64.0),
-    ):
+    def __init__(self, *, classes: int, width: int = 64, mean: Channels = MEAN, std: Channels = STD):
         super().__init__(mean, std)
         check_positive(width=width, classes=classes)
         stages, inputs = [], len(mean)
@@ -263,27 +240,20 @@ class FCN8s(Normalised):
         Its convolutions have a bias, ours have none: batch norm takes it off the mean that it subtracts. What VGG-16
         has beyond its encoder is left out.
         """
-        layers = [name.removesuffix(".weight") for name, value in weights.items() if value.ndim == 4]
-        normed = any(name.endswith(".running_mean") for name in weights)
-        if len(layers) != 13 or not normed or not all(name.partition("features.")[1] for name in layers):
+        layers = [name for name, value in weights.items() if value.ndim == 4 or name.endswith(".running_mean")]
+        if len(layers) != 2 * 13 or not all("features." in name for name in layers):
             return weights
-        convolutions = sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
-        pairs = [
-            f"stages.{stage}.{index}"
-            for stage, layer in enumerate(self.stages)
-            for index, child in enumerate(layer)
-            if isinstance(child, nn.Sequential)
-        ]
-        encoder = {}
-        for theirs, ours in zip(convolutions, pairs, strict=True):
-            start, _, number = theirs.rpartition(".")
-            norm = f"{start}.{int(number) + 1}"
-            encoder[f"{ours}.0.weight"] = weights[f"{theirs}.weight"]
-            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                if f"{norm}.{name}" in weights:
-                    encoder[f"{ours}.1.{name}"] = weights[f"{norm}.{name}"]
-            if f"{ours}.1.running_mean" in encoder and f"{theirs}.bias" in weights:
-                encoder[f"{ours}.1.running_mean"] = encoder[f"{ours}.1.running_mean"] - weights[f"{theirs}.bias"]
+        kinds = (nn.Conv2d, nn.BatchNorm2d)
+        ours = [name for name, module in self.stages.named_modules(prefix="stages") if isinstance(module, kinds)]
+        theirs = sorted((name.rpartition(".")[0] for name in layers), key=lambda layer: int(layer.rpartition(".")[2]))
+        names, encoder = dict(zip(theirs, ours, strict=True)), {}
+        for name, value in weights.items():
+            layer, _, part = name.rpartition(".")
+            if layer in names:
+                encoder[f"{names[layer]}.{part}"] = value
+        for convolution, norm in zip(ours[::2], ours[1::2], strict=True):
+            mean = f"{norm}.running_mean"
+            encoder[mean] = encoder[mean] - encoder.pop(f"{convolution}.bias", 0)
         return encoder
 
 
@@ -291,10 +261,9 @@ ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8
 
 
 def build(architecture: Mapping[str, Any], **data: Any) -> nn.Module:
-    """The network that `architecture` describes: `name`, a key of ARCHITECTURES ("resnet" if missing), and its
-    settings. data: `classes`, `mean` and `std`.
+    """The network of that `name`, a key of ARCHITECTURES ("resnet" if missing), and settings. data: classes, mean, std.
 
-    Raises SatlibError for an unknown name or setting, and what the classifier raises.
+    Raises SatlibError for an unknown name or setting, and what the network raises.
     """
     settings = dict(architecture)
     name = settings.pop("name", "resnet")
@@ -330,11 +299,9 @@ class Fitted:
 def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
     """Load the weights of a file as far as they fit; the result says what did, and what did not.
 
-    path: a .safetensors file, or a state dict as torch.save writes it (read with weights_only, so that no code in it
-    runs), on its own or below the key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the
-    latter. A head for other classes has another shape, and is left as it was.
-
-    Raises SatlibError where the file cannot be read, or nothing in it fits.
+    path: a .safetensors file, or a state dict as torch.save writes it (no code in it is run), on its own or below the
+    key `state_dict` or `model`. Names may begin with `module.` or `net.`, or lack the latter. A head for other classes
+    is left as it was. Raises SatlibError where the file cannot be read, or nothing in it fits.
     """
     path, expected = Path(path), "expected a .safetensors file or a state dict of torch.save"
     try:
@@ -342,7 +309,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
         weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SatlibError(f"no weights at {path}; {expected}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SatlibError(f"cannot read weights from {path} ({reason}); {expected}") from None
     for key in ("state_dict", "model"):
@@ -355,10 +322,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> Fitted:
 
 @torch.no_grad()
 def load_matching(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Fitted:
-    """Load tensors by name as far as they fit; the rest of the model stays as it was. source: where they are from.
-
-    Raises SatlibError where none of them fits.
-    """
+    """As `load_pretrained`, of tensors by name; source says where they are from."""
     if hasattr(model, "translated"):
         weights = model.translated(weights)
     wanted = model.state_dict()

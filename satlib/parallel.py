@@ -71,21 +71,19 @@ class Ranks:
 
         heap: how many images share a random start, which the loss draws; None where it draws nothing.
         """
+        sharedness = heap or 1
 
         def some(size: int) -> slice:
-            own = self.share(size, heap or 1)
+            own = self.share(size, sharedness)
             return own if own.stop > own.start else slice(0, 1)  # one that weighs nothing
 
         passing = data.batches(batch_size, generator=generator, augment=True, limit=images, share=some)
         for step, (x, y) in enumerate(passing):
             size = min(batch_size, images - step * batch_size)
-            own = self.share(size, heap or 1)
-            with self.drawing(size, heap or 1, x[0].numel() if heap else 0, generator):
-                yield x, y, self.weight(y if own.stop > own.start else y[:0])
-
-    def weight(self, labels: Tensor) -> Tensor | float:
-        """How much of what all ranks decide this one does, by its labels."""
-        return 1.0 if self.count == 1 else decisions(labels) / self.total(decisions(labels)).clamp(min=1)
+            own = self.share(size, sharedness)
+            with self.drawing(size, sharedness, x[0].numel() if heap else 0, generator):
+                mine = decisions(y if own.stop > own.start else y[:0])
+                yield x, y, 1.0 if self.count == 1 else mine / self.total(mine.clone()).clamp(min=1)
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Give every rank the sum of all ranks' gradients, and rank 0's buffers: the next attack is on one model."""

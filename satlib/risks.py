@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from satlib.attacks import attack_loss, attackable, broadcast, decisions_won, heap_pgd, perturb, universal_pgd
 from satlib.checks import check_model, check_pair
-from satlib.device import autocast
+from satlib.device import logits_of
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,7 @@ def universal_risk(
 
 @torch.no_grad()
 def risk_under(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    perturbations: Tensor,
-    sharedness: int,
-    *,
-    batch_size: int = 512,
+    model: nn.Module, images: Tensor, labels: Tensor, perturbations: Tensor, sharedness: int, *, batch_size: int = 512
 ) -> Risk:
     """Risk under given perturbations (heaps, C, H, W), each added to `sharedness` consecutive images."""
     check_pair(images, labels)
@@ -70,8 +64,7 @@ def risk_under(
     with attackable(model) as net:
         check_model(net, images, labels)
         for x, y, xi in zip(images.split(batch_size), labels.split(batch_size), added.split(batch_size), strict=True):
-            with autocast(images.device):
-                logits = net(perturb(x, xi, 1).contiguous(memory_format=torch.channels_last))
+            logits = logits_of(net, perturb(x, xi, 1))
             loss += attack_loss(logits, y).sum().item()
             error += decisions_won(logits.argmax(1), y)[0].sum().item()
     return Risk(loss / len(images), error / len(images))

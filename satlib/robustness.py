@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import annealed_step_sizes, attackable, decisions_won, heap_pgd, perturb, success_rates
-from satlib.checks import check_known, check_model, check_pair, check_threshold, check_whole
+from satlib.checks import check, check_known, check_model, check_pair, check_threshold, check_whole
 from satlib.errors import SatlibError
 from satlib.universal import UniversalAttack, check_attack, name_of, options, takes
 
@@ -92,14 +92,13 @@ def universal_robustness(
 ) -> Robustness:
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
-    Perturbations are crafted with `attack` on the `craft` images: one of `satlib.universal.ATTACKS`, any other
-    `UniversalAttack`, or a sequence of them, all of which are asked at every eps. The smallest success of the search
-    counts, and its rate on the `report` images, which neither saw, is returned beside it. progress(text, done)
-    follows every pass.
+    It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or
+    several, all of which are asked at every eps. Its rate on the `report` images, which neither crafting nor
+    search saw, is returned beside it. progress(text, done) follows every pass.
 
-    search "binary" is the paper's: `iterations` halvings of [0, 255], an attack for each. "k-ary" is ours: several eps
-    are heaps of one pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations.
-    warm_start, beyond the paper: attacks start from the smallest success so far, clipped to their eps, if there is one.
+    search "binary" is the paper's: `iterations` halvings of [0, 255]. "k-ary" is ours: several eps are heaps of one
+    pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations. warm_start, beyond the
+    paper: attacks start from the smallest success so far, clipped to their eps.
 
     Raises SatlibError on delta outside (0, 1), iterations < 1, an unknown search, attacks that take no `targeted` or
     `start` where they get one, and what an attack raises on its arguments: all before the model is asked.
@@ -182,10 +181,8 @@ class Search:
             own = options(attack)
             short = {"steps": max(1, own.get("steps", 0) // 5), "snapshots": 1}
             given |= {name: value for name, value in short.items() if name in own}
-        xis, name = (
-            attack(self.net, *self.images, eps=list(epsilons), generator=self.generator, **given),
-            name_of(attack),
-        )
+        xis = attack(self.net, *self.images, eps=list(epsilons), generator=self.generator, **given)
+        name = name_of(attack)
         if xis.shape != (expected := (len(epsilons), *self.images[0].shape[1:])):
             raise SatlibError(f"attack {name!r} returns shape {tuple(xis.shape)}: expected {tuple(expected)}")
         asked = ((self.evaluate(eps, xi, how, name), xi) for eps, xi in zip(epsilons, xis.split(1), strict=True))
@@ -195,9 +192,14 @@ class Search:
         """A full pass of every attack; those that win."""
         return [winner for attack in self.attacks for winner in self.craft(attack, epsilons)]
 
-    def rescale(self, winner: Winner, low: float, resolution: float) -> None:
-        """Bisect how far a winner can be clipped, at most to `low`, and still win; only if it undercuts the best."""
+    def rescale(self, winner: Winner, below: float, resolution: float) -> None:
+        """Bisect how far a winner can be clipped and still win; only if it undercuts the best.
+
+        At most to the largest eps under `below` at which no attack at full length reached delta.
+        """
         evaluation, xi = winner
+        full = [e for e in self.evaluations if e.how == "full" and e.eps < below]
+        low = max({e.eps for e in full} - {e.eps for e in full if e.success})
 
         def wins(eps: float) -> bool:
             return self.evaluate(eps, xi.clamp(-eps, eps), "rescaled", evaluation.attack).success
@@ -208,11 +210,6 @@ class Search:
         while high - low > resolution:
             eps = (low + high) / 2
             low, high = (low, eps) if wins(eps) else (eps, high)
-
-    def largest_failure(self, eps: float) -> float:
-        """The largest eps below `eps` at which no attack at full length reached delta."""
-        full = [e for e in self.evaluations if e.how == "full" and e.eps < eps]
-        return max({e.eps for e in full} - {e.eps for e in full if e.success})
 
     def report(self, done: float) -> None:
         """Report the last question, by the attack that did best."""
@@ -243,7 +240,7 @@ def k_ary_search(search: Search, iterations: int) -> None:
     for attack in search.attacks:
         coarse = search.craft(attack, [share * LARGEST for share in COARSE], "coarse")
         for evaluation, xi in itertools.islice(coarse, 2):
-            search.rescale((evaluation, xi), 0.0, max(resolution, TOLERANCE * evaluation.eps))
+            search.rescale((evaluation, xi), evaluation.eps, max(resolution, TOLERANCE * evaluation.eps))
     search.report(0.3)
     winners: list[Winner] = []
     for _ in range(iterations):
@@ -252,12 +249,12 @@ def k_ary_search(search: Search, iterations: int) -> None:
         lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
         for evaluation, xi in winners:
             if evaluation.eps == lowest:
-                search.rescale((evaluation, xi), search.largest_failure(lowest), resolution)
+                search.rescale((evaluation, xi), lowest, resolution)
         search.report(1.0)
         if lowest != asked[0]:
             break
     if search.best and not winners:
-        search.rescale(search.best, search.largest_failure(search.smallest), resolution)  # so far only coarsely
+        search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
@@ -308,42 +305,29 @@ def adversarial_robustness(
 
     A heap of one image can carry its own eps, so one pass of `heap_pgd` asks a whole mini-batch a different
     question for every image. eps_adv(delta) is then the smallest eps within which a share delta of the images
-    has been fooled: never above what one common interval would find. images (n, C, H, W), labels (n,).
-
-    In segmentation, labels (n, H, W), an image is fooled when a share delta of its labelled pixels is won, and eps_adv
-    is the mean over the images (section 6.3).
+    has been fooled: never above what one common interval would find. images (n, C, H, W), labels (n,). In segmentation,
+    labels (n, H, W), an image is fooled when a share delta of its labelled pixels is won, and eps_adv is the mean over
+    the images (section 6.3).
 
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
     _check_search(delta, iterations)
     check_pair(images, labels)
     check_threshold(loss_threshold, targeted)
-    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma))
+    relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma))[:, None]
+    attack: dict[str, Any] = {"sharedness": 1, "steps": steps, "targeted": targeted, "keep_best": True}
+    attack |= {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "generator": generator}
     smallest = []
     with attackable(model) as net:
         check_model(net, images, labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x = x.float().contiguous(memory_format=torch.channels_last)
-            fooled = _fooled(net, x, y, targeted, delta)
             low = torch.zeros(len(x), device=x.device)
             high = torch.full_like(low, LARGEST)
-            best = torch.where(fooled, 0.0, math.inf)
+            best = torch.where(_fooled(net, x, y, targeted, delta), 0.0, math.inf)
             for _ in range(iterations):
                 eps = (low + high) / 2
-                xi = heap_pgd(
-                    net,
-                    x,
-                    y,
-                    eps=eps,
-                    sharedness=1,
-                    steps=steps,
-                    step_size=relative[:, None] * eps.cpu()[None],
-                    targeted=targeted,
-                    loss_threshold=loss_threshold,
-                    label_smoothing=label_smoothing,
-                    generator=generator,
-                    keep_best=True,
-                )
+                xi = heap_pgd(net, x, y, eps=eps, step_size=relative * eps.cpu(), **attack)
                 won = _fooled(net, perturb(x, xi, 1), y, targeted, delta)
                 magnitude = xi.abs().flatten(1).amax(1)
                 best = torch.where(won, torch.minimum(best, magnitude), best)
@@ -366,6 +350,5 @@ def _fooled(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, de
 
 
 def _check_search(delta: float, iterations: int) -> None:
-    if not 0 < delta < 1:
-        raise SatlibError(f"delta={delta!r}: expected a share strictly between 0 and 1")
+    check("a share strictly between 0 and 1", lambda value: 0 < value < 1, delta=delta)
     check_whole(iterations=iterations)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.data.imageset import Splits
-from satlib.device import autocast
+from satlib.device import logits_of
 from satlib.errors import SatlibError
 
 
@@ -14,21 +14,19 @@ def scene_target(splits: Splits, frame: str) -> Tensor:
 
     Raises SatlibError where there is no such scene.
     """
-    if frame not in splits.train.frames:
-        few = ", ".join(splits.train.frames[:3])
-        raise SatlibError(
-            f"target={frame!r}: no training scene of {splits.train.title} is called so; there are {few}, ..."
-        )
-    return splits.train.labels[splits.train.frames.index(frame)]
+    train = splits.train
+    if frame not in train.frames:
+        few = ", ".join(train.frames[:3])
+        raise SatlibError(f"target={frame!r}: no training scene of {train.title} is called so; there are {few}, ...")
+    return train.labels[train.frames.index(frame)]
 
 
 def class_index(splits: Splits, name: str) -> int:
     """Index of a class by its name. Raises SatlibError where there is none."""
-    if name not in splits.train.classes:
-        raise SatlibError(
-            f"hidden={name!r}: {splits.train.title} has no such class; it has {', '.join(splits.train.classes)}"
-        )
-    return splits.train.classes.index(name)
+    train = splits.train
+    if name not in train.classes:
+        raise SatlibError(f"hidden={name!r}: {train.title} has no such class; it has {', '.join(train.classes)}")
+    return train.classes.index(name)
 
 
 def repeated(target: Tensor, count: int) -> Tensor:
@@ -42,27 +40,20 @@ def without(labels: Tensor, hidden: int) -> Tensor:
     Nearest is counted in steps to one of the eight neighbours. Maps of nothing but the hidden class stay as they are.
     """
     result = labels.clone()
-    open_ = result == hidden
-    while open_.any():
+    while True:
+        open_ = result == hidden
         known = torch.where(open_, -1, result.long())
         offered = F.max_pool2d(known[:, None].float(), 3, 1, 1)[:, 0].long()
         filled = open_ & (offered >= 0)
         if not filled.any():
-            break
+            return result
         result = torch.where(filled, offered.to(result.dtype), result)
-        open_ = open_ & ~filled
-    return result
 
 
 @torch.no_grad()
 def segment(model: nn.Module, images: Tensor, *, batch_size: int = 4) -> Tensor:
     """Predicted classes uint8 (n, H, W) of images (n, C, H, W) in 0..255, by the model as it is given."""
-    found = []
-    for x in images.split(batch_size):
-        with autocast(images.device):
-            predicted = model(x.float().contiguous(memory_format=torch.channels_last)).argmax(1)
-        found.append(predicted.to(torch.uint8))
-    return torch.cat(found)
+    return torch.cat([logits_of(model, x.float()).argmax(1).to(torch.uint8) for x in images.split(batch_size)])
 
 
 def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, float | None]:
@@ -71,13 +62,12 @@ def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, flo
     hidden: share of its pixels that have another class; kept: share of all other pixels that have their class still.
     None where there are no such pixels.
     """
+
+    def share(won: Tensor) -> float | None:
+        return won.sum().item() / len(won) if len(won) else None
+
     there = clean == hidden
-    gone, same = (there & (perturbed != hidden)).sum().item(), (~there & (perturbed == clean)).sum().item()
-    pixels = there.sum().item()
-    return {
-        "hidden": gone / pixels if pixels else None,
-        "kept": same / (there.numel() - pixels) if there.numel() > pixels else None,
-    }
+    return {"hidden": share(perturbed[there] != hidden), "kept": share((perturbed == clean)[~there])}
 
 
 def gradients(pictures: Tensor) -> Tensor:
@@ -96,11 +86,6 @@ def weakening(images: Tensor, perturbations: Tensor) -> Tensor:
     return -F.cosine_similarity(edges, change)
 
 
-def boundaries(labels: Tensor) -> Tensor:
-    """Where a segmentation (H, W) changes its class to the right or downwards: float (H - 1, W - 1) of 0 and 1."""
-    return ((labels[:-1, 1:] != labels[:-1, :-1]) | (labels[1:, :-1] != labels[:-1, :-1])).float()
-
-
 def target_structure(perturbations: Tensor, target: Tensor, *, blur: int = 5) -> Tensor:
     """How far the edges of each perturbation (n, C, H, W) lie on the boundaries of the target (H, W): (n,), in [-1, 1].
 
@@ -108,6 +93,7 @@ def target_structure(perturbations: Tensor, target: Tensor, *, blur: int = 5) ->
     """
     strength = gradients(perturbations.float()).square().sum((1, 2)).sqrt()
     smooth = F.avg_pool2d(strength[:, None], blur, 1, blur // 2)[:, 0].flatten(1)
-    lines = F.avg_pool2d(boundaries(target)[None, None], blur, 1, blur // 2).flatten()
+    boundaries = (gradients(target[None, None].float()) != 0).any(2).float()
+    lines = F.avg_pool2d(boundaries, blur, 1, blur // 2).flatten()
     smooth, lines = smooth - smooth.mean(1, keepdim=True), lines - lines.mean()
     return F.cosine_similarity(smooth, lines.expand_as(smooth))

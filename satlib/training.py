@@ -1,5 +1,6 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -7,11 +8,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor
+from torch.nn import Module
 
+from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
 from satlib.data.imageset import IGNORE
-from satlib.device import autocast
+from satlib.device import logits_of
 from satlib.errors import SatlibError
 from satlib.parallel import current_ranks, decisions
 
@@ -56,26 +59,26 @@ class Training:
 
     def __post_init__(self) -> None:
         def check(expected: str, right: Callable[[Any], bool], *names: str) -> None:
-            for name in names:
-                if not right(value := getattr(self, name)):
-                    raise SatlibError(f"{name}={value!r}: expected {expected}")
+            checks.check(expected, right, **{name: getattr(self, name) for name in names})
 
-        def whole(least: int) -> Callable[[Any], bool]:
-            return lambda value: isinstance(value, int) and value >= least
-
-        check("a whole number of at least 0", whole(0), "epochs")
-        check("a whole number of at least 1", whole(1), "batch_size", "sharedness", "steps")
+        checks.check_eps(self.eps)
+        checks.check_known(OPTIMIZERS, optimizer=self.optimizer)
+        checks.check_whole(least=0, epochs=self.epochs)
+        checks.check_whole(batch_size=self.batch_size, sharedness=self.sharedness, steps=self.steps)
+        check("a whole number of at least 0 (0: all images)", lambda n: isinstance(n, int) and n >= 0, "epoch_images")
+        check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
         check("a positive number", lambda value: 0 < value < math.inf, "learning_rate", "relative_step_size")
+        check("a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay")
         check("a number in [0, 1)", lambda value: 0 <= value < 1, "momentum", "label_smoothing", "warm_up")
         check("a number in [0, 1]", lambda value: 0 <= value <= 1, "sigma")
-        check("a number from 0 to 255 (pixel units)", lambda value: 0 <= value <= 255, "eps")
-        check("a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay")
-        check(f"one of {', '.join(OPTIMIZERS)}", lambda value: value in OPTIMIZERS, "optimizer")
         check("'step' or 'one-cycle'", lambda value: value in ("step", "one-cycle"), "schedule")
-        check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
-        check("a whole number of at least 0 (0: all images)", whole(0), "epoch_images")
         check("False, or momentum > 0", lambda value: not value or self.momentum > 0, "nesterov")
-        check("a positive number, or None for no cap", lambda value: value is None or value > 0, "loss_threshold")
+        checks.check_threshold(self.loss_threshold, targeted=False)
+
+    def attack(self) -> dict[str, Any]:
+        """What `heap_pgd` takes of these settings: eps, steps, step_size and the loss's."""
+        own = {name: getattr(self, name) for name in ("eps", "steps", "loss_threshold", "label_smoothing")}
+        return own | {"step_size": self.relative_step_size * self.eps}
 
     def config(self) -> dict:
         """The settings as plain JSON types; those of the attack only where there is one (sigma > 0)."""
@@ -106,7 +109,7 @@ def learning_rate_at(settings: Training, epoch: float) -> float:
 
 
 def shared_adversarial_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
+    model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
 ) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
@@ -114,48 +117,39 @@ def shared_adversarial_loss(
     loss. The heaps' initial perturbations are drawn from `generator`.
     """
     sharedness = min(settings.sharedness, len(images))
-    xi = heap_pgd(
-        model,
-        images,
-        labels,
-        eps=settings.eps,
-        sharedness=sharedness,
-        steps=settings.steps,
-        step_size=settings.relative_step_size * settings.eps,
-        loss_threshold=settings.loss_threshold,
-        label_smoothing=settings.label_smoothing,
-        generator=generator,
-    )
+    xi = heap_pgd(model, images, labels, sharedness=sharedness, generator=generator, **settings.attack())
     return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
 
 
-def mixed_loss(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
+def mixed_loss(model: Module, images: Tensor, adversarial: Tensor, labels: Tensor, settings: Training) -> Tensor:
     """sigma * L(theta, adversarial, y) + (1 - sigma) * L(theta, images, y), in one forward pass of both halves."""
-    both = torch.cat([adversarial, images])
-    with autocast(images.device):
-        logits = model(both.contiguous(memory_format=torch.channels_last)).float()
-    perturbed, clean = (training_loss(half, labels, settings) for half in logits.chunk(2))
+    halves = logits_of(model, torch.cat([adversarial, images])).chunk(2)
+    perturbed, clean = (training_loss(half, labels, settings) for half in halves)
     return settings.sigma * perturbed + (1 - settings.sigma) * clean
+
+
+def clean_loss(model: Module, images: Tensor, labels: Tensor, settings: Training, *_: Any) -> Tensor:
+    """L(theta, images, y): what ERM minimises."""
+    return training_loss(logits_of(model, images), labels, settings)
 
 
 def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
     """Mean cross-entropy with soft targets, over images or over the pixels that have a class; never capped."""
+    logits, smoothing = logits.float(), settings.label_smoothing
     if labels.ndim == 1:
-        return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-    options = {"label_smoothing": settings.label_smoothing, "ignore_index": IGNORE, "reduction": "sum"}
-    return F.cross_entropy(logits, labels, **options) / decisions(labels).clamp(min=1)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE, reduction="sum")
+    return losses / decisions(labels).clamp(min=1)
 
 
 class Adversary(Protocol):
     """What a training trains against. Only `loss` has to be there; the rest is for what goes on from epoch to epoch."""
 
-    def start_epoch(self, model: nn.Module, epoch: int, generator: torch.Generator) -> None:
+    def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         """Called before each epoch; what it finds now is what `loss` trains against."""
         return
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
-    ) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
         """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`."""
 
     def state(self) -> dict[str, Tensor]:
@@ -170,12 +164,7 @@ class Adversary(Protocol):
 class ERM(Adversary):
     """Nothing: the loss of clean images."""
 
-    def loss(
-        self, model: nn.Module, images: Tensor, labels: Tensor, settings: Training, generator: torch.Generator
-    ) -> Tensor:
-        with autocast(images.device):
-            logits = model(images).float()
-        return training_loss(logits, labels, settings)
+    loss = staticmethod(clean_loss)
 
 
 class SharedAdversarialTraining(Adversary):
@@ -185,7 +174,7 @@ class SharedAdversarialTraining(Adversary):
 
 
 def train(
-    model: nn.Module,
+    model: Module,
     data: Any,
     settings: Training,
     *,
@@ -203,12 +192,10 @@ def train(
     `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
-    Where PyTorch's process group is initialised (`torchrun`), every rank calls this alike, on the same data: each takes
-    its heaps of every mini-batch, gradients are summed, and all go on from rank 0's state and history. Only rank 0
-    calls `after_epoch` and `progress`; what the former raises there stops all of them.
-
-    Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a mini-batch, and where the loss
-    is not finite after an epoch, naming the epoch and the mend.
+    Under `torchrun` every rank calls this alike, on the same data: each takes its heaps of every mini-batch, gradients
+    are summed, and all go on from rank 0's state and history. Only rank 0 calls `after_epoch` and `progress`; what the
+    former raises stops all. Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a
+    mini-batch, and where the loss is not finite after an epoch.
     """
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
@@ -220,7 +207,7 @@ def train(
     optimizer = new_optimizer(model, settings, steps=len(history) * steps)
     if state is not None:
         load_state(state, model, optimizer, adversary)
-    ranks.sync([*model.parameters(), *model.buffers(), *momenta(model, optimizer).values()])
+    ranks.sync(tensors_of(model, optimizer).values())
 
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
@@ -249,78 +236,63 @@ def train(
     return history
 
 
-def new_optimizer(model: nn.Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
+def new_optimizer(model: Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
     """The optimizer after so many steps, but for its momenta, which are zero."""
-    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "sgd":
-        options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
     kind, kept = OPTIMIZERS[settings.optimizer]
-    optimizer = kind(model.parameters(), **options)
+    sgd = settings.optimizer == "sgd"
+    own = {"momentum": settings.momentum, "nesterov": settings.nesterov} if sgd else {}
+    optimizer = kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, **own)
     for weight in model.parameters():
         optimizer.state[weight].update({theirs: torch.zeros_like(weight) for theirs in kept.values()})
-        if settings.optimizer == "adam":
+        if not sgd:
             optimizer.state[weight]["step"] = torch.tensor(float(steps))
     return optimizer
 
 
-def momenta(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer keeps for every weight, by its name in a checkpoint: `velocity.NAME`."""
-    return {
+def tensors_of(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors that training changes, by their names in a checkpoint: `model.NAME`, and of SGD `velocity.NAME`."""
+    momenta = {
         f"{ours}.{name}": optimizer.state[weight][theirs]
         for name, weight in model.named_parameters()
         for _, kept in OPTIMIZERS.values()
         for ours, theirs in kept.items()
         if theirs in optimizer.state[weight]
     }
+    return {f"model.{name}": value for name, value in model.state_dict().items()} | momenta
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:
+def state_of(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:
     """Everything that a training needs to go on after an epoch."""
-    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    return weights | momenta(model, optimizer) | {f"adversary.{k}": v for k, v in adversary.state().items()}
-
-
-def load_state(
-    state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary
-) -> None:
-    """Go on from what `state_of` gave."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    for name, kept in momenta(model, optimizer).items():
-        kept.copy_(state[name])  # which stays in the weight's memory format, as on other ranks
-    device = next(model.parameters()).device
-    adversary.load({name: value.to(device) for name, value in part("adversary.").items()})
+    return tensors_of(model, optimizer) | {f"adversary.{name}": value for name, value in adversary.state().items()}
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Any, *, batch_size: int = 512) -> float:
-    """Share of `data` (an ImageSet; of its labelled pixels, in segmentation) that the model, in eval mode, classifies
-    correctly."""
+def load_state(state: dict[str, Tensor], model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> None:
+    """Go on from what `state_of` gave. Each tensor stays in its memory format, as on other ranks."""
+    for name, tensor in tensors_of(model, optimizer).items():
+        tensor.copy_(state[name])
+    device = next(model.parameters()).device
+    kept = {name: value for name, value in state.items() if name.startswith("adversary.")}
+    adversary.load({name.removeprefix("adversary."): value.to(device) for name, value in kept.items()})
+
+
+def accuracy(model: Module, data: Any, *, batch_size: int = 512) -> float:
+    """Share of an ImageSet's images, in segmentation of its labelled pixels, that the model in eval mode gets right."""
     return share_right(confusion(model, data, batch_size=batch_size))
 
 
 @torch.no_grad()
-def confusion(model: nn.Module, data: Any, *, batch_size: int = 512) -> Tensor:
+def confusion(model: Module, data: Any, *, batch_size: int = 512) -> Tensor:
     """How often each class (row) is taken for which (column) by the model in eval mode: int64 (classes, classes).
 
     Counted are images, or in segmentation pixels whose label is not 255.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    classes = len(data.classes)
+    net, classes = copy.deepcopy(model).eval(), len(data.classes)
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=data.device)
-    try:
-        for x, y in data.batches(min(batch_size, images_at_once(data.images))):
-            with autocast(x.device):
-                predicted = model(x).argmax(1)
-            known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
-            counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
-    finally:
-        for module, training in modes:
-            module.training = training
+    for x, y in data.batches(min(batch_size, images_at_once(data.images))):
+        predicted = logits_of(net, x).argmax(1)
+        known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
+        counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
     return counts.view(classes, classes)
 
 
