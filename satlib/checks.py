@@ -1,80 +1,267 @@
-"""What attacks are asked, checked before anything is computed: one line that names the bad value and its mend."""
+"""What the kernels are asked, checked before anything is computed: one line that names the bad value and its mend.
 
+Where another type has a plain meaning (a list, a NumPy array, float64 pixels), it is taken.
+"""
+
+import contextvars
+import functools
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from itertools import combinations
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from satlib.data.imageset import IGNORE
-from satlib.device import autocast
 from satlib.errors import SatlibError
+from satlib.network import logits_of
 
+P, R = ParamSpec("P"), TypeVar("R")
 TRIED = 4  # images that a model is tried on
+SLACK = 0.01  # how far a pixel may lie outside of 0 to 255: a float's way to another unit and back
 
 
-def check(expected: str, right: Callable[[Any], bool], **values: Any) -> None:
+def check(expected: str, right: Callable[[Any], Any], **values: Any) -> None:
     """Raises SatlibError where one of the values is not right: its name, the value, and what was expected."""
     for name, value in values.items():
-        if not right(value):
+        try:
+            fine = bool(right(value))
+        except (TypeError, ValueError, RuntimeError):  # it is not even of a type that can be compared
+            fine = False
+        if not fine:
             raise SatlibError(f"{name}={value!r}: expected {expected}")
 
 
-def check_eps(eps: float) -> None:
-    """Raises SatlibError where eps is not a number from 0 to 255."""
-    check("a number from 0 to 255 (pixel units)", lambda value: 0 <= value <= 255, eps=eps)
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_whole(*, least: int = 1, **values: Any) -> None:
     """Raises SatlibError where one of the values is not a whole number of at least `least`."""
-    expected = f"a whole number of at least {least}"
-    check(expected, lambda value: isinstance(value, Integral) and int(value) >= least, **values)
+    check(f"a whole number of at least {least}", lambda value: _is_whole(value, least), **values)
 
 
 def check_known(known: Collection[str], **values: str) -> None:
     """Raises SatlibError where one of the values is not among the known ones."""
-    check(f"one of {', '.join(known)}", lambda value: value in known, **values)
+    check(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known, **values)
 
 
-def check_annealing(steps: int, beta: float, gamma: float) -> None:
-    """Raises SatlibError for what `annealed_step_sizes` cannot work with."""
-    check_whole(steps=steps)
-    check("a positive number", lambda value: 0 < value < math.inf, beta=beta, gamma=gamma)
+WHOLE = ("a whole number of at least 1", lambda value: _is_whole(value, 1))
+POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
+FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
+RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
+    **dict.fromkeys(
+        ["steps", "batch_size", "snapshots", "score_images", "iterations", "restarts", "larger", "passes", "sharedness"], WHOLE
+    ),
+    **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
+    **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
+    "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
+    "micro_batch": ("None, or a whole number of at least 1", lambda value: value is None or _is_whole(value, 1)),
+    "loss_threshold": ("a positive number, or None for no cap", lambda value: value is None or value > 0),
+    "label_smoothing": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "delta": ("a share strictly between 0 and 1", lambda value: 0 < value < 1),
+    "fooling_rate": ("a share in (0, 1]", lambda value: 0 < value <= 1),
+    "overshoot": ("a number of at least 0", lambda value: 0 <= value < math.inf),
+    "generator": ("None, or a torch.Generator", lambda value: value is None or isinstance(value, torch.Generator)),
+    "progress": ("None, or a function", lambda value: value is None or callable(value)),
+    "model": ("a network, or a function from pixels to logits", callable),
+}
+_nested: contextvars.ContextVar[bool] = contextvars.ContextVar("nested", default=False)
 
 
-def check_pair(images: Tensor, labels: Tensor) -> None:
-    """Raises SatlibError where images and labels (or targets) do not fit each other."""
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """A public function whose arguments are checked by RULES, and taken as tensors, where it is called from outside.
+
+    What one such function asks of another is not checked again. Inference mode, which knows no gradients, is left.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for given in (bound.arguments, *(v for v in bound.arguments.values() if isinstance(v, dict))):  # **attack
+            check_arguments(**given)
+        if _nested.get():
+            return function(*args, **kwargs)
+        token = _nested.set(True)
+        try:
+            with torch.inference_mode(False):
+                _settle(bound.arguments)
+                return function(*bound.args, **bound.kwargs)
+        finally:
+            _nested.reset(token)
+
+    return checked
+
+
+def _settle(given: dict[str, Any]) -> None:
+    """Put tensors in the place of what stands for them. Raises SatlibError for what has no plain meaning."""
+    for extra in [name for name, value in given.items() if isinstance(value, dict)]:  # **attack
+        _settle(given[extra])
+    if "images" in given:
+        given["images"] = as_images(given["images"])
+    if "labels" in given and given["labels"] is not None:
+        given["labels"] = as_labels(given["labels"], given["images"], targeted=given.get("targeted", False))
+    for name in {"craft", "choose", "report"} & set(given):
+        given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))
+    for name in {"perturbations", "start"} & set(given):
+        if given[name] is not None:
+            given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
+            if given[name].ndim != 4 or not bool(given[name].isfinite().all()):
+                raise SatlibError(
+                    f"{name} of shape {tuple(given[name].shape)}: expected finite values (heaps, C, H, W)"
+                )
+    if "eps" in given:
+        warn_of_unit(given["eps"])
+
+
+def check_arguments(**values: Any) -> None:
+    """Raises SatlibError for a value that RULES do not allow under its name; for other names there are none."""
+    for name in RULES.keys() & values.keys():
+        expected, right = RULES[name]
+        check(expected, right, **{name: values[name]})
+
+
+def _as_tensor(value: Any, name: str, shape: str) -> Tensor:
+    """The value as a tensor that has left inference mode and asks for no gradient."""
+    if not isinstance(value, Tensor | np.ndarray | Sequence) or isinstance(value, str | bytes):
+        mend = "; put its batches together by torch.cat" if hasattr(value, "__iter__") else ""
+        raise SatlibError(f"{name} is a {type(value).__name__}: expected a tensor {shape}{mend}")
+    try:
+        tensor = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SatlibError(f"{name}: expected a tensor {shape}; {str(error).splitlines()[0]}") from None
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def as_images(images: Any, name: str = "images") -> Any:
+    """Images as uint8 or float32 (n, C, H, W) in 0..255; streamed ones as they are. Raises SatlibError for others."""
+    if not isinstance(images, Tensor) and hasattr(images, "split") and hasattr(images, "shape"):
+        return images
+    tensor = _as_tensor(images, name, "(n, C, H, W)")
+    if tensor.dtype.is_complex or tensor.dtype is torch.bool:
+        raise SatlibError(f"{name} of type {tensor.dtype}: expected uint8 or float32, pixels from 0 to 255")
+    if tensor.ndim != 4 or not tensor.numel():
+        raise SatlibError(f"{name} of shape {tuple(tensor.shape)}: expected (d, C, H, W) with d at least 1")
+    check_range(tensor, name)
+    return tensor if tensor.dtype is torch.uint8 else tensor.float()
+
+
+def as_labels(labels: Any, images: Any, *, targeted: bool = False, name: str = "labels") -> Tensor:
+    """Labels as int64 (n,), or uint8 or int64 (n, H, W). One number for a targeted attack is everybody's target."""
+    if targeted and _is_whole(labels, 0):
+        return torch.full((len(images),), int(labels), device=images.device)
+    tensor = _as_tensor(labels, name, "(n,), or (n, H, W) for segmentation")
+    whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.dtype is not torch.bool
+    if whole and tensor.dtype is not torch.int64 and not (tensor.ndim == 3 and tensor.dtype is torch.uint8):
+        tensor = tensor.long()
+    check_pair(images, tensor, name)
+    return tensor
+
+
+def as_labelled(pair: Any, name: str, *, targeted: bool = False) -> tuple[Any, Tensor]:
+    """Images and their labels, of a pair or of an ImageSet."""
+    if hasattr(pair, "images") and hasattr(pair, "labels"):
+        pair = pair.images, pair.labels
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise SatlibError(f"{name} is a {type(pair).__name__}: expected a pair (images, labels), or an ImageSet")
+    images = as_images(pair[0], f"{name} images")
+    return images, as_labels(pair[1], images, targeted=targeted, name=f"{name} labels")
+
+
+def check_pair(images: Tensor, labels: Tensor, name: str = "labels") -> None:
+    """Raises SatlibError where images and labels (or targets) do not fit each other, or no label counts."""
     if images.ndim != 4 or not len(images):
         raise SatlibError(f"images of shape {tuple(images.shape)}: expected (d, C, H, W) with d at least 1")
     types = (torch.int64, torch.uint8) if labels.ndim == 3 else (torch.int64,)  # an ImageSet keeps pixels' as bytes
-    if len(labels) != len(images) or labels.ndim not in (1, 3) or labels.dtype not in types:
+    right = labels.shape[1:] in ((), images.shape[2:]) and labels.dtype in types
+    if len(labels) != len(images) or not right:
         raise SatlibError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape"
-            f" ({len(images)},), or ({len(images)}, H, W) for segmentation"
+            f"{name} of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape ({len(images)},), "
+            f"or {(len(images), *images.shape[2:])} for segmentation"
+        )
+
+
+def check_range(images: Tensor, name: str = "images") -> None:
+    """Raises SatlibError where pixels are not finite, or lie outside of 0 to 255, or between 0 and 1 only.
+
+    Images of nothing but 0 and 1 could be black: they get a warning.
+    """
+    low, high = (float(value) for value in images.aminmax())
+    seen, expected = (
+        f"{name} from {low:g} to {high:g}",
+        "expected pixel units, 0 to 255",
+    )
+    if not -SLACK <= low <= high <= 255 + SLACK:
+        raise SatlibError(f"{seen}: {expected}; normalise inside the model")
+    if 0 < high <= 1:
+        if images.dtype.is_floating_point and not torch.equal(images, images.round()):
+            raise SatlibError(f"{seen}: {expected}; multiply them by 255")
+        warnings.warn(f"{seen}: {expected}; if 1 is white, multiply them by 255", stacklevel=4)
+
+
+def numbers(value: Any, name: str) -> Tensor:
+    """One or more numbers as float32 of any shape. Raises SatlibError for what are none."""
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise SatlibError(f"{name}={value!r}: expected a number, or several") from None
+    if not tensor.numel():
+        raise SatlibError(f"{name}={value!r}: expected a number, or at least one")
+    return tensor
+
+
+def check_eps(eps: float) -> None:
+    """Raises SatlibError where eps is not a number from 0 to 255; warns where it is as one in units of 0..1."""
+    check("a number from 0 to 255 (pixel units)", lambda value: 0 <= value <= 255, eps=eps)
+    warn_of_unit(eps)
+
+
+def warn_of_unit(eps: Any) -> None:
+    """Warn where no eps reaches one of 255 grey levels."""
+    largest = numbers(eps, "eps").max().item()
+    if 0 < largest < 1:
+        warnings.warn(
+            f"eps={largest:g}: expected pixel units, 0 to 255, where 8/255 is 8",
+            stacklevel=5,
         )
 
 
 def check_sharedness(sharedness: int, count: int) -> None:
     """Raises SatlibError where heaps of so many images cannot be made of `count` of them."""
-    check(f"1 to the number of images ({count})", lambda value: 1 <= value <= count, sharedness=sharedness)
+    if not (_is_whole(sharedness, 1) and sharedness <= count):
+        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
 
 
 def check_threshold(loss_threshold: float | None, targeted: bool) -> None:
-    """Raises SatlibError where the loss threshold is no positive number, or is given to a targeted attack."""
-    if loss_threshold is None:
-        return
-    if targeted:
+    """Raises SatlibError where a targeted attack gets a loss threshold."""
+    if loss_threshold is not None and targeted:
         raise SatlibError(f"loss_threshold={loss_threshold!r} in a targeted attack: it knows no cap; pass None")
-    check("a positive number, or None for no cap", lambda value: value > 0, loss_threshold=loss_threshold)
+
+
+def check_overlap(**sets: tuple[Any, Tensor]) -> None:
+    """Warn where two of the sets of images have some in common, as far as they lie in memory."""
+    known = {
+        name: {image.tobytes() for image in images.cpu().float().numpy()}
+        for name, (images, _) in sets.items()
+        if isinstance(images, Tensor)
+    }
+    for (one, first), (other, second) in combinations(known.items(), 2):
+        if common := len(first & second):
+            warnings.warn(
+                f"{common} of {len(second)} `{other}` images are also `{one}` images",
+                stacklevel=4,
+            )
 
 
 def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: torch.device) -> Tensor:
     """eps for each heap, (heaps or 1, 1, 1, 1) on the device, checked on the host; heaps None: as many as eps has."""
-    tensor = torch.as_tensor(eps, dtype=torch.float32).reshape(-1)
-    if not len(tensor):
-        raise SatlibError(f"eps={eps!r}: expected a number, or at least one")
+    tensor = numbers(eps, "eps").reshape(-1)
     if heaps is not None and len(tensor) not in (1, heaps):
         raise SatlibError(f"eps has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
     if not bool((right := (tensor >= 0) & (tensor <= 255)).all()):
@@ -82,10 +269,14 @@ def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: t
     return tensor.to(device).view(-1, 1, 1, 1)
 
 
-def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
+def per_step(
+    value: float | Sequence[float] | Tensor,
+    steps: int,
+    heaps: int,
+    device: torch.device,
+) -> Sequence[Tensor]:
     """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
-    check_whole(steps=steps)
-    tensor = torch.as_tensor(value, dtype=torch.float32)
+    tensor = numbers(value, "step_size")
     if not bool((right := tensor.isfinite() & (tensor >= 0)).all()):
         wrong = tensor[~right].flatten()[0].item()
         raise SatlibError(f"step_size={wrong:g}: expected finite numbers of at least 0 (pixel units)")
@@ -99,39 +290,49 @@ def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, de
 
 
 @torch.enable_grad()
-def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Try the model on the first images, as attacks will use it.
+def check_model(
+    model: Any,
+    images: Any,
+    labels: Tensor,
+    *,
+    gradient: bool = True,
+    name: str = "labels",
+) -> None:
+    """Try the model, as `attackable` gives it, on the first images, and compare its classes with the labels.
 
-    Raises SatlibError where images are out of range, and where the model fails, or returns what is no logits of the
-    classes that the labels name: another shape, NaN or infinite values, probabilities.
+    Raises SatlibError where the model fails, in its own words; where it returns what is no logits of the classes that
+    the labels name (another shape, NaN or infinite values, probabilities); where no label counts; and, if a `gradient`
+    is needed, where there is none.
     """
-    few = images[:TRIED]
-    if not images.dtype.is_floating_point:  # bytes are in range, also where they stay on disk
-        few = few.float()
-    elif not 0 <= (seen := images.aminmax()).min <= seen.max <= 255:  # normalised inputs, most often
-        raise SatlibError(
-            f"images from {seen.min:g} to {seen.max:g}: expected pixel units, 0 to 255; normalise inside the model"
-        )
-    few = few.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    few = images[:TRIED].float().requires_grad_()
     try:
-        with autocast(images.device):
-            logits = model(few)
-    except RuntimeError as error:
+        logits = logits_of(model, few)
+    except SatlibError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
         raise SatlibError(
-            f"the model fails on {str(few.dtype).removeprefix('torch.')} images of shape {tuple(images.shape[1:])}: "
-            f"{str(error).splitlines()[0]}; give it weights of that type (model.float()) and images of its size"
+            f"the model fails on {'x'.join(map(str, few.shape[1:]))} images: {type(error).__name__}: {said}"
         ) from error
-    expected = f"({min(TRIED, len(images))}, classes{''.join(f', {n}' for n in labels.shape[1:])})"
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1 or logits.shape[2:] != labels.shape[1:]:
+    shape = tuple(logits.shape)
+    if len(shape) != labels.ndim + 1 or shape[0] != len(few) or shape[2:] != labels.shape[1:]:
+        expected = f"({len(few)}, classes{''.join(f', {n}' for n in labels.shape[1:])})"
         raise SatlibError(f"the model returns {shape} for a few images: expected logits of shape {expected}")
-    logits = logits.detach()
-    if not bool(logits.isfinite().all()):
+    if shape[1] == 1:
+        mend = "return torch.cat([-z, z], 1) / 2 for its logit z"
+        raise SatlibError(f"the model returns one logit for each decision: expected one for each class; {mend}")
+    if gradient and not logits.requires_grad:
+        mend = "let it compute without torch.no_grad, detach, argmax or NumPy"
+        raise SatlibError(f"the model's logits have no gradient in its images: {mend}")
+    shares = logits.detach().float()
+    if not bool(shares.isfinite().all()):
         raise SatlibError("the model returns NaN or infinite logits: was its training finite?")
-    shares = logits.float()
     if shares.min() >= 0 and (shares.amin(1) > 0).any() and ((shares.sum(1) - 1).abs() < 1e-3).all():
         raise SatlibError("the model returns probabilities: expected logits; leave out its softmax")
     known = labels[labels != IGNORE] if labels.ndim > 1 else labels
-    if len(known) and not 0 <= known.min() <= known.max() < logits.shape[1]:
-        named = f"labels from {known.min()} to {known.max()}"
-        raise SatlibError(f"{named}: expected 0 to {logits.shape[1] - 1}, the classes of the model")
+    if not len(known):
+        raise SatlibError(f"{name}: all are {IGNORE}, which is ignored; expected some pixels with a class")
+    if not 0 <= int(known.min()) <= int(known.max()) < shape[1]:
+        raise SatlibError(
+            f"{name} from {int(known.min())} to {int(known.max())}: expected 0 to {shape[1] - 1}, the model's classes"
+        )
