@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from satlib.data import Splits, training_images
 from satlib.defenses import DEFENSES
@@ -25,7 +25,7 @@ DEFAULTS = asdict(Training())
 TRAINING = {"training": lambda given: DEFAULTS}  # the frozen defaults of its settings
 
 
-def untrained(data: Splits, settings: Mapping) -> nn.Module:
+def untrained(data: Splits, settings: Mapping) -> Module:
     """The network of a training before its first step, initialised from its seed, on the device of the data."""
     torch.manual_seed(settings["training"]["seed"])
     classes, train_set = len(data.train.classes), data.train
@@ -110,7 +110,7 @@ def train(
     return _scores(model, data) | {"test_images": len(data.test), "history": history}
 
 
-def start(model: nn.Module, init: Record | None, pretrained: str, labels: dict) -> Fitted | None:
+def start(model: Module, init: Record | None, pretrained: str, labels: dict) -> Fitted | None:
     """Give the model the weights that its training starts from, and say what of them fitted; None without any.
 
     Where classes differ, the head keeps its random weights.
@@ -125,7 +125,7 @@ def start(model: nn.Module, init: Record | None, pretrained: str, labels: dict) 
     return load_pretrained(model, path)
 
 
-def _scores(model: nn.Module, data: Splits) -> dict:
+def _scores(model: Module, data: Splits) -> dict:
     """Accuracy on each set, and of segmenters the intersections over union."""
     counts = {
         "": confusion(model, data.test),
@@ -152,7 +152,7 @@ def pretrained_weights(name: str) -> dict[str, Any]:
 
 @measurement(version=1, nested=TRAINING)
 def epoch_cost(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     progress: Any,
     *,
