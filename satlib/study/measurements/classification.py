@@ -73,7 +73,7 @@ class Plan:
 
     erm: Run
     models: dict[Point, list[Run]]
-    baselines: dict[Baseline, Run] = field(default_factory=dict)
+    baselines: dict[Baseline, Run]
     robustness: dict[Run, list[Run]] = field(default_factory=dict)
     deepfool: dict[Run, Run] = field(default_factory=dict)
     predictions: dict[Run, Run] = field(default_factory=dict)
@@ -105,16 +105,15 @@ class Plan:
 def cifar10(settings: Cifar10) -> Plan:
     """Plan of section 6.1 under the given settings."""
     erm = erm_run(settings)
-    plan = _searched(
-        settings, erm, {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
-    )
+    baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
+    plan = _searched(settings, erm, baselines)
     deepfool = {model: deepfool_run(settings, model) for model in plan.trained}
     return replace(plan, deepfool=deepfool, cost=cost_run(settings, erm))
 
 
 def imagenet(settings: ImageNet) -> Plan:
     """Plan of section 6.2 under the given settings."""
-    plan = _searched(settings, erm_run(settings))
+    plan = _searched(settings, erm_run(settings), {})
     predicted = {
         model: predictions.plan(settings, f"predictions of {model.title}", 4096, model=model, search=searches[0])
         for model, searches in plan.robustness.items()
@@ -122,7 +121,7 @@ def imagenet(settings: ImageNet) -> Plan:
     return replace(plan, predictions=predicted)
 
 
-def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run] | None = None) -> Plan:
+def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run]) -> Plan:
     """What both sections have: all models, and the searches for their eps_uni."""
     grid = product(settings.epsilons, settings.sigmas, settings.sharedness)
     points = settings.points or tuple((s, eps, sigma) for eps, sigma, s in grid)
@@ -132,7 +131,7 @@ def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run]
     for point in points:
         seeds = range(settings.seed, settings.seed + (settings.train_seeds if point in settings.repeated else 1))
         models[point] = [finetune_run(settings, erm, *point, seed=seed) for seed in seeds]
-    plan = Plan(erm, models, baselines or {})
+    plan = Plan(erm, models, baselines)
     for model in plan.trained:
         plan.robustness[model] = [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)]
     return plan
@@ -153,13 +152,9 @@ def erm_run(settings: Classification) -> Run:
         return train_run(settings, first, "ERM", **weights)
     elsewhere = replace(settings, dataset=settings.erm_dataset or settings.dataset)
     title = f"ERM on {settings.erm_dataset}" if settings.erm_dataset else "ERM, first cycle"
-    again = replace(
-        first,
-        epochs=settings.erm_restart_epochs,
-        learning_rate=settings.erm_restart_learning_rate,
-        schedule="one-cycle",
-        seed=settings.seed + 1,  # other mini-batches than in the first epochs
-    )
+    changed = {"epochs": settings.erm_restart_epochs, "learning_rate": settings.erm_restart_learning_rate}
+    changed |= {"schedule": "one-cycle", "seed": settings.seed + 1}  # other mini-batches than in the first epochs
+    again = replace(first, **changed)
     return train_run(settings, again, "ERM", init=train_run(elsewhere, first, title, **weights))
 
 
@@ -222,9 +217,9 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
 def deepfool_run(settings: Cifar10, model: Run) -> Run:
     """Accuracy of a trained model under a DeepFool universal perturbation (Figure 3, right)."""
     cost = settings.deepfool_images * settings.deepfool_passes * 10
-    given = {"eps": settings.deepfool_eps, "images": settings.deepfool_images, "attack": _deepfool_options(settings)}
-    given |= stated(settings, "seed")
-    return universal_deepfool.plan(settings, f"DeepFool on {model.title}", cost, model=model, **given)
+    given = {"eps": settings.deepfool_eps, "images": settings.deepfool_images, "seed": settings.seed}
+    given |= {"model": model, "attack": _deepfool_options(settings)}
+    return universal_deepfool.plan(settings, f"DeepFool on {model.title}", cost, **given)
 
 
 def cost_run(settings: Cifar10, model: Run) -> Run:
