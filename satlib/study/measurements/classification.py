@@ -60,7 +60,7 @@ def predictions(model: Module, search: Record, data: Splits) -> dict:
 def entropy_bits(counts: Tensor) -> float | None:
     """Entropy of the shares of `counts` in bits; None of nothing."""
     shares = counts.double() / counts.sum()
-    return torch.special.entr(shares).sum().item() / math.log(2) if counts.any() else None
+    return -torch.special.xlogy(shares, shares).sum().item() / math.log(2) if counts.any() else None
 
 
 @dataclass(frozen=True)
