@@ -70,7 +70,7 @@ class Classification:
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10(Classification):
-    """Every setting of section 6.1."""
+    """Every setting of section 6.1: those that it shares, and its own."""
 
     section: ClassVar[str] = "6.1"
     unstated: ClassVar[str] = (

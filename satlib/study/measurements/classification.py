@@ -152,8 +152,8 @@ def erm_run(settings: Classification) -> Run:
         return train_run(settings, first, "ERM", **weights)
     elsewhere = replace(settings, dataset=settings.erm_dataset or settings.dataset)
     title = f"ERM on {settings.erm_dataset}" if settings.erm_dataset else "ERM, first cycle"
-    changed = {"epochs": settings.erm_restart_epochs, "learning_rate": settings.erm_restart_learning_rate}
-    changed |= {"schedule": "one-cycle", "seed": settings.seed + 1}  # other mini-batches than in the first epochs
+    changed = {"schedule": "one-cycle", "seed": settings.seed + 1}  # other mini-batches than in the first epochs
+    changed |= {"epochs": settings.erm_restart_epochs, "learning_rate": settings.erm_restart_learning_rate}
     again = replace(first, **changed)
     return train_run(settings, again, "ERM", init=train_run(elsewhere, first, title, **weights))
 
@@ -217,8 +217,8 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
 def deepfool_run(settings: Cifar10, model: Run) -> Run:
     """Accuracy of a trained model under a DeepFool universal perturbation (Figure 3, right)."""
     cost = settings.deepfool_images * settings.deepfool_passes * 10
-    given = {"eps": settings.deepfool_eps, "images": settings.deepfool_images, "seed": settings.seed}
-    given |= {"model": model, "attack": _deepfool_options(settings)}
+    given = {"model": model, "attack": _deepfool_options(settings), "seed": settings.seed}
+    given |= {"eps": settings.deepfool_eps, "images": settings.deepfool_images}
     return universal_deepfool.plan(settings, f"DeepFool on {model.title}", cost, **given)
 
 

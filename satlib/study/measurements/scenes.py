@@ -19,6 +19,7 @@ from satlib.study.measurements.classification import Point
 from satlib.study.measurements.robustness import adversarial_search, search_attack, stated, universal_search
 from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
 from satlib.study.records import Record, Workspace
+from satlib.training import Training
 from satlib.universal import options
 
 
@@ -197,7 +198,7 @@ def cityscapes(settings: Cityscapes) -> ScenesPlan:
     )
 
 
-def _training(settings: Cityscapes, stage: str, **more: Any) -> Any:
+def _training(settings: Cityscapes, stage: str, **more: Any) -> Training:
     return training_settings(settings, stage, optimizer="adam", weight_decay=0.0, **more)
 
 
@@ -233,17 +234,17 @@ def _searches(settings: Cityscapes, model: Run, *, targeted: bool) -> tuple[Run,
 
 def _structure(settings: Cityscapes, model: Run) -> Run:
     cost = (settings.report_images + settings.search_batch) * settings.adversarial_steps
-    given = {"eps": settings.structure_eps, "batch_size": settings.search_batch, "images": settings.report_images}
-    given |= {"attack": {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma")}
-    given |= {"model": model} | stated(settings, "target", "seed")
+    attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma")
+    given = {"model": model, "attack": attack} | stated(settings, "target", "seed")
+    given |= {"eps": settings.structure_eps, "batch_size": settings.search_batch, "images": settings.report_images}
     return perturbation_structure.plan(settings, f"structure of perturbations of {model.title}", cost, **given)
 
 
 def _hiding(settings: Cityscapes, model: Run) -> Run:
     cost = 2 * settings.search_steps * settings.search_batch
-    given = {"hide": settings.hidden, "epsilons": settings.hiding_epsilons, "images": settings.report_images}
-    given |= {"attack": search_attack(settings) | {"score_images": settings.choose_images}}
-    given |= {"model": model} | stated(settings, "seed")
+    attack = search_attack(settings) | {"score_images": settings.choose_images}
+    given = {"model": model, "attack": attack, "images": settings.report_images} | stated(settings, "seed")
+    given |= {"hide": settings.hidden, "epsilons": settings.hiding_epsilons}
     return hiding.plan(settings, f"hiding every {settings.hidden} from {model.title}", cost, **given)
 
 
