@@ -79,58 +79,56 @@ def measure(
 
     Raises SatlibError where the model's logits on the test images are not finite.
     """
-    parts, done = 6 + len(STRONGER) + len(OTHER_LOSSES), itertools.count(1)
+    done, parts = itertools.count(1), 6 + len(STRONGER) + len(OTHER_LOSSES)
 
     def report(text: str) -> None:
         if progress:
             progress(text, next(done) / parts)
 
-    (x, y), few = test, test[0].float()
+    (x, y), few, half = test, test[0].float(), len(craft[0]) // 2
     with attackable(model) as net:
 
         def crafted(images: Labelled = craft, **changes: Any) -> Tensor:
             options = {"eps": eps, "generator": torch.Generator().manual_seed(seed)} | dict(attack) | changes
             return extended_pgd(net, *images, **options)
 
-        def rates(xi: Tensor) -> list[float]:
-            return success_rates(net, x, y, xi).tolist()
+        def rate(xi: Tensor, seen: Tensor = x) -> float:
+            return success_rates(net, seen, y, xi).item()
 
-        def own(heap: int, size: float, steps: int) -> float:
+        def own(size: float, heap: int = 1, steps: int = image_steps) -> float:
             """Error under perturbations for heaps of the test images themselves, cross-entropy as it is."""
             options: dict[str, Any] = {"step_size": 2.5 * size / steps, "keep_best": True}
             if steps == 1:
                 options = {"step_size": size, "start": torch.zeros(-(-len(few) // heap), *few.shape[1:])}
             options |= {"eps": size, "sharedness": heap, "generator": torch.Generator().manual_seed(seed)}
-            seen = perturb(few, heap_pgd(net, few, y, steps=steps, **options), heap)
-            return success_rates(net, seen, y, torch.zeros_like(few[:1])).item()
+            return rate(nothing, perturb(few, heap_pgd(net, few, y, steps=steps, **options), heap))
 
-        xi, nothing = crafted(), torch.zeros_like(few[:1])
+        nothing, xi = torch.zeros_like(few[:1]), crafted()
         numbers: dict[str, Any] = {"eps": eps, "classes": _classes(net, few), "images": len(few)}
-        numbers |= {"clean": rates(nothing)[0], "universal": rates(xi)[0]}
+        numbers |= {"clean": rate(nothing), "universal": rate(xi)}
         report("the attack itself")
-        numbers["universal, one step"] = rates(crafted(steps=1, beta=1.0, start=nothing, snapshots=1))[0]
+        numbers["universal, one step"] = rate(crafted(steps=1, beta=1.0, start=nothing, snapshots=1))
         report("one step")
-        numbers["image-dependent"], numbers["shared"] = own(1, eps, image_steps), own(sharedness, eps, image_steps)
-        numbers["image-dependent, one step"], numbers["sharedness"] = own(1, eps, 1), sharedness
+        numbers |= {"image-dependent": own(eps), "shared": own(eps, sharedness)}
+        numbers |= {"image-dependent, one step": own(eps, steps=1), "sharedness": sharedness}
         report("images one by one")
-        numbers["image-dependent, largest eps"] = own(1, max(epsilons), image_steps)
+        numbers["image-dependent, largest eps"] = own(max(epsilons))
         report("images one by one, at the largest eps")
-        curve = zip(epsilons, rates(crafted(eps=list(epsilons))), strict=True)
-        numbers["curve"] = [{"eps": size, "rate": rate} for size, rate in curve]
+        curve = success_rates(net, x, y, crafted(eps=list(epsilons))).tolist()
+        numbers["curve"] = [{"eps": size, "rate": each} for size, each in zip(epsilons, curve, strict=True)]
         report("eps")
-        half = len(craft[0]) // 2
-        changed: dict[str, dict[str, Any]] = {name: change(attack) for name, change in STRONGER.items()}
-        for group, changes in (("stronger", changed), ("other losses", OTHER_LOSSES)):
+        stronger = {name: change(attack) for name, change in STRONGER.items()}
+        for group, changes in (("stronger", stronger), ("other losses", OTHER_LOSSES)):
             numbers[group] = {}
             for name, change in changes.items():
-                numbers[group][name] = rates(crafted(**change))[0]
+                numbers[group][name] = rate(crafted(**change))
                 report(name)
-        numbers["half the crafting images"] = rates(crafted(images=(craft[0][:half], craft[1][:half])))[0]
+        numbers["half the crafting images"] = rate(crafted((craft[0][:half], craft[1][:half])))
         gradients, _ = heap_gradients(net, few, y, torch.zeros_like(few), sharedness=1)
         numbers["without gradient"] = (gradients.flatten(1).abs().amax(1) == 0).float().mean().item()
         with device.exact():
-            numbers["crafted in float32"] = rates(crafted())[0]
-        numbers["noise"] = {name: rates(noise)[0] for name, noise in noises(xi, eps, seed).items()}
+            numbers["crafted in float32"] = rate(crafted())
+        numbers["noise"] = {name: rate(noise) for name, noise in noises(xi, eps, seed).items()}
         report("half the crafting images, float32 and noise")
     with device.exact(), torch.no_grad():
         plain = copy.deepcopy(model)
@@ -177,15 +175,15 @@ def checks(numbers: Mapping[str, Any]) -> list[Check]:
     def percent(value: float) -> str:
         return f"{100 * value:.1f} %"
 
-    base, clean, one = numbers["universal"], numbers["clean"], numbers["image-dependent"]
+    def beside(what: str, value: float) -> str:
+        return f"{percent(base)}; {what}: {percent(value)}"
+
+    base, clean, one, shared = (numbers[name] for name in ("universal", "clean", "image-dependent", "shared"))
     one_step, universal_step = numbers["image-dependent, one step"], numbers["universal, one step"]
-    half, shared, largest = (
-        numbers[name] for name in ("half the crafting images", "shared", "image-dependent, largest eps")
-    )
-    as_it_is, exact, without = (
-        numbers[name] for name in ("eval mode, float32", "crafted in float32", "without gradient")
-    )
-    curve, chance = [(point["eps"], point["rate"]) for point in numbers["curve"]], 1 - 1 / numbers["classes"]
+    exact, plain, training = (numbers[f"{name} float32"] for name in ("crafted in", "eval mode,", "train mode,"))
+    largest, half = numbers["image-dependent, largest eps"], numbers["half the crafting images"]
+    without, chance = numbers["without gradient"], 1 - 1 / numbers["classes"]
+    curve = [(point["eps"], point["rate"]) for point in numbers["curve"]]
     (_, first), (top, last) = curve[0], curve[-1]
     falls = max((before - after for (_, before), (_, after) in itertools.combinations(curve, 2)), default=0.0)
     (most, stronger), (other, loss), (kind, noise) = (
@@ -212,29 +210,20 @@ def checks(numbers: Mapping[str, Any]) -> list[Check]:
         (
             f"more steps, restarts and larger mini-batches gain at most {little}",
             stronger - base <= LITTLE,
-            f"{percent(base)}; {most}: {percent(stronger)}",
+            beside(most, stronger),
         ),
-        (
-            f"half the crafting images lose at most {little}",
-            base - half <= LITTLE,
-            f"{percent(base)}; half: {percent(half)}",
-        ),
+        (f"half the crafting images lose at most {little}", base - half <= LITTLE, beside("half", half)),
         (
             f"no other loss gains more than {little}: threshold and smoothing mask nothing",
             loss - base <= LITTLE,
-            f"{percent(base)}; {other}: {percent(loss)}",
+            beside(other, loss),
         ),
         (
             f"the model as it is in evaluation mode, in float32, is fooled alike (within {100 * SAME:g} point)",
-            abs(as_it_is - base) <= SAME,
-            f"{percent(base)}; as it is {percent(as_it_is)} (in training mode it would be "
-            f"{percent(numbers['train mode, float32'])})",
+            abs(plain - base) <= SAME,
+            f"{percent(base)}; as it is {percent(plain)} (in training mode it would be {percent(training)})",
         ),
-        (
-            f"crafting in float32 changes at most {little}",
-            abs(exact - base) <= LITTLE,
-            f"{percent(base)}; float32: {percent(exact)}",
-        ),
+        (f"crafting in float32 changes at most {little}", abs(exact - base) <= LITTLE, beside("float32", exact)),
         ("images have gradients", without <= ZERO, f"{percent(without)} of the images have none"),
         (
             "at equal eps: image-dependent >= shared >= universal",

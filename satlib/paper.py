@@ -5,18 +5,16 @@ What the paper leaves open is named in `unstated`. Its supplement was not availa
 """
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 KAPPA = -math.log(0.2)  # section 4.3: loss threshold of the attack
 LABEL_SMOOTHING = 0.1  # section 4.3 says "label smoothing"; the amount is our choice
-EPSILONS = (2, 4, 6, 8, 10, 14, 18, 22, 26)  # sections 6.1 and 6.2, pixel units
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(ABC):
-    """The settings that sections 6.1 and 6.2 share. What a profile does not replace stays the paper's."""
+class Classification:
+    """The settings that sections 6.1 and 6.2 share, as section 6.1 has them."""
 
     section: ClassVar[str]
     # Names of the settings that the paper does not state; their defaults are our choice.
@@ -24,87 +22,65 @@ class Classification(ABC):
         "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds"
     )
 
-    dataset: str
+    dataset: str = "cifar10"
     batch_size: int = 128
     momentum: float = 0.9
     seed: int = 0
     # Pre-training by "standard regularized empirical risk minimization".
     pretrained: str = ""  # a file of weights that it starts from, as `satlib.models.load_pretrained` reads it
     erm_dataset: str = ""  # another data set, such as more classes, for its first training; then with a restart
-    erm_epochs: int  # 0: the pretrained weights as they are
+    erm_epochs: int = 164  # 0: the pretrained weights as they are
     erm_batch_size: int = 128
     erm_learning_rate: float = 0.1
     erm_schedule: str = "step"
-    erm_milestones: tuple[int, ...]
-    erm_weight_decay: float
+    erm_milestones: tuple[int, ...] = (82, 123)
+    erm_weight_decay: float = 5e-4
     erm_restart_epochs: int = 0  # a second, shorter one-cycle from where the first training ended; 0: none
     erm_restart_learning_rate: float = 0.1
     # Fine-tuning.
-    finetune_epochs: int
-    finetune_learning_rate: float
+    finetune_epochs: int = 65
+    finetune_learning_rate: float = 0.0025
     finetune_schedule: str = "step"
-    finetune_milestones: tuple[int, ...]
-    finetune_weight_decay: float
+    finetune_milestones: tuple[int, ...] = (50,)
+    finetune_weight_decay: float = 0.0
     finetune_epoch_images: int = 0  # 0: all training images in every epoch
-    sharedness: tuple[int, ...]
-    epsilons: tuple[float, ...] = EPSILONS
-    sigmas: tuple[float, ...]
+    sharedness: tuple[int, ...] = (1, 8, 64)
+    epsilons: tuple[float, ...] = (2, 4, 6, 8, 10, 14, 18, 22, 26)  # pixel units
+    sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     points: tuple[tuple[int, float, float], ...] = ()  # (s, eps, sigma) instead of the whole grid; () means the grid
     repeated: tuple[tuple[int, float, float], ...] = ()  # the points that are trained from several seeds
     train_seeds: int = 2  # how many
-    steps: int  # K of training
-    relative_step_size: float  # alpha_k / eps
+    steps: int = 4  # K of training
+    relative_step_size: float = 0.5  # alpha_k / eps
     loss_threshold: float = KAPPA
     label_smoothing: float = LABEL_SMOOTHING
     # Evaluation: eps_uni(delta) by the search of section 5.2.
     delta: float = 0.75
     search: str = "binary"  # the paper's; "k-ary" is ours: an equal bound in a fraction of the time
     search_iterations: int = 10  # b
-    search_steps: int  # K
-    search_batch: int  # the mini-batch size m_k
+    search_steps: int = 200  # K
+    search_batch: int = 16  # the mini-batch size m_k
     gamma: float = 0.975
     beta: float = 4.0
-    craft_images: int
+    craft_images: int = 5000  # 0: all
     choose_images: int = 512  # decides the search, apart from the images that report
-    report_images: int
+    report_images: int = 512  # 0: all
     search_seeds: int = 1  # searches of each model, which start from other random numbers
-
-    @property
-    @abstractmethod
-    def architecture(self) -> dict[str, Any]:
-        """What `satlib.models.build` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10(Classification):
-    """Every setting of section 6.1."""
+    """Every setting of section 6.1: those that it shares, and its own."""
 
     section: ClassVar[str] = "6.1"
     unstated: ClassVar[str] = (
-        f"{Classification.unstated} erm_epochs erm_learning_rate erm_schedule erm_milestones "
-        "finetune_weight_decay baselines "
-        "deepfool_images deepfool_passes deepfool_batch baseline_sigma uad_pool uad_epochs uad_images "
+        f"{Classification.unstated} erm_epochs erm_learning_rate erm_schedule erm_milestones finetune_weight_decay "
+        "baselines baseline_sigma deepfool_images deepfool_passes deepfool_batch uad_pool uad_epochs uad_images "
         "response_steps cost_images"
     )
 
-    dataset: str = "cifar10"
     depth: int = 20
     width: int = 64
-    erm_epochs: int = 164
-    erm_milestones: tuple[int, ...] = (82, 123)
-    erm_weight_decay: float = 5e-4
-    finetune_epochs: int = 65
-    finetune_learning_rate: float = 0.0025
-    finetune_milestones: tuple[int, ...] = (50,)
-    finetune_weight_decay: float = 0.0
-    sharedness: tuple[int, ...] = (1, 8, 64)
-    sigmas: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
-    steps: int = 4
-    relative_step_size: float = 0.5
-    search_steps: int = 200
-    search_batch: int = 16
-    craft_images: int = 5000
-    report_images: int = 512
     # Figure 3 (right): DeepFool-based universal perturbations of a fixed size.
     deepfool_eps: float = 20.0
     deepfool_images: int = 1000
@@ -126,10 +102,8 @@ class Cifar10(Classification):
 
     @property
     def architecture(self) -> dict[str, Any]:
+        """What `satlib.models.build` takes."""
         return {"depth": self.depth, "width": self.width}
-
-
-CIFAR10 = Cifar10()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +136,6 @@ class Method(Cifar10):
     adversarial_steps: int = 50
 
 
-METHOD = Method()
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageNet(Classification):
     """Every setting of section 6.2.
@@ -193,17 +164,14 @@ class ImageNet(Classification):
     relative_step_size: float = 0.4
     search_steps: int = 20
     search_batch: int = 10_000
-    craft_images: int = 0  # 0: all training images
+    craft_images: int = 0
     choose_images: int = 2048
-    report_images: int = 0  # 0: the whole validation set of ImageNet
+    report_images: int = 0
 
     @property
     def architecture(self) -> dict[str, Any]:
-        settings = {"group_width": self.group_width, "expansion": self.expansion, "stem": self.stem}
-        return {"name": "bottleneck", "layers": list(self.layers), **settings}
-
-
-IMAGENET = ImageNet()
+        wide = {"group_width": self.group_width, "expansion": self.expansion, "stem": self.stem}
+        return {"name": "bottleneck", "layers": list(self.layers)} | wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,75 +231,6 @@ class Cityscapes:
         return {"name": "fcn8s", "width": self.width}
 
 
-CITYSCAPES = Cityscapes()
-
-
-def differences(settings: Classification | Cityscapes) -> list[dict[str, Any]]:
-    """Rows of a table: where the settings differ from the paper's, or where the paper is silent from our default."""
-
-    def shown(value: object) -> str:
-        return "all" if value == () else f"{value:g}" if isinstance(value, float) else str(value)
-
-    wanted = {"6.1": CIFAR10, "6.2": IMAGENET, "6.3": CITYSCAPES, "method": METHOD}[settings.section]
-    return [
-        {"setting": name, "this run": shown(value), "instead of": shown(other)}
-        | {"whose choice": "ours" if name in settings.unstated.split() else "the paper's"}
-        for name, value in vars(settings).items()
-        if value != (other := getattr(wanted, name))
-    ]
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A number of the paper's text: where it stands, what it is, and for which model."""
-
-    key: str
-    section: str
-    quantity: str
-    unit: str
-    value: float
-
-
-REPORTED = (
-    Reported("cifar10/erm/accuracy", "6.1", "ERM: clean accuracy", "%", 93.25),
-    Reported("cifar10/erm/eps_uni", "6.1", "ERM: eps_uni(0.75)", "pixel units", 14.9),
-    Reported("cifar10/no-loss/eps_uni", "6.1", "s=64, no accuracy lost: eps_uni(0.75)", "pixel units", 22.7),
-    Reported(
-        "cifar10/90/eps_uni",
-        "6.1",
-        "s=64, accuracy of 90 % (3.25 points lost) accepted: eps_uni(0.75)",
-        "pixel units",
-        44.1,
-    ),
-    Reported("cifar10/90/loss", "6.1", "s=64, the same model: accuracy lost, less than", "points", 3.5),
-    Reported(
-        "cifar10/gain",
-        "6.1",
-        "s=64 against s=1 at equal accuracy: eps_uni(0.75) gained, about",
-        "pixel units",
-        5.0,
-    ),
-    Reported("cifar10/cost/shared", "6.1", "Shared adversarial training: time per epoch", "s", 189.0),
-    Reported("cifar10/cost/standard", "6.1", "Standard adversarial training: time per epoch", "s", 189.0),
-    Reported("cifar10/cost/uad", "6.1", "DeepFool UAD: time per epoch", "s", 3118.0),
-    Reported("cifar10/cost/fictitious-play", "6.1", "Fictitious play: time per epoch", "s", 3840.0),
-    Reported("imagenet/erm/accuracy", "6.2", "ERM: top-1 accuracy", "%", 77.57),
-    Reported("imagenet/erm/eps_uni", "6.2", "ERM: eps_uni(0.75)", "pixel units", 8.4),
-    Reported("imagenet/no-loss/eps_uni", "6.2", "s=32, no accuracy lost: eps_uni(0.75)", "pixel units", 15.0),
-    Reported("imagenet/good/accuracy", "6.2", "s=32, eps=10, sigma=1: top-1 accuracy", "%", 72.74),
-    Reported("imagenet/good/eps_uni", "6.2", "s=32, eps=10, sigma=1: eps_uni(0.75)", "pixel units", 25.64),
-    Reported("cityscapes/erm/iou", "6.3", "ERM: class-wise IoU", "%", 49.3),
-    Reported("cityscapes/erm/eps_uni_targeted", "6.3", "ERM: targeted eps_uni(0.95)", "pixel units", 19.92),
-    Reported("cityscapes/s1/eps_uni_targeted", "6.3", "s=1: targeted eps_uni(0.95)", "pixel units", 62.5),
-    Reported("cityscapes/s5/eps_uni_targeted", "6.3", "s=5: targeted eps_uni(0.95)", "pixel units", 111.7),
-    Reported("cityscapes/erm/eps_uni", "6.3", "ERM: untargeted eps_uni(0.95)", "pixel units", 8.5),
-    Reported("cityscapes/s1/eps_uni", "6.3", "s=1: untargeted eps_uni(0.95)", "pixel units", 25.0),
-    Reported("cityscapes/s5/eps_uni", "6.3", "s=5: untargeted eps_uni(0.95)", "pixel units", 47.8),
-    Reported("cityscapes/s1/eps_adv", "6.3", "s=1: eps_adv(0.95)", "pixel units", 11.0),
-    Reported("cityscapes/s5/eps_adv", "6.3", "s=5: eps_adv(0.95)", "pixel units", 5.9),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checks:
     """Settings of notebook 09, which asks whether the evaluations can be trusted. None of it is in the paper."""
@@ -356,4 +255,60 @@ class Checks:
     seed: int = 0
 
 
-CHECKS = Checks()
+CIFAR10, METHOD, IMAGENET, CITYSCAPES, CHECKS = Cifar10(), Method(), ImageNet(), Cityscapes(), Checks()
+
+
+def differences(settings: Classification | Cityscapes) -> list[dict[str, Any]]:
+    """Rows of a table: where the settings differ from the paper's, or where the paper is silent from our default."""
+
+    def shown(value: object) -> str:
+        return "all" if value == () else f"{value:g}" if isinstance(value, float) else str(value)
+
+    wanted = type(settings)()
+    return [
+        {"setting": name, "this run": shown(value), "instead of": shown(other)}
+        | {"whose choice": "ours" if name in settings.unstated.split() else "the paper's"}
+        for name, value in vars(settings).items()
+        if value != (other := getattr(wanted, name))
+    ]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number of the paper's text: where it stands, what it is, and for which model."""
+
+    key: str
+    section: str
+    quantity: str
+    unit: str
+    value: float
+
+
+PIXELS = "pixel units"
+_REPORTED = (
+    ("cifar10/erm/accuracy", "6.1", "ERM: clean accuracy", "%", 93.25),
+    ("cifar10/erm/eps_uni", "6.1", "ERM: eps_uni(0.75)", PIXELS, 14.9),
+    ("cifar10/no-loss/eps_uni", "6.1", "s=64, no accuracy lost: eps_uni(0.75)", PIXELS, 22.7),
+    ("cifar10/90/eps_uni", "6.1", "s=64, accuracy of 90 % (3.25 points lost) accepted: eps_uni(0.75)", PIXELS, 44.1),
+    ("cifar10/90/loss", "6.1", "s=64, the same model: accuracy lost, less than", "points", 3.5),
+    ("cifar10/gain", "6.1", "s=64 against s=1 at equal accuracy: eps_uni(0.75) gained, about", PIXELS, 5.0),
+    ("cifar10/cost/shared", "6.1", "Shared adversarial training: time per epoch", "s", 189.0),
+    ("cifar10/cost/standard", "6.1", "Standard adversarial training: time per epoch", "s", 189.0),
+    ("cifar10/cost/uad", "6.1", "DeepFool UAD: time per epoch", "s", 3118.0),
+    ("cifar10/cost/fictitious-play", "6.1", "Fictitious play: time per epoch", "s", 3840.0),
+    ("imagenet/erm/accuracy", "6.2", "ERM: top-1 accuracy", "%", 77.57),
+    ("imagenet/erm/eps_uni", "6.2", "ERM: eps_uni(0.75)", PIXELS, 8.4),
+    ("imagenet/no-loss/eps_uni", "6.2", "s=32, no accuracy lost: eps_uni(0.75)", PIXELS, 15.0),
+    ("imagenet/good/accuracy", "6.2", "s=32, eps=10, sigma=1: top-1 accuracy", "%", 72.74),
+    ("imagenet/good/eps_uni", "6.2", "s=32, eps=10, sigma=1: eps_uni(0.75)", PIXELS, 25.64),
+    ("cityscapes/erm/iou", "6.3", "ERM: class-wise IoU", "%", 49.3),
+    ("cityscapes/erm/eps_uni_targeted", "6.3", "ERM: targeted eps_uni(0.95)", PIXELS, 19.92),
+    ("cityscapes/s1/eps_uni_targeted", "6.3", "s=1: targeted eps_uni(0.95)", PIXELS, 62.5),
+    ("cityscapes/s5/eps_uni_targeted", "6.3", "s=5: targeted eps_uni(0.95)", PIXELS, 111.7),
+    ("cityscapes/erm/eps_uni", "6.3", "ERM: untargeted eps_uni(0.95)", PIXELS, 8.5),
+    ("cityscapes/s1/eps_uni", "6.3", "s=1: untargeted eps_uni(0.95)", PIXELS, 25.0),
+    ("cityscapes/s5/eps_uni", "6.3", "s=5: untargeted eps_uni(0.95)", PIXELS, 47.8),
+    ("cityscapes/s1/eps_adv", "6.3", "s=1: eps_adv(0.95)", PIXELS, 11.0),
+    ("cityscapes/s5/eps_adv", "6.3", "s=5: eps_adv(0.95)", PIXELS, 5.9),
+)
+REPORTED = tuple(Reported(*row) for row in _REPORTED)

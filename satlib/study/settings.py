@@ -1,14 +1,13 @@
 """Settings flow one way: the paper's (`satlib.paper`), what a profile changes, what a reader changes.
 
-A profile is a file `satlib/study/profiles/NAME.yaml` (or one of your own, `profiles/NAME.yaml` in the project's folder)
-with one line of text each under `description`, `hardware` and `time`, and under `sections` by section only what differs
-from the paper, or where the paper is silent from our default.
+A profile is a file `satlib/study/profiles/NAME.yaml`, or one of your own, `profiles/NAME.yaml` in the project's folder:
+a line of text each under `description`, `hardware` and `time`, and under `sections` by section only what differs from
+the paper, or where the paper is silent from our default.
 """
 
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +27,7 @@ NOTEBOOKS = {  # the sections whose runs a notebook needs
     "08_teaser": ("6.2", "6.3"),
     "09_can_we_trust_it": ("checks",),
 }
-TEXTS = ("description", "hardware", "time")
+KEYS = {"description": str, "hardware": str, "time": str, "sections": dict}  # of a profile's file
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Profile:
 def profile_paths() -> dict[str, Path]:
     """The files of all profiles by name, sorted; needs nothing installed."""
     folders = (Path(__file__).with_name("profiles"), project_root() / "profiles")
-    paths = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
-    return dict(sorted(paths.items()))
+    return dict(sorted((path.stem, path) for folder in folders for path in folder.glob("*.yaml")))
 
 
 def profile_path(name: str) -> Path:
@@ -65,24 +63,22 @@ def load(name: str) -> Profile:
 @cache
 def _loaded(path: Path, changed: int) -> Profile:
     content = _read_yaml(path)
-    expected = dict.fromkeys(TEXTS, str) | {"sections": dict}
     if not isinstance(content, dict):
-        raise SatlibError(f"{path}: expected the keys {', '.join(expected)}")
-    for key in content:
-        if key not in expected:
-            raise SatlibError(f"{path}: unknown key {key!r}{nearest(str(key), expected)}")
-    for key, kind in expected.items():
+        raise SatlibError(f"{path}: expected the keys {', '.join(KEYS)}")
+    for key in (*content, *KEYS):
+        if key not in KEYS:
+            raise SatlibError(f"{path}: unknown key {key!r}{nearest(str(key), KEYS)}")
         if key not in content:
             raise SatlibError(f"{path}: the key {key!r} is missing")
-        if not isinstance(content[key], kind):
-            raise SatlibError(f"{path}: {key} is {content[key]!r}, expected a {kind.__name__}")
-    for section, changes in content["sections"].items():
+        if not isinstance(content[key], KEYS[key]):
+            raise SatlibError(f"{path}: {key} is {content[key]!r}, expected a {KEYS[key].__name__}")
+    sections = content.pop("sections")
+    for section, changes in sections.items():
         if section not in SECTIONS:
             raise SatlibError(f"{path}: sections: unknown section {section!r}{nearest(str(section), SECTIONS)}")
         if not isinstance(changes, dict):
             raise SatlibError(f"{path}: sections: {section} is {changes!r}, expected settings as `name: value`")
-    texts = {key: content[key].strip() for key in TEXTS}
-    return Profile(name=path.stem, **texts, sections=content["sections"])
+    return Profile(name=path.stem, sections=sections, **{key: text.strip() for key, text in content.items()})
 
 
 def _read_yaml(path: Path) -> object:
@@ -91,11 +87,11 @@ def _read_yaml(path: Path) -> object:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for index, key in enumerate(keys):
-                if key in keys[:index]:
-                    line = node.value[index][0].start_mark.line + 1
-                    raise SatlibError(f"{path}, line {line}: {key!r} is given twice")
+            known: list[object] = []
+            for key, _ in node.value:
+                if (name := self.construct_object(key, deep=True)) in known:
+                    raise SatlibError(f"{path}, line {key.start_mark.line + 1}: {name!r} is given twice")
+                known.append(name)
             return super().construct_mapping(node, deep)
 
     try:
@@ -112,20 +108,17 @@ def settings(section: str, profile: str, **changes: object) -> typing.Any:
     """
     if section not in SECTIONS:
         raise SatlibError(f"unknown section {section!r}{nearest(section, SECTIONS)}")
-    stated, where = load(profile).sections, f"profile {profile!r}, section {section}"
-    result = SECTIONS[section]
-    if base := BUILDS_ON.get(section):
-        result = _changed(result, stated.get(base, {}), f"profile {profile!r}, section {base}")
-    result = _changed(result, stated.get(section, {}), where)
+    result, stated = SECTIONS[section], load(profile).sections
+    for each in (BUILDS_ON.get(section, section), section):
+        result = _changed(result, stated.get(each, {}), f"profile {profile!r}, section {each}")
     return _changed(result, {name: value for name, value in changes.items() if value is not None}, f"section {section}")
 
 
 def _changed(base: typing.Any, changes: Mapping[str, object], where: str) -> typing.Any:
-    hints, known = typing.get_type_hints(type(base)), [field.name for field in fields(base)]
-    values = {}
+    hints, values = typing.get_type_hints(type(base)), {}
     for name, value in changes.items():
-        if name not in known:
-            raise SatlibError(f"{where}: there is no setting {name!r}{nearest(str(name), known)}")
+        if name not in vars(base):
+            raise SatlibError(f"{where}: there is no setting {name!r}{nearest(str(name), vars(base))}")
         try:
             values[name] = _converted(value, hints[name])
         except TypeError as error:
@@ -136,21 +129,16 @@ def _changed(base: typing.Any, changes: Mapping[str, object], where: str) -> typ
 
 def _converted(value: typing.Any, wanted: typing.Any) -> typing.Any:
     """`value` as the type `wanted`: int becomes float, a list a tuple. Raises `TypeError` if it does not fit."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
-        for choice in sorted(arguments, key=lambda choice: choice is not type(value)):
-            try:
-                return _converted(value, choice)
-            except TypeError:
-                continue
-    elif wanted is float and type(value) is int:
+    if wanted is float and type(value) is int:
         return float(value)
-    elif origin is tuple and isinstance(value, list | tuple):
-        wanted_items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(wanted_items) != len(value):
-            raise TypeError(f"{value!r} has {len(value)} entries, expected {len(wanted_items)}")
-        return tuple(map(_converted, value, wanted_items))
-    elif type(value) is (types.NoneType if wanted is None else wanted):
+    if typing.get_origin(wanted) is tuple and isinstance(value, list | tuple):
+        items = typing.get_args(wanted)
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if len(items) != len(value):
+            raise TypeError(f"{value!r} has {len(value)} entries, expected {len(items)}")
+        return tuple(map(_converted, value, items))
+    if type(value) is wanted:
         return value
     hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) and wanted is float else ""
     raise TypeError(f"{value!r} is a {type(value).__name__}{hint}")
@@ -160,7 +148,6 @@ def datasets(profile: str, stems: Iterable[str]) -> list[str]:
     """Names of the data sets that the notebooks `stems` need under a profile, sorted."""
     sections = {section for stem in stems for section in NOTEBOOKS.get(stem, ())}
     if "checks" in sections:
-        sections |= {"6.1", *settings("checks", profile).sections}
-    chosen = [settings(section, profile) for section in sections - {"checks"}]
-    names = {name for each in chosen for name in (each.dataset, getattr(each, "erm_dataset", ""))}
-    return sorted(names - {""})
+        sections = sections - {"checks"} | {"6.1", *settings("checks", profile).sections}
+    chosen = [settings(section, profile) for section in sections]
+    return sorted({name for each in chosen for name in (each.dataset, getattr(each, "erm_dataset", "")) if name})

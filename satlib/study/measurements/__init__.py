@@ -35,8 +35,8 @@ def plan(section: str, profile: str, **changes: object) -> Any:
 
 def checks_plan(profile: str, chosen: Any) -> ChecksPlan:
     """The plan of notebook 09 for a profile's models."""
-    others = {"imagenet": plan("6.2", profile), "scenes": plan("6.3", profile)}
-    return checks(chosen, settings("6.1", profile), **others)
+    others = {section: plan(section, profile) for section in ("6.2", "6.3") if section in chosen.sections}
+    return checks(chosen, settings("6.1", profile), others)
 
 
 def profile_runs(profile: str, only: Collection[str] | None = None) -> list[Run]:

@@ -1,12 +1,13 @@
 """Sections 6.1 and 6.2: the models, how attacks do on each of them, and what an epoch costs."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from satlib.attacks import attackable, perturb
 from satlib.data import Splits
@@ -14,7 +15,7 @@ from satlib.device import autocast
 from satlib.errors import SatlibError
 from satlib.paper import Cifar10, Classification, ImageNet
 from satlib.study.measurement import Run, measurement
-from satlib.study.measurements.robustness import search_run, universal_deepfool
+from satlib.study.measurements.robustness import search_attack, stated, universal_deepfool, universal_search
 from satlib.study.measurements.training import epoch_cost, pretrained_weights, train_run, training_settings
 from satlib.study.records import Record
 from satlib.universal import ATTACKS, options
@@ -25,7 +26,7 @@ Baseline = tuple[str, float]  # name of the defence, eps
 
 
 @measurement(version=2)
-def predictions(model: nn.Module, search: Record, data: Splits) -> dict:
+def predictions(model: Module, search: Record, data: Splits) -> dict:
     """Which classes a model predicts for test images, clean and under its universal perturbation (A.7).
 
     Counts by class; `fooled`: of images that are right when clean and wrong under the perturbation. Entropies in bits,
@@ -58,10 +59,8 @@ def predictions(model: nn.Module, search: Record, data: Splits) -> dict:
 
 def entropy_bits(counts: Tensor) -> float | None:
     """Entropy of the shares of `counts` in bits; None of nothing."""
-    if not counts.sum():
-        return None
     shares = counts.double() / counts.sum()
-    return -torch.special.xlogy(shares, shares).sum().item() / math.log(2)
+    return -torch.special.xlogy(shares, shares).sum().item() / math.log(2) if counts.any() else None
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Plan:
 
     erm: Run
     models: dict[Point, list[Run]]
-    robustness: dict[Run, list[Run]]
-    baselines: dict[Baseline, Run] = field(default_factory=dict)
+    baselines: dict[Baseline, Run]
+    robustness: dict[Run, list[Run]] = field(default_factory=dict)
     deepfool: dict[Run, Run] = field(default_factory=dict)
     predictions: dict[Run, Run] = field(default_factory=dict)
     cost: Run | None = None
@@ -96,52 +95,46 @@ class Plan:
             planned += [model, *self.robustness[model], *others]
         return planned + ([self.cost] if self.cost else [])
 
+    @property
+    def audited(self) -> dict[Run, Run]:
+        """The undefended model, and the first defended one of each sharedness, with the search to audit."""
+        defended = {sharedness: runs[0] for (sharedness, _, _), runs in reversed(self.models.items())}
+        return {model: self.robustness[model][0] for model in (self.erm, *(defended[s] for s in sorted(defended)))}
+
 
 def cifar10(settings: Cifar10) -> Plan:
     """Plan of section 6.1 under the given settings."""
     erm = erm_run(settings)
-    models = _models(settings, erm)
     baselines = {(name, eps): baseline_run(settings, erm, name, eps) for name, eps in settings.baselines}
-    trained = [erm, *(run for runs in models.values() for run in runs), *baselines.values()]
-    return Plan(
-        erm=erm,
-        models=models,
-        baselines=baselines,
-        robustness=_searches(settings, trained),
-        deepfool={model: deepfool_run(settings, model) for model in trained},
-        cost=cost_run(settings, erm),
-    )
+    plan = _searched(settings, erm, baselines)
+    deepfool = {model: deepfool_run(settings, model) for model in plan.trained}
+    return replace(plan, deepfool=deepfool, cost=cost_run(settings, erm))
 
 
 def imagenet(settings: ImageNet) -> Plan:
     """Plan of section 6.2 under the given settings."""
-    erm = erm_run(settings)
-    models = _models(settings, erm)
-    searches = _searches(settings, [erm, *(run for runs in models.values() for run in runs)])
+    plan = _searched(settings, erm_run(settings), {})
     predicted = {
-        model: predictions.plan(settings, f"predictions of {model.title}", 4096, model=model, search=of_model[0])
-        for model, of_model in searches.items()
+        model: predictions.plan(settings, f"predictions of {model.title}", 4096, model=model, search=searches[0])
+        for model, searches in plan.robustness.items()
     }
-    return Plan(erm=erm, models=models, robustness=searches, predictions=predicted)
+    return replace(plan, predictions=predicted)
 
 
-def _models(settings: Classification, erm: Run) -> dict[Point, list[Run]]:
-    points = settings.points or tuple(
-        (s, eps, sigma) for eps in settings.epsilons for sigma in settings.sigmas for s in settings.sharedness
-    )
+def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run]) -> Plan:
+    """What both sections have: all models, and the searches for their eps_uni."""
+    grid = product(settings.epsilons, settings.sigmas, settings.sharedness)
+    points = settings.points or tuple((s, eps, sigma) for eps, sigma, s in grid)
     if unknown := set(settings.repeated) - set(points):
         raise SatlibError(f"repeated: {sorted(unknown)} are not among the points; add them there, or drop them here")
-    return {
-        point: [
-            finetune_run(settings, erm, *point, seed=settings.seed + i)
-            for i in range(settings.train_seeds if point in settings.repeated else 1)
-        ]
-        for point in points
-    }
-
-
-def _searches(settings: Classification, models: Iterable[Run]) -> dict[Run, list[Run]]:
-    return {model: [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)] for model in models}
+    models = {}
+    for point in points:
+        seeds = range(settings.seed, settings.seed + (settings.train_seeds if point in settings.repeated else 1))
+        models[point] = [finetune_run(settings, erm, *point, seed=seed) for seed in seeds]
+    plan = Plan(erm, models, baselines)
+    for model in plan.trained:
+        plan.robustness[model] = [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)]
+    return plan
 
 
 def erm_run(settings: Classification) -> Run:
@@ -150,22 +143,18 @@ def erm_run(settings: Classification) -> Run:
     if not first.epochs and not settings.pretrained:
         raise SatlibError("erm_epochs: 0 without pretrained weights; name a file of them, or train for some epochs")
     weights = pretrained_weights(settings.pretrained)
-    if settings.erm_dataset and not settings.erm_restart_epochs:
-        raise SatlibError(
-            f"erm_dataset: {settings.erm_dataset!r} is for the first training, but erm_restart_epochs is 0; "
-            "set it to the epochs on the data set itself"
-        )
     if not settings.erm_restart_epochs:
+        if settings.erm_dataset:
+            raise SatlibError(
+                f"erm_dataset: {settings.erm_dataset!r} is for the first training, but erm_restart_epochs is 0; "
+                "set it to the epochs on the data set itself"
+            )
         return train_run(settings, first, "ERM", **weights)
     elsewhere = replace(settings, dataset=settings.erm_dataset or settings.dataset)
     title = f"ERM on {settings.erm_dataset}" if settings.erm_dataset else "ERM, first cycle"
-    again = replace(
-        first,
-        epochs=settings.erm_restart_epochs,
-        learning_rate=settings.erm_restart_learning_rate,
-        schedule="one-cycle",
-        seed=settings.seed + 1,  # other mini-batches than in the first epochs
-    )
+    changed = {"schedule": "one-cycle", "seed": settings.seed + 1}  # other mini-batches than in the first epochs
+    changed |= {"epochs": settings.erm_restart_epochs, "learning_rate": settings.erm_restart_learning_rate}
+    again = replace(first, **changed)
     return train_run(settings, again, "ERM", init=train_run(elsewhere, first, title, **weights))
 
 
@@ -198,29 +187,21 @@ def baseline_run(settings: Cifar10, erm: Run, name: str, eps: float) -> Run:
 
 def baseline_options(settings: Cifar10) -> dict[str, dict[str, Any]]:
     """Settings of each defence of `satlib.defenses`, but for eps."""
+    pool = {"pool_size": settings.uad_pool, "epochs_each": settings.uad_epochs, "images_each": settings.uad_images}
     return {
-        "DeepFool UAD": {
-            "pool_size": settings.uad_pool,
-            "epochs_each": settings.uad_epochs,
-            "images_each": settings.uad_images,
-            "passes": settings.deepfool_passes,
-            "batch_size": settings.deepfool_batch,
-        },
+        "DeepFool UAD": pool | _deepfool_options(settings),
         "fictitious play": {"steps": settings.response_steps, "batch_size": settings.batch_size},
         "universal adversarial training": {},
     }
 
 
-def attack_settings(settings: Classification, name: str = "paper") -> dict[str, Any]:
+def _deepfool_options(settings: Cifar10) -> dict[str, Any]:
+    return {"passes": settings.deepfool_passes, "batch_size": settings.deepfool_batch}
+
+
+def attack_settings(settings: Classification, name: str) -> dict[str, Any]:
     """The section's attack as the one of ATTACKS of this name: what that changes about the paper's stays changed."""
-    chosen = {
-        "steps": settings.search_steps,
-        "batch_size": settings.search_batch,
-        "beta": settings.beta,
-        "gamma": settings.gamma,
-        "loss_threshold": settings.loss_threshold,
-        "label_smoothing": settings.label_smoothing,
-    }
+    chosen = search_attack(settings) | stated(settings, "loss_threshold", "label_smoothing")
     own, papers = options(ATTACKS[name]), options(ATTACKS["paper"])
     return {"name": name} | {key: value for key, value in chosen.items() if key in own and own[key] == papers[key]}
 
@@ -230,35 +211,22 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
     if isinstance(settings, ImageNet):  # crafts on training images, and reports on the whole validation set
         more = {"sets": {"craft": "train", "choose": "val", "report": "test"}} | more
     title = f"eps_uni of {model.title}" + (f", seed {seed}" if seed else "")
-    return search_run(settings, model, title, attack_settings(settings, attack), seed=seed, **more)
+    return universal_search(settings, model, title, attack_settings(settings, attack), seed=seed, **more)
 
 
 def deepfool_run(settings: Cifar10, model: Run) -> Run:
     """Accuracy of a trained model under a DeepFool universal perturbation (Figure 3, right)."""
-    return universal_deepfool.plan(
-        settings,
-        f"DeepFool on {model.title}",
-        settings.deepfool_images * settings.deepfool_passes * 10,
-        model=model,
-        eps=settings.deepfool_eps,
-        images=settings.deepfool_images,
-        attack={"passes": settings.deepfool_passes, "batch_size": settings.deepfool_batch},
-        seed=settings.seed,
-    )
+    cost = settings.deepfool_images * settings.deepfool_passes * 10
+    given = {"model": model, "attack": _deepfool_options(settings), "seed": settings.seed}
+    given |= {"eps": settings.deepfool_eps, "images": settings.deepfool_images}
+    return universal_deepfool.plan(settings, f"DeepFool on {model.title}", cost, **given)
 
 
 def cost_run(settings: Cifar10, model: Run) -> Run:
     """Seconds that an epoch of each way of training takes (section 6.1)."""
     defenses = {name: {"eps": 8.0} | known for name, known in baseline_options(settings).items()}
-    ways = len(settings.sharedness) + len(defenses) + 1
-    return epoch_cost.plan(
-        settings,
-        "cost of an epoch",
-        ways * settings.cost_images * (settings.steps + 3),
-        model=model,
-        training=training_settings(settings, "finetune", sharedness=1, eps=8.0, sigma=0.5).config(),
-        sharedness=settings.sharedness,
-        defenses=defenses,
-        images=settings.cost_images,
-        seed=settings.seed,
-    )
+    cost = (len(settings.sharedness) + len(defenses) + 1) * settings.cost_images * (settings.steps + 3)
+    training = training_settings(settings, "finetune", sharedness=1, eps=8.0, sigma=0.5).config()
+    given = {"training": training, "defenses": defenses, "images": settings.cost_images}
+    given |= stated(settings, "sharedness", "seed")
+    return epoch_cost.plan(settings, "cost of an epoch", cost, model=model, **given)

@@ -1,13 +1,15 @@
 """Can the evaluations be trusted? Audits, attacks stronger than the paper's, seeds, and transfer between models."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from satlib import evaluation_checks
 from satlib.attacks import attackable, perturb, success_rates
@@ -16,7 +18,7 @@ from satlib.errors import SatlibError
 from satlib.paper import Checks, Cifar10
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Plan, cifar10, erm_run, robustness_run
-from satlib.study.measurements.robustness import attack_options
+from satlib.study.measurements.robustness import attack_options, stated
 from satlib.study.measurements.scenes import ScenesPlan, perturbation_of
 from satlib.study.records import Record
 from satlib.universal import ATTACKS, extended_pgd, options
@@ -29,11 +31,11 @@ SEARCHES: dict[str, dict[str, Any]] = {name: {"attack": name} for name in ATTACK
 
 @measurement(version=1, nested={"attack": attack_options})
 def audit(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     progress: Any,
     *,
-    attack: dict = {"name": "paper"},  # noqa: B006 - read only
+    attack: dict,
     eps: float,
     epsilons: list,
     images: int,
@@ -47,13 +49,11 @@ def audit(
     craft: the split whose images the attack is crafted on; of training images, of which there may be more than can be
     held, the first ones.
     """
-    if mask:
-        model = evaluation_checks.MASKS[mask](model)
     test, chosen = data.test.first(min(images, len(data.test))), getattr(data, craft)
     if craft == "train":
         chosen = chosen.first(min(CRAFTED, len(chosen)))
     return evaluation_checks.measure(
-        model,
+        evaluation_checks.MASKS[mask](model) if mask else model,
         craft=(chosen.images[:], chosen.labels),
         test=(test.images[:], test.labels),
         eps=eps,
@@ -67,7 +67,7 @@ def audit(
 
 @measurement(version=2)
 def transfer(
-    models: list[nn.Module], searches: list[Record], data: Splits, *, titles: list, images: int, seed: int = 0
+    models: list[Module], searches: list[Record], data: Splits, *, titles: list, images: int, seed: int = 0
 ) -> dict:
     """Error of every model under the universal perturbation of every other, at the size that its own search found.
 
@@ -135,9 +135,7 @@ class ChecksPlan:
         return [*planned, self.transfer, *(run for each in self.seeds.values() for run in each)]
 
 
-def checks(
-    settings: Checks, cifar: Cifar10, *, imagenet: Plan | None = None, scenes: ScenesPlan | None = None
-) -> ChecksPlan:
+def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesPlan] | None = None) -> ChecksPlan:
     """Plan of notebook 09, for models of section 6.1 under its settings, with audits of other sections' models."""
     plan, own = cifar10(cifar), replace(cifar, search="k-ary")
     models = {"ERM": plan.erm}
@@ -148,54 +146,35 @@ def checks(
         models[plan.models[point][0].title] = plan.models[point][0]
     if unknown := [name for name in settings.attacks if name not in SEARCHES]:
         raise SatlibError(f"attacks: {unknown[0]!r} is unknown; expected some of {', '.join(SEARCHES)}")
-    audits = {title: _audit(settings, model, plan.robustness[model][0]) for title, model in models.items()}
-    for section, other in (("6.2", imagenet), ("6.3", scenes)):
-        if other is not None and section in settings.sections:
-            which = 0 if isinstance(other, Plan) else -1  # the first seed, or the last part of the training
-            defended = {point[0]: runs[which] for point, runs in reversed(other.models.items())}  # the first of each s
-            for model in (other.erm, *(defended[s] for s in sorted(defended))):
-                if isinstance(other, Plan):
-                    search, images = other.robustness[model][0], settings.images
-                else:
-                    search, images = other.untargeted[model], settings.scenes
-                audits[f"{section}: {model.title}"] = _audit(settings, model, search, images=images)
+    search = {model: searches[0] for model, searches in plan.robustness.items()}
+    audits = {title: _audit(settings, model, search[model]) for title, model in models.items()}
+    for section, other in (others or {}).items():
+        images = settings.images if isinstance(other, Plan) else settings.scenes
+        for model, searched in other.audited.items():
+            audits[f"{section}: {model.title}"] = _audit(settings, model, searched, images=images)
     shorter = {"erm_epochs": settings.depth_epochs, "erm_restart_epochs": 0} if settings.depth_epochs else {}
-    others = [
-        replace(erm_run(replace(cifar, depth=depth, **shorter)), title=f"ERM, {depth} layers")
-        for depth in settings.depths
-    ]
-    carried = [*models.values(), *others]
+    networks = {f"ERM, {depth} layers": replace(cifar, depth=depth, **shorter) for depth in settings.depths}
+    carried = [*models.values(), *(replace(erm_run(of), title=title) for title, of in networks.items())]
+    given = {"models": carried, "searches": [robustness_run(own, model) for model in carried]}
+    given |= {"titles": [model.title for model in carried]} | stated(settings, "images", "seed")
+    cost, seeds = settings.images * len(carried) ** 2, range(settings.seeds)
     return ChecksPlan(
         models=models,
         audits=audits,
-        masked={mask: _audit(settings, plan.erm, plan.robustness[plan.erm][0], mask=mask) for mask in settings.masks},
-        attacks={
-            title: {name: attack_run(own, model, name) for name in settings.attacks} for title, model in models.items()
-        },
-        seeds={
-            title: [robustness_run(own, model, seed=seed) for seed in range(settings.seeds)]
-            for title, model in models.items()
-        },
-        transfer=transfer.plan(
-            settings,
-            "transfer",
-            settings.images * len(carried) ** 2,
-            dataset=plan.erm.dataset,
-            models=carried,
-            searches=[robustness_run(own, model) for model in carried],
-            titles=[model.title for model in carried],
-            images=settings.images,
-            seed=settings.seed,
-        ),
+        masked={mask: _audit(settings, plan.erm, search[plan.erm], mask=mask) for mask in settings.masks},
+        attacks={title: {name: attack_run(own, m, name) for name in settings.attacks} for title, m in models.items()},
+        seeds={title: [robustness_run(own, model, seed=seed) for seed in seeds] for title, model in models.items()},
+        transfer=transfer.plan(settings, "transfer", cost, dataset=plan.erm.dataset, **given),
     )
 
 
 def differences(name: str) -> dict[str, Any]:
     """How one of SEARCHES differs from the paper's."""
-    attack = options(ATTACKS[SEARCHES[name].get("attack", "paper")])
+    search = dict(SEARCHES[name])
+    attack = options(ATTACKS[search.pop("attack", "paper")])
     papers = options(extended_pgd) | options(ATTACKS["paper"])
     changed = {option: value for option, value in attack.items() if option not in papers or value != papers[option]}
-    return changed | {option: value for option, value in SEARCHES[name].items() if option != "attack"}
+    return changed | search
 
 
 def attack_run(settings: Cifar10, model: Run, name: str) -> Run:
@@ -208,18 +187,7 @@ def _audit(settings: Checks, model: Run, search: Run, *, mask: str = "", images:
     """The audit of the attack that a search uses on a model."""
     attack, images = search.settings["attack"], images or settings.images
     gradients = attack["steps"] * attack["batch_size"] * (17 + len(settings.epsilons)) + 3 * images * settings.steps
-    return audit.plan(
-        settings,
-        f"audit of {model.title}" + (f", {mask}" if mask else ""),
-        gradients,
-        dataset=model.dataset,
-        model=model,
-        attack=attack,
-        eps=settings.eps,
-        epsilons=settings.epsilons,
-        images=images,
-        image_steps=settings.steps,
-        mask=mask,
-        craft=search.settings["sets"]["craft"],
-        seed=settings.seed,
-    )
+    title = f"audit of {model.title}" + (f", {mask}" if mask else "")
+    given = {"attack": attack, "images": images, "image_steps": settings.steps, "mask": mask}
+    given |= {"craft": search.settings["sets"]["craft"]} | stated(settings, "eps", "epsilons", "seed")
+    return audit.plan(settings, title, gradients, dataset=model.dataset, model=model, **given)

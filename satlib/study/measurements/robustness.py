@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from satlib.attacks import success_rates
 from satlib.data import ImageSet, Splits
@@ -26,19 +27,14 @@ def attack_options(given: Mapping) -> dict[str, Any]:
     return {"name": "paper"} | options(ATTACKS[given.get("name", "paper")])
 
 
-def universal_attack(settings: Mapping[str, Any]) -> Any:
-    """The attack that the settings {"name": ..., option: value} mean."""
-    return named(settings["name"], **{name: value for name, value in settings.items() if name != "name"})
-
-
 @measurement(version=2, nested={"attack": attack_options})
 def universal_robustness(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     work: Workspace,
     progress: Any,
     *,
-    attack: dict = {"name": "paper"},  # noqa: B006 - read only
+    attack: dict,
     delta: float = 0.75,
     search: str = "binary",
     iterations: int = 10,
@@ -50,8 +46,8 @@ def universal_robustness(
 ) -> dict:
     """eps_uni(delta) by the search of section 5.2: crafted, decided and reported on disjoint images.
 
-    sets: the split that each of the three takes its images from; images: how many at most, 0 for all. In segmentation
-    `target` names the training scene that the attack aims at.
+    sets: the split that each of the three takes its images from; images: how many at most, 0 for all. attack: a name in
+    ATTACKS and options. In segmentation `target` names the training scene that the attack aims at.
     """
     parts = _disjoint(data, sets, images)
     began = time.monotonic()
@@ -61,7 +57,7 @@ def universal_robustness(
         progress(text, done, needed=(time.monotonic() - began) * (1 - done) / done)
 
     result = search_universal(
-        universal_attack(attack),
+        named(**attack),
         model,
         **{role: (part.images, aims(data, part, target)) for role, part in parts.items()},
         targeted=bool(target),
@@ -87,11 +83,10 @@ def universal_robustness(
 
 def _disjoint(data: Splits, sets: Mapping[str, str], images: Mapping[str, int]) -> dict[str, ImageSet]:
     """The images of each role: those of one split follow each other."""
-    taken: dict[str, int] = dict.fromkeys(sets.values(), 0)
-    parts = {}
+    taken, parts = dict.fromkeys(sets.values(), 0), {}
     for role, name in sets.items():
         whole, start = getattr(data, name), taken[name]
-        taken[name] = min(start + images[role], len(whole)) if images[role] else len(whole)
+        taken[name] = start + (images[role] or len(whole))
         parts[role] = whole.subset(slice(start, taken[name]))
     return parts
 
@@ -103,15 +98,7 @@ def aims(data: Splits, part: ImageSet, target: str) -> Tensor:
 
 @measurement(version=1, nested={"attack": lambda given: options(deepfool)})
 def universal_deepfool(
-    model: nn.Module,
-    data: Splits,
-    work: Workspace,
-    progress: Any,
-    *,
-    eps: float,
-    images: int,
-    attack: dict = {},  # noqa: B006 - read only
-    seed: int = 0,
+    model: Module, data: Splits, work: Workspace, progress: Any, *, eps: float, images: int, attack: dict, seed: int = 0
 ) -> dict:
     """Accuracy on test images under a DeepFool universal perturbation, found on validation images (Figure 3, right)."""
     craft, test = data.val.first(min(images, len(data.val))), data.test
@@ -137,13 +124,13 @@ def universal_deepfool(
     nested={"attack": lambda given: options_of(search_each, without=("delta", "iterations", "targeted"))},
 )
 def adversarial_robustness(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     work: Workspace,
     *,
     delta: float = 0.75,
     iterations: int = 10,
-    attack: dict = {},  # noqa: B006 - read only
+    attack: dict,
     images: int,
     target: str = "",
     seed: int = 0,
@@ -161,18 +148,31 @@ def adversarial_robustness(
 # Plans
 
 
-def search_run(section: Any, model: Run, title: str, attack: dict[str, Any], **more: Any) -> Run:
+def stated(settings: Any, *names: str) -> dict[str, Any]:
+    """What a measurement takes as the section's settings have it, and by their names."""
+    return {name: getattr(settings, name) for name in names}
+
+
+def search_attack(settings: Any) -> dict[str, Any]:
+    """Options of a section's universal attack, by the kernels' names."""
+    sizes = {"steps": settings.search_steps, "batch_size": settings.search_batch}
+    return sizes | stated(settings, "beta", "gamma")
+
+
+def universal_search(settings: Any, model: Run, title: str, attack: dict[str, Any], **more: Any) -> Run:
     """A section's search for eps_uni of a model."""
-    passes = section.search_iterations if section.search == "binary" else 5
-    return universal_robustness.plan(
-        section,
-        title,
-        passes * section.search_steps * section.search_batch,
-        model=model,
-        attack=attack,
-        delta=section.delta,
-        search=section.search,
-        iterations=section.search_iterations,
-        images={role: getattr(section, f"{role}_images") for role in SETS},
-        **more,
-    )
+    passes = settings.search_iterations if settings.search == "binary" else 5
+    cost = passes * settings.search_steps * settings.search_batch
+    images = {role: getattr(settings, f"{role}_images") for role in SETS}
+    given = stated(settings, "delta", "search") | {"iterations": settings.search_iterations, "images": images} | more
+    return universal_robustness.plan(settings, title, cost, model=model, attack=attack, **given)
+
+
+def adversarial_search(
+    settings: Any, model: Run, title: str, attack: dict[str, Any], *, iterations: int, **more: Any
+) -> Run:
+    """A section's search for eps_adv of a model; attack: options beside its steps."""
+    cost = settings.adversarial_images * settings.adversarial_steps * iterations
+    attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma") | attack
+    given = stated(settings, "delta", "seed") | {"iterations": iterations, "images": settings.adversarial_images} | more
+    return adversarial_robustness.plan(settings, title, cost, model=model, attack=attack, **given)

@@ -1,29 +1,22 @@
 """Sections 6.3 and 6.4: segmentation of driving scenes, universal attacks on it, and what these do to images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
+from satlib import segmentation
 from satlib.attacks import annealed_step_sizes, attackable, heap_pgd, perturb, universal_pgd
 from satlib.data import Splits
 from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.paper import Cityscapes
-from satlib.segmentation import (
-    class_index,
-    repeated,
-    scene_target,
-    segment,
-    share_hidden,
-    target_structure,
-    weakening,
-    without,
-)
+from satlib.segmentation import repeated, segment
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Point
-from satlib.study.measurements.robustness import adversarial_robustness, search_run
+from satlib.study.measurements.robustness import adversarial_search, search_attack, stated, universal_search
 from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
 from satlib.study.records import Record, Workspace
 from satlib.training import Training
@@ -32,7 +25,7 @@ from satlib.universal import options
 
 @measurement(version=2, artefacts=("perturbations",), on_demand=True)
 def perturbation_structure(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     work: Workspace,
     progress: Any,
@@ -51,7 +44,7 @@ def perturbation_structure(
     target's pixels that they win. Kept as arrays: for the first test image both perturbations in half precision, and
     what the model makes of it; not the image, which may not be passed on.
     """
-    part, aim = data.test.first(min(images, len(data.test))), scene_target(data, target)
+    part, aim = data.test.first(min(images, len(data.test))), segmentation.scene_target(data, target)
     x, y, craft = part.images.float(), repeated(aim, len(part)), data.val
     common = {"eps": eps, "targeted": True, "generator": torch.Generator().manual_seed(seed)}
     sizes = annealed_step_sizes(eps, attack["steps"], beta=attack["beta"], gamma=attack["gamma"])
@@ -69,8 +62,8 @@ def perturbation_structure(
     metrics: dict[str, Any] = {"eps": eps, "images": len(part)}
     for name, xi in perturbations.items():
         metrics[name] = {
-            "weakening": weakening(x, xi).tolist(),
-            "target_structure": target_structure(xi, aim).tolist(),
+            "weakening": segmentation.weakening(x, xi).tolist(),
+            "target_structure": segmentation.target_structure(xi, aim).tolist(),
             "target_accuracy": (seen[name] == y)[y != IGNORE].float().mean().item(),
         }
     kept = {name: xi[0].half() for name, xi in perturbations.items()} | {"target": aim}
@@ -81,14 +74,14 @@ def perturbation_structure(
 
 @measurement(version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options(universal_pgd)})
 def hiding(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     work: Workspace,
     *,
     hide: str,
     epsilons: list,
     images: int,
-    attack: dict = {},  # noqa: B006 - read only
+    attack: dict,
     seed: int = 0,
 ) -> dict:
     """One perturbation that hides a class everywhere and keeps all else (the dynamic target of Metzen et al. 2017).
@@ -98,22 +91,23 @@ def hiding(
     the share of the others that stay. Kept as arrays: the perturbation of the largest eps, and what the model makes
     with and without it of the test scene with most of the class, whose place among them is `example`.
     """
-    hidden, craft = class_index(data, hide), data.val
+    hidden, craft = segmentation.class_index(data, hide), data.val.images
     options = attack | {"eps": epsilons, "targeted": True, "generator": torch.Generator().manual_seed(seed)}
     with attackable(model) as net:
-        found = universal_pgd(net, craft.images, without(segment(net, craft.images), hidden), **options)
+        found = universal_pgd(net, craft, segmentation.without(segment(net, craft), hidden), **options)
         test = data.test.images[:images]
         clean = segment(net, test)
         seen = [segment(net, perturb(test.float(), xi[None], len(test))) for xi in found]
     most = int((clean == hidden).flatten(1).sum(1).argmax())
     arrays = {"perturbation": found[-1].half(), "clean": clean[most], "perturbed": seen[-1][most]}
     work.save_arrays("example", {name: value.cpu().numpy() for name, value in arrays.items()})
-    scores = [{"eps": eps} | share_hidden(clean, after, hidden) for eps, after in zip(epsilons, seen, strict=True)]
+    shares = [segmentation.share_hidden(clean, after, hidden) for after in seen]
+    scores = [{"eps": eps} | each for eps, each in zip(epsilons, shares, strict=True)]
     return {"hide": hide, "example": most, "scores": scores}
 
 
 @measurement(version=1, artefacts=("segmentations",), on_demand=True)
-def segmentations(model: nn.Module, targeted: Record, untargeted: Record, data: Splits, work: Workspace) -> dict:
+def segmentations(model: Module, targeted: Record, untargeted: Record, data: Splits, work: Workspace) -> dict:
     """What a model makes of the first test scene, clean and under its universal perturbations.
 
     Kept as arrays (H, W): `clean`, and under the perturbation that each search found, or that came closest, so that
@@ -147,13 +141,13 @@ class ScenesPlan:
     epochs: tuple[int, ...]
     erm: Run
     models: dict[Point, list[Run]]
-    targeted: dict[Run, Run] = field(default_factory=dict)
-    adversarial: dict[Run, Run] = field(default_factory=dict)
-    untargeted: dict[Run, Run] = field(default_factory=dict)
-    untargeted_adversarial: dict[Run, Run] = field(default_factory=dict)
-    structure: dict[Run, Run] = field(default_factory=dict)
-    hiding: dict[Run, Run] = field(default_factory=dict)
-    seen: dict[Run, Run] = field(default_factory=dict)
+    targeted: dict[Run, Run]
+    adversarial: dict[Run, Run]
+    untargeted: dict[Run, Run]
+    untargeted_adversarial: dict[Run, Run]
+    structure: dict[Run, Run]
+    hiding: dict[Run, Run]
+    seen: dict[Run, Run]
 
     @property
     def final(self) -> list[Run]:
@@ -165,12 +159,15 @@ class ScenesPlan:
         """In order of importance: the models at their ends first."""
         kinds = (self.targeted, self.adversarial, self.untargeted, self.untargeted_adversarial)
         kinds += (self.structure, self.hiding, self.seen)
-        planned = []
-        for model in self.final:
-            planned += [model, *(of[model] for of in kinds if model in of)]
-        for parts in self.models.values():
-            planned += [run for part in parts[:-1] for run in (part, self.targeted[part], self.adversarial[part])]
-        return planned
+        planned = [run for model in self.final for run in (model, *(of[model] for of in kinds))]
+        earlier = [part for parts in self.models.values() for part in parts[:-1]]
+        return planned + [run for part in earlier for run in (part, self.targeted[part], self.adversarial[part])]
+
+    @property
+    def audited(self) -> dict[Run, Run]:
+        """The undefended model, and the first defended one of each sharedness, with the search to audit."""
+        defended = {sharedness: parts[-1] for (sharedness, _, _), parts in reversed(self.models.items())}
+        return {model: self.untargeted[model] for model in (self.erm, *(defended[s] for s in sorted(defended)))}
 
 
 def cityscapes(settings: Cityscapes) -> ScenesPlan:
@@ -181,28 +178,24 @@ def cityscapes(settings: Cityscapes) -> ScenesPlan:
             f"evaluated={epochs}: expected epochs in their order, the last of them finetune_epochs "
             f"({settings.finetune_epochs})"
         )
-    erm = _erm_run(settings)
+    erm = train_run(settings, _training(settings, "erm"), "ERM", **pretrained_weights(settings.pretrained))
     models = {point: _finetune_runs(settings, erm, epochs, *point) for point in settings.points}
     final = [erm, *(parts[-1] for parts in models.values())]
     every = [erm, *(part for parts in models.values() for part in parts)]
-    targeted = {model: _universal(settings, model, targeted=True) for model in every}
-    untargeted = {model: _universal(settings, model, targeted=False) for model in final}
+    aimed = {model: _searches(settings, model, targeted=True) for model in every}
+    free = {model: _searches(settings, model, targeted=False) for model in final}
     return ScenesPlan(
         epochs=epochs,
         erm=erm,
         models=models,
-        targeted=targeted,
-        adversarial={model: _adversarial(settings, model, targeted=True) for model in every},
-        untargeted=untargeted,
-        untargeted_adversarial={model: _adversarial(settings, model, targeted=False) for model in final},
+        targeted={model: universal for model, (universal, _) in aimed.items()},
+        adversarial={model: adversarial for model, (_, adversarial) in aimed.items()},
+        untargeted={model: universal for model, (universal, _) in free.items()},
+        untargeted_adversarial={model: adversarial for model, (_, adversarial) in free.items()},
         structure={model: _structure(settings, model) for model in final},
         hiding={model: _hiding(settings, model) for model in final},
-        seen={model: _seen(settings, model, targeted[model], untargeted[model]) for model in final},
+        seen={model: _seen(settings, model, aimed[model][0], free[model][0]) for model in final},
     )
-
-
-def _erm_run(settings: Cityscapes) -> Run:
-    return train_run(settings, _training(settings, "erm"), "ERM", **pretrained_weights(settings.pretrained))
 
 
 def _training(settings: Cityscapes, stage: str, **more: Any) -> Training:
@@ -214,77 +207,47 @@ def _finetune_runs(
 ) -> list[Run]:
     """The parts of one training, which end after these epochs."""
     each = _training(settings, "finetune", sharedness=sharedness, eps=eps, sigma=sigma)
-    title, parts, before = f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", [], 0
-    for until in epochs:
+    title, parts = f"s={sharedness}, eps={eps:g}, sigma={sigma:g}", []
+    for before, until in pairwise((0, *epochs)):
         name = title if until == settings.finetune_epochs else f"{title}, epoch {until}"
         builds_on = {"previous": parts[-1]} if parts else {"init": erm}
         parts.append(train_run(settings, each, name, epochs=until - before, until=until, **builds_on))
-        before = until
     return parts
 
 
-def _attack(settings: Cityscapes, *, targeted: bool) -> dict[str, Any]:
-    """A targeted attack has neither a loss threshold nor soft targets."""
-    cap, smoothing = (None, 0.0) if targeted else (settings.loss_threshold, settings.label_smoothing)
-    return {"beta": settings.beta, "gamma": settings.gamma, "loss_threshold": cap, "label_smoothing": smoothing}
+def _searches(settings: Cityscapes, model: Run, *, targeted: bool) -> tuple[Run, Run]:
+    """The searches for eps_uni and eps_adv of a model.
 
-
-def _target(settings: Cityscapes, *, targeted: bool) -> dict[str, Any]:
-    return {"seed": settings.seed} | ({"target": settings.target} if targeted else {})
-
-
-def _universal(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
-    title = f"{'targeted' if targeted else 'untargeted'} eps_uni of {model.title}"
-    sizes = {"steps": settings.search_steps, "batch_size": settings.search_batch}
-    attack = {"name": "paper", "score_images": settings.choose_images} | sizes | _attack(settings, targeted=targeted)
-    return search_run(settings, model, title, attack, **_target(settings, targeted=targeted))
-
-
-def _adversarial(settings: Cityscapes, model: Run, *, targeted: bool) -> Run:
-    """Without a target the pixels of an image compete for its perturbation, and their losses are capped."""
-    return adversarial_robustness.plan(
-        settings,
-        f"{'targeted' if targeted else 'untargeted'} eps_adv of {model.title}",
-        settings.adversarial_images * settings.adversarial_steps * settings.adversarial_iterations,
-        model=model,
-        delta=settings.delta,
-        iterations=settings.adversarial_iterations,
-        attack={"steps": settings.adversarial_steps, "batch_size": 4} | _attack(settings, targeted=targeted),
-        images=settings.adversarial_images,
-        **_target(settings, targeted=targeted),
+    A targeted attack has neither a loss threshold nor soft targets. Without a target the pixels of an image compete for
+    its perturbation, and their losses are capped.
+    """
+    kind, loss, aim = "untargeted", stated(settings, "loss_threshold", "label_smoothing"), stated(settings, "seed")
+    if targeted:
+        kind, loss, aim = "targeted", {"loss_threshold": None, "label_smoothing": 0.0}, aim | stated(settings, "target")
+    universal = {"name": "paper", "score_images": settings.choose_images} | search_attack(settings) | loss
+    each = {"iterations": settings.adversarial_iterations} | aim
+    return (
+        universal_search(settings, model, f"{kind} eps_uni of {model.title}", universal, **aim),
+        adversarial_search(settings, model, f"{kind} eps_adv of {model.title}", {"batch_size": 4} | loss, **each),
     )
 
 
 def _structure(settings: Cityscapes, model: Run) -> Run:
-    return perturbation_structure.plan(
-        settings,
-        f"structure of perturbations of {model.title}",
-        (settings.report_images + settings.search_batch) * settings.adversarial_steps,
-        model=model,
-        target=settings.target,
-        eps=settings.structure_eps,
-        batch_size=settings.search_batch,
-        images=settings.report_images,
-        attack={"steps": settings.adversarial_steps, "beta": settings.beta, "gamma": settings.gamma},
-        seed=settings.seed,
-    )
+    cost = (settings.report_images + settings.search_batch) * settings.adversarial_steps
+    attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma")
+    given = {"model": model, "attack": attack} | stated(settings, "target", "seed")
+    given |= {"eps": settings.structure_eps, "batch_size": settings.search_batch, "images": settings.report_images}
+    return perturbation_structure.plan(settings, f"structure of perturbations of {model.title}", cost, **given)
 
 
 def _hiding(settings: Cityscapes, model: Run) -> Run:
-    attack = {"steps": settings.search_steps, "batch_size": settings.search_batch}
-    return hiding.plan(
-        settings,
-        f"hiding every {settings.hidden} from {model.title}",
-        2 * settings.search_steps * settings.search_batch,
-        model=model,
-        hide=settings.hidden,
-        epsilons=settings.hiding_epsilons,
-        attack=attack | {"score_images": settings.choose_images, "beta": settings.beta, "gamma": settings.gamma},
-        images=settings.report_images,
-        seed=settings.seed,
-    )
+    cost = 2 * settings.search_steps * settings.search_batch
+    attack = search_attack(settings) | {"score_images": settings.choose_images}
+    given = {"model": model, "attack": attack, "images": settings.report_images} | stated(settings, "seed")
+    given |= {"hide": settings.hidden, "epsilons": settings.hiding_epsilons}
+    return hiding.plan(settings, f"hiding every {settings.hidden} from {model.title}", cost, **given)
 
 
 def _seen(settings: Cityscapes, model: Run, targeted: Run, untargeted: Run) -> Run:
-    title = f"segmentations of {model.title}"
-    return segmentations.plan(settings, title, 3, model=model, targeted=targeted, untargeted=untargeted)
+    given = {"model": model, "targeted": targeted, "untargeted": untargeted}
+    return segmentations.plan(settings, f"segmentations of {model.title}", 3, **given)

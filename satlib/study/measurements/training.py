@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from satlib.data import Splits, training_images
 from satlib.defenses import DEFENSES
@@ -25,7 +25,7 @@ DEFAULTS = asdict(Training())
 TRAINING = {"training": lambda given: DEFAULTS}  # the frozen defaults of its settings
 
 
-def untrained(data: Splits, settings: Mapping) -> nn.Module:
+def untrained(data: Splits, settings: Mapping) -> Module:
     """The network of a training before its first step, initialised from its seed, on the device of the data."""
     torch.manual_seed(settings["training"]["seed"])
     classes, train_set = len(data.train.classes), data.train
@@ -64,10 +64,10 @@ def train(
     """
     settings = Training.from_config(training)
     model = untrained(data, {"architecture": architecture, "training": training})
-    last_epoch, state, history = until or settings.epochs, {}, []
     fitted = start(model, init, pretrained, labels)
     if fitted and (fitted.missing or fitted.other_shape or fitted.unused):
         progress(str(fitted), 0.0, lasting=True)
+    state, history, last_epoch = {}, [], until or settings.epochs
     if previous:
         state = {f"model.{name}": value for name, value in previous.tensors("weights").items()}
         state |= previous.tensors("optimizer")
@@ -75,12 +75,6 @@ def train(
     if checkpoint := work.load_checkpoint():
         state, history = checkpoint[0], checkpoint[1]["history"]
     began, fresh, last = time.monotonic(), len(history), state
-    adversary = None
-    if defense:
-        options = {name: value for name, value in defense.items() if name != "name"}
-        adversary = DEFENSES[defense["name"]](
-            data.train, progress=lambda text: report(text, fresh / settings.epochs), **options
-        )
 
     def report(text: str, done: float, needed: float = 0.0) -> None:
         progress(text, (done * settings.epochs - fresh) / (last_epoch - fresh), needed)
@@ -93,24 +87,20 @@ def train(
             each = (time.monotonic() - began) / (len(history) - fresh)
             report(f"epoch {len(history)}/{settings.epochs}", len(history) / settings.epochs, needed=each)
 
-    history = fit(
-        model,
-        data.train,
-        settings,
-        adversary=adversary,
-        state=state or None,
-        history=history,
-        after_epoch=after_epoch,
-        progress=report,
-        until=last_epoch,
-    )
+    adversary = None
+    if defense:
+        options = {name: value for name, value in defense.items() if name != "name"}
+        options["progress"] = lambda text: report(text, fresh / settings.epochs)
+        adversary = DEFENSES[defense["name"]](data.train, **options)
+    given = {"adversary": adversary, "state": state or None, "history": history, "until": last_epoch}
+    history = fit(model, data.train, settings, after_epoch=after_epoch, progress=report, **given)
     work.save_tensors("weights", {name: value.cpu() for name, value in model.state_dict().items()})
     if last_epoch < settings.epochs:
         work.save_tensors("optimizer", {k: v for k, v in last.items() if not k.startswith("model.")})
     return _scores(model, data) | {"test_images": len(data.test), "history": history}
 
 
-def start(model: nn.Module, init: Record | None, pretrained: str, labels: dict) -> Fitted | None:
+def start(model: Module, init: Record | None, pretrained: str, labels: dict) -> Fitted | None:
     """Give the model the weights that its training starts from, and say what of them fitted; None without any.
 
     Where classes differ, the head keeps its random weights.
@@ -125,7 +115,7 @@ def start(model: nn.Module, init: Record | None, pretrained: str, labels: dict) 
     return load_pretrained(model, path)
 
 
-def _scores(model: nn.Module, data: Splits) -> dict:
+def _scores(model: Module, data: Splits) -> dict:
     """Accuracy on each set, and of segmenters the intersections over union."""
     counts = {
         "": confusion(model, data.test),
@@ -152,7 +142,7 @@ def pretrained_weights(name: str) -> dict[str, Any]:
 
 @measurement(version=1, nested=TRAINING)
 def epoch_cost(
-    model: nn.Module,
+    model: Module,
     data: Splits,
     progress: Any,
     *,
@@ -168,42 +158,33 @@ def epoch_cost(
     """
     some = min(images, len(data.train))
     scale, settings = len(data.train) / some, Training.from_config(training)
-    ways: list[tuple[str, Training, dict | None]] = [("ERM", replace(settings, sigma=0.0), None)]
-    ways += [(f"s = {s}", replace(settings, sharedness=s), None) for s in sharedness]
-    ways += [(name, settings, options) for name, options in defenses.items()]
+    ways = {"ERM": replace(settings, sigma=0.0)} | {f"s = {s}": replace(settings, sharedness=s) for s in sharedness}
+    ways |= dict.fromkeys(defenses, settings)
     seconds: dict[str, float] = {}
-    for index, (name, each, options) in enumerate(ways):
+    for name, each in ways.items():
         trained, finding, adversary = copy.deepcopy(model), 0.0, None
-        if options is not None:
-            epochs, crafted = options.get("epochs_each", 1), options.get("pool_size", 1)
+        if options := defenses.get(name):
+            crafted, epochs = options.get("pool_size", 1), options.get("epochs_each", 1)
             adversary = DEFENSES[name](data.train, **options | ({"pool_size": 1} if "pool_size" in options else {}))
             start = time.perf_counter()
             adversary.start_epoch(trained, 0, torch.Generator().manual_seed(seed))
-            _wait(data.train.device)
+            sum(found.sum().item() for found in adversary.state().values())  # waits for the device
             finding = (time.perf_counter() - start) * crafted / epochs
             adversary.start_epoch = lambda *_: None  # it has been found, and is not part of what follows
         fit(trained, data.train, replace(each, epochs=1, epoch_images=settings.batch_size), adversary=adversary)
         start = time.perf_counter()
         fit(trained, data.train, replace(each, epochs=1, epoch_images=some), adversary=adversary)
-        _wait(data.train.device)
-        seconds[name] = (time.perf_counter() - start) * scale + finding
-        progress(name, (index + 1) / len(ways))
+        seconds[name] = (time.perf_counter() - start) * scale + finding  # a history of numbers has waited, too
+        progress(name, len(seconds) / len(ways))
     return {"seconds": seconds, "images": some, "scaled_to": len(data.train)}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # Plans
 
-_GIVEN = ("sigma", "eps", "sharedness")  # of a model, not of a section
-
 
 def training_settings(section: Any, stage: str, **more: Any) -> Training:
     """The settings of a section's trainings of a stage, "erm" or "finetune": `erm_epochs` are the former's `epochs`."""
-    names = [name for name in DEFAULTS if name not in _GIVEN]
+    names = DEFAULTS.keys() - {"sigma", "eps", "sharedness"}  # which are of a model, not of a section
     values = {name: getattr(section, f"{stage}_{name}", getattr(section, name, DEFAULTS[name])) for name in names}
     return Training(**values | {"milestones": tuple(values["milestones"])} | more)
 
