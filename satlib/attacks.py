@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.checks import (
-    check_annealing,
+    check_arguments,
     check_model,
-    check_pair,
     check_sharedness,
     check_threshold,
-    check_whole,
+    kernel,
     per_heap,
     per_step,
 )
@@ -78,7 +77,7 @@ def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) ->
 
     Raises SatlibError where steps is no whole number of at least 1, or beta or gamma no positive number.
     """
-    check_annealing(steps, beta, gamma)
+    check_arguments(steps=steps, beta=beta, gamma=gamma)
     weights = [gamma**k for k in range(steps)]
     total = math.fsum(weights)
     return [beta * eps * weight / total for weight in weights]
@@ -132,6 +131,7 @@ def pgd_step(
     return projected_step(xi, gradients.sign(), eps=eps, alpha=alpha, targeted=targeted), losses
 
 
+@kernel
 def heap_pgd(
     model: nn.Module,
     images: Tensor,
@@ -165,7 +165,6 @@ def heap_pgd(
     capped ones have no gradient.
     """
     count = len(images)
-    check_pair(images, labels)
     check_threshold(loss_threshold, targeted)
     check_sharedness(sharedness, count)
     heaps = -(-count // sharedness)
@@ -197,6 +196,7 @@ def heap_pgd(
             return better(xi, attack_loss(logits_of(net, perturb(images, xi, sharedness)), labels, **loss))[0]
 
 
+@kernel
 def universal_pgd(
     model: nn.Module,
     images: Tensor,
@@ -237,9 +237,7 @@ def universal_pgd(
     Raises SatlibError on bad eps, steps, batch_size, micro_batch, beta, gamma, loss_threshold and mismatched shapes.
     """
     check_threshold(loss_threshold, targeted)
-    check_pair(images, labels)
     micro = {} if micro_batch is None else {"micro_batch": micro_batch}
-    check_whole(snapshots=snapshots, score_images=score_images, **micro)
     if not 1 <= batch_size <= len(images):
         raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
     device, bound = images.device, per_heap(eps, None, images.device)
@@ -314,6 +312,7 @@ def decisions_won(predicted: Tensor, labels: Tensor, *, targeted: bool = False) 
     return won.reshape(len(labels), -1).sum(1), counted.reshape(len(labels), -1).sum(1)
 
 
+@kernel
 @torch.no_grad()
 def success_rates(
     model: nn.Module,

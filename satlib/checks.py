@@ -55,9 +55,8 @@ WHOLE = ("a whole number of at least 1", lambda value: _is_whole(value, 1))
 POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
 FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
 RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
-    **dict.fromkeys(
-        ["steps", "batch_size", "snapshots", "score_images", "iterations", "restarts", "larger", "passes", "sharedness"], WHOLE
-    ),
+    **dict.fromkeys(["steps", "batch_size", "snapshots", "score_images", "iterations"], WHOLE),
+    **dict.fromkeys(["restarts", "larger", "passes", "sharedness"], WHOLE),
     **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
@@ -80,18 +79,21 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     What one such function asks of another is not checked again. Inference mode, which knows no gradients, is left.
     """
     signature = inspect.signature(function)
+    further = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
-        for given in (bound.arguments, *(v for v in bound.arguments.values() if isinstance(v, dict))):  # **attack
-            check_arguments(**given)
+        given = [bound.arguments, *(bound.arguments.get(name, {}) for name in further)]
+        for arguments in given:
+            check_arguments(**arguments)
         if _nested.get():
             return function(*args, **kwargs)
         token = _nested.set(True)
         try:
             with torch.inference_mode(False):
-                _settle(bound.arguments)
+                for arguments in given:
+                    _settle(arguments)
                 return function(*bound.args, **bound.kwargs)
         finally:
             _nested.reset(token)
@@ -101,8 +103,6 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
 
 def _settle(given: dict[str, Any]) -> None:
     """Put tensors in the place of what stands for them. Raises SatlibError for what has no plain meaning."""
-    for extra in [name for name, value in given.items() if isinstance(value, dict)]:  # **attack
-        _settle(given[extra])
     if "images" in given:
         given["images"] = as_images(given["images"])
     if "labels" in given and given["labels"] is not None:
@@ -111,11 +111,9 @@ def _settle(given: dict[str, Any]) -> None:
         given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))
     for name in {"perturbations", "start"} & set(given):
         if given[name] is not None:
-            given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
-            if given[name].ndim != 4 or not bool(given[name].isfinite().all()):
-                raise SatlibError(
-                    f"{name} of shape {tuple(given[name].shape)}: expected finite values (heaps, C, H, W)"
-                )
+            xi = given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
+            if xi.ndim != 4 or not bool(xi.isfinite().all()):
+                raise SatlibError(f"{name} of shape {tuple(xi.shape)}: expected finite values (heaps, C, H, W)")
     if "eps" in given:
         warn_of_unit(given["eps"])
 
@@ -193,16 +191,20 @@ def check_range(images: Tensor, name: str = "images") -> None:
     Images of nothing but 0 and 1 could be black: they get a warning.
     """
     low, high = (float(value) for value in images.aminmax())
-    seen, expected = (
-        f"{name} from {low:g} to {high:g}",
-        "expected pixel units, 0 to 255",
-    )
+    seen, expected = (f"{name} from {low:g} to {high:g}", "expected pixel units, 0 to 255")
     if not -SLACK <= low <= high <= 255 + SLACK:
         raise SatlibError(f"{seen}: {expected}; normalise inside the model")
     if 0 < high <= 1:
         if images.dtype.is_floating_point and not torch.equal(images, images.round()):
             raise SatlibError(f"{seen}: {expected}; multiply them by 255")
         warnings.warn(f"{seen}: {expected}; if 1 is white, multiply them by 255", stacklevel=4)
+
+
+def check_data(data: Any) -> None:
+    """Raises SatlibError where data is no ImageSet, nor like one."""
+    if not all(hasattr(data, name) for name in ("images", "labels", "classes", "batches")):
+        made = "satlib.data.ImageSet(images, labels, classes, name, title, split)"
+        raise SatlibError(f"data is a {type(data).__name__}: expected an ImageSet; make one by {made}")
 
 
 def numbers(value: Any, name: str) -> Tensor:
@@ -226,10 +228,7 @@ def warn_of_unit(eps: Any) -> None:
     """Warn where no eps reaches one of 255 grey levels."""
     largest = numbers(eps, "eps").max().item()
     if 0 < largest < 1:
-        warnings.warn(
-            f"eps={largest:g}: expected pixel units, 0 to 255, where 8/255 is 8",
-            stacklevel=5,
-        )
+        warnings.warn(f"eps={largest:g}: expected pixel units, 0 to 255, where 8/255 is 8", stacklevel=5)
 
 
 def check_sharedness(sharedness: int, count: int) -> None:
@@ -253,10 +252,7 @@ def check_overlap(**sets: tuple[Any, Tensor]) -> None:
     }
     for (one, first), (other, second) in combinations(known.items(), 2):
         if common := len(first & second):
-            warnings.warn(
-                f"{common} of {len(second)} `{other}` images are also `{one}` images",
-                stacklevel=4,
-            )
+            warnings.warn(f"{common} of {len(second)} `{other}` images are also `{one}` images", stacklevel=4)
 
 
 def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: torch.device) -> Tensor:
@@ -269,12 +265,7 @@ def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: t
     return tensor.to(device).view(-1, 1, 1, 1)
 
 
-def per_step(
-    value: float | Sequence[float] | Tensor,
-    steps: int,
-    heaps: int,
-    device: torch.device,
-) -> Sequence[Tensor]:
+def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
     """Step sizes as `steps` tensors of shape (heaps or 1, 1, 1, 1)."""
     tensor = numbers(value, "step_size")
     if not bool((right := tensor.isfinite() & (tensor >= 0)).all()):
@@ -291,12 +282,7 @@ def per_step(
 
 @torch.enable_grad()
 def check_model(
-    model: Any,
-    images: Any,
-    labels: Tensor,
-    *,
-    gradient: bool = True,
-    name: str = "labels",
+    model: Any, images: Any, labels: Tensor, *, gradient: bool = True, name: str = "labels", classes: int = 0
 ) -> None:
     """Try the model, as `attackable` gives it, on the first images, and compare its classes with the labels.
 
@@ -321,6 +307,8 @@ def check_model(
     if shape[1] == 1:
         mend = "return torch.cat([-z, z], 1) / 2 for its logit z"
         raise SatlibError(f"the model returns one logit for each decision: expected one for each class; {mend}")
+    if classes and shape[1] != classes:
+        raise SatlibError(f"the model tells {shape[1]} classes apart: expected {classes}, as many as the data has")
     if gradient and not logits.requires_grad:
         mend = "let it compute without torch.no_grad, detach, argmax or NumPy"
         raise SatlibError(f"the model's logits have no gradient in its images: {mend}")

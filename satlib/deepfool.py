@@ -5,12 +5,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attackable, perturb
-from satlib.checks import check, check_whole, per_heap
+from satlib.attacks import perturb, perturb_straight_through
+from satlib.checks import check_model, kernel, per_heap
+from satlib.device import exact
+from satlib.network import attackable, logits_of
 
 
+@kernel
 def deepfool(
-    model: nn.Module, images: Tensor, *, classes: int = 10, steps: int = 10, overshoot: float = 0.02
+    model: nn.Module,
+    images: Tensor,
+    *,
+    classes: int = 10,
+    steps: int = 10,
+    overshoot: float = 0.02,
+    straight_through: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """DeepFool: for each image a small step, in the l2 norm, over the nearest decision boundary.
 
@@ -22,22 +31,27 @@ def deepfool(
     Returns the perturbations (d, C, H, W) in pixel units, and which of them changed the prediction (d,). Runs in
     float32: the way hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1, overshoot < 0.
     """
-    _check(classes, steps, overshoot)
-    with attackable(model) as net:
-        return _deepfool(net, images.float(), classes, steps, overshoot)
+    with attackable(model) as net, exact():
+        check_model(net, images, torch.zeros(len(images), dtype=torch.long))
+        return _deepfool(net, images.float(), classes, steps, overshoot, straight_through)
 
 
-def _deepfool(net: nn.Module, images: Tensor, classes: int, steps: int, overshoot: float) -> tuple[Tensor, Tensor]:
+def _deepfool(
+    net: nn.Module, images: Tensor, classes: int, steps: int, overshoot: float, straight_through: bool
+) -> tuple[Tensor, Tensor]:
+    """As `deepfool`; the images may lie outside of 0..255, and are clamped before the model sees them."""
+    seen = perturb_straight_through if straight_through else perturb
     total = torch.zeros_like(images)
     with torch.no_grad():
-        logits = net(perturb(images, total, 1))
+        logits = logits_of(net, perturb(images, total, 1))
     candidates = logits.topk(min(classes, logits.shape[1]), dim=1).indices
     label, going = candidates[:, 0], torch.arange(len(images), device=images.device)
     for _ in range(steps):
         going = going[_predicted(net, images[going], (1 + overshoot) * total[going]) == label[going]]
         if not len(going):
             break
-        logits, gradients = _linearised(net, images[going], (1 + overshoot) * total[going], candidates[going])
+        way_so_far = (1 + overshoot) * total[going]
+        logits, gradients = _linearised(net, seen, images[going], way_so_far, candidates[going])
         normals = gradients[:, 1:] - gradients[:, :1]
         lengths = normals.flatten(2).norm(dim=2).clamp(min=1e-12)
         distances, nearest = ((logits[:, :1] - logits[:, 1:]) / lengths).min(1)  # to the rivals' hyperplanes
@@ -48,6 +62,7 @@ def _deepfool(net: nn.Module, images: Tensor, classes: int, steps: int, overshoo
     return total, _predicted(net, images, total) != label
 
 
+@kernel
 def universal_deepfool(
     model: nn.Module,
     images: Tensor,
@@ -60,6 +75,7 @@ def universal_deepfool(
     classes: int = 10,
     steps: int = 10,
     overshoot: float = 0.02,
+    straight_through: bool = True,
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Tensor:
@@ -75,11 +91,9 @@ def universal_deepfool(
     Raises SatlibError on what is out of range.
     """
     bounds = per_heap(eps, None, images.device).flatten().tolist()
-    check("a share in (0, 1]", lambda value: 0 < value <= 1, fooling_rate=fooling_rate)
-    check_whole(batch_size=batch_size, passes=passes)
-    _check(classes, steps, overshoot)
     found = []
-    with attackable(model) as net:
+    with attackable(model) as net, exact():
+        check_model(net, images, torch.zeros(len(images), dtype=torch.long))
         nothing = torch.zeros_like(images[:1], dtype=torch.float32)
         clean = _predicted(net, images, nothing)
         for bound in bounds:
@@ -89,7 +103,8 @@ def universal_deepfool(
                 for chosen in order.split(batch_size):
                     going = chosen[_predicted(net, images[chosen], v) == clean[chosen]]
                     if len(going):
-                        steps_found, changed = _deepfool(net, images[going] + v, classes, steps, overshoot)
+                        x = images[going] + v
+                        steps_found, changed = _deepfool(net, x, classes, steps, overshoot, straight_through)
                         v = (v + steps_found[changed].sum(0, keepdim=True)).clamp(-bound, bound)
                 rate = (_predicted(net, images, v) != clean).float().mean().item()
                 if progress:
@@ -105,19 +120,15 @@ def universal_deepfool(
 def _predicted(net: nn.Module, images: Tensor, v: Tensor, batch_size: int = 512) -> Tensor:
     """Predicted classes (n,) of images + v, where v is one for all of them or one for each."""
     pairs = zip(images.split(batch_size), v.expand(len(images), -1, -1, -1).split(batch_size), strict=True)
-    return torch.cat([net(perturb(x, xi, 1)).argmax(1) for x, xi in pairs])
+    return torch.cat([logits_of(net, perturb(x, xi, 1)).argmax(1) for x, xi in pairs])
 
 
 @torch.enable_grad()
-def _linearised(net: nn.Module, images: Tensor, v: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _linearised(
+    net: nn.Module, seen: Callable[..., Tensor], images: Tensor, v: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor]:
     """Logits (d, k) of each image's candidate classes at x + v, and their gradients (d, k, C, H, W)."""
     v = v.detach().requires_grad_()
-    logits = net(perturb(images, v, 1)).float().gather(1, candidates)
+    logits = logits_of(net, seen(images, v, 1)).float().gather(1, candidates)
     gradients = [torch.autograd.grad(logits[:, k].sum(), v, retain_graph=True)[0] for k in range(logits.shape[1])]
     return logits.detach(), torch.stack(gradients, 1)
-
-
-def _check(classes: int, steps: int, overshoot: float) -> None:
-    check_whole(classes=classes, least=2)
-    check_whole(steps=steps)
-    check("at least 0", lambda value: value >= 0, overshoot=overshoot)

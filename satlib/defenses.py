@@ -13,7 +13,7 @@ from satlib.checks import check, check_eps, check_whole
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.training import Adversary, Training, clean_loss, mixed_loss
-from satlib.universal import UniversalAttack, mean_of_signs
+from satlib.universal import UniversalAttack, mean_of_signs, takes
 
 
 class Pool(Adversary):
@@ -33,7 +33,8 @@ class Pool(Adversary):
     ) -> None:
         check_eps(eps)
         self.data, self.progress = data, progress or (lambda text: None)
-        self.attack: Callable[..., Tensor] = functools.partial(attack, eps=[eps], **settings)
+        through = {"straight_through": False} if takes(attack, "straight_through") else {}  # as published
+        self.attack: Callable[..., Tensor] = functools.partial(attack, eps=[eps], **through | settings)
         self.pool = torch.zeros(0, *data.images.shape[1:], device=data.device)
 
     def state(self) -> dict[str, Tensor]:

@@ -107,12 +107,6 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """What the model makes of images, given in channels last, in the format of `autocast`."""
-    with autocast(images.device):
-        return model(images.contiguous(memory_format=torch.channels_last))
-
-
 def _dtype(device: torch.device) -> torch.dtype:
     return _forced.get() or fastest_dtype(device.type)
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import attack_loss, attackable, broadcast, decisions_won, heap_pgd, perturb, universal_pgd
-from satlib.checks import check_model, check_pair
-from satlib.device import logits_of
+from satlib.attacks import attack_loss, broadcast, decisions_won, heap_pgd, perturb, universal_pgd
+from satlib.checks import check_model, kernel
+from satlib.device import exact
+from satlib.network import attackable, logits_of
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,19 @@ class Risk:
     error: float
 
 
+@kernel
 def expected_risk(model: nn.Module, images: Tensor, labels: Tensor) -> Risk:
     """rho_exp = E[L(theta, x, y)] over images (n, C, H, W) in 0..255 and labels (n,)."""
     return risk_under(model, images, labels, torch.zeros_like(images[:1], dtype=torch.float32), len(images))
 
 
+@kernel
 def adversarial_risk(model: nn.Module, images: Tensor, labels: Tensor, **attack: Any) -> Risk:
     """rho_adv = E[sup_{xi(x)} L(theta, x + xi(x), y)]: the heap risk of sharedness 1."""
     return heap_risk(model, images, labels, sharedness=1, **attack)
 
 
+@kernel
 def heap_risk(model: nn.Module, images: Tensor, labels: Tensor, *, sharedness: int, **attack: Any) -> Risk:
     """rho_heap^(s): every `sharedness` consecutive images share one perturbation found for them by `heap_pgd`.
 
@@ -41,6 +45,7 @@ def heap_risk(model: nn.Module, images: Tensor, labels: Tensor, *, sharedness: i
     return risk_under(model, images, labels, xi, sharedness)
 
 
+@kernel
 def universal_risk(
     model: nn.Module, images: Tensor, labels: Tensor, *, craft: tuple[Tensor, Tensor], **attack: Any
 ) -> Risk:
@@ -53,15 +58,15 @@ def universal_risk(
     return risk_under(model, images, labels, xi, len(images))
 
 
+@kernel
 @torch.no_grad()
 def risk_under(
     model: nn.Module, images: Tensor, labels: Tensor, perturbations: Tensor, sharedness: int, *, batch_size: int = 512
 ) -> Risk:
     """Risk under given perturbations (heaps, C, H, W), each added to `sharedness` consecutive images."""
-    check_pair(images, labels)
     loss = error = 0.0
     added = broadcast(perturbations, sharedness, len(images))
-    with attackable(model) as net:
+    with attackable(model) as net, exact():
         check_model(net, images, labels)
         for x, y, xi in zip(images.split(batch_size), labels.split(batch_size), added.split(batch_size), strict=True):
             logits = logits_of(net, perturb(x, xi, 1))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import annealed_step_sizes, attackable, decisions_won, heap_pgd, perturb, success_rates
-from satlib.checks import check, check_known, check_model, check_pair, check_threshold, check_whole
+from satlib.attacks import AT_ONCE, annealed_step_sizes, decisions_won, heap_gradients, heap_pgd, perturb, success_rates
+from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel
+from satlib.device import exact
 from satlib.errors import SatlibError
+from satlib.network import attackable, logits_of
 from satlib.universal import UniversalAttack, check_attack, name_of, options, takes
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
@@ -19,6 +22,8 @@ BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks nex
 ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
 COARSE = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
 TOLERANCE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
+PROBED = 32  # images whose gradients a search looks at first
+VANISHING = 1e-20  # what no entry of a usable gradient need exceed: signs do not get lost before
 CHANCE = 0.05  # how far a success rate may fall, as eps grows, before it counts as more than chance
 Labelled = tuple[Tensor, Tensor]  # images (n, C, H, W) in 0..255, and their labels
 
@@ -49,7 +54,7 @@ class Robustness:
     epsilon: magnitude in pixel units of the smallest perturbation that reached delta; None where none did, which
     prints as "> 255". perturbation: that perturbation, (1, C, H, W); None with it. rate: its success rate on the
     deciding images; report_rate: on images that neither crafting nor search saw. evaluations: in their order.
-    closest: where none did, the perturbation of the highest rate; else None.
+    closest: where none did, the perturbation of the highest rate; else None. gradients: see `usable_gradients`.
     """
 
     delta: float
@@ -59,6 +64,7 @@ class Robustness:
     evaluations: list[Evaluation]
     perturbation: Tensor | None = field(repr=False)
     closest: Tensor | None = field(repr=False, default=None)
+    gradients: float = 1.0
 
     def __str__(self) -> str:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
@@ -75,6 +81,7 @@ class Robustness:
         return all(larger >= smaller - CHANCE for smaller, larger in itertools.combinations(rates.values(), 2))
 
 
+@kernel
 def universal_robustness(
     attack: UniversalAttack | Sequence[UniversalAttack],
     model: nn.Module,
@@ -103,10 +110,7 @@ def universal_robustness(
     Raises SatlibError on delta outside (0, 1), iterations < 1, an unknown search, attacks that take no `targeted` or
     `start` where they get one, and what an attack raises on its arguments: all before the model is asked.
     """
-    _check_search(delta, iterations)
     check_known(SEARCHES, search=search)
-    for pair in (craft, choose, report):
-        check_pair(*pair)
     attacks = [attack] if callable(attack) else list(attack)
     if not attacks or not all(map(callable, attacks)):
         raise SatlibError(f"attack={attack!r}: expected one like those of satlib.universal.ATTACKS, or several")
@@ -115,8 +119,12 @@ def universal_robustness(
             if wanted and not takes(each, argument):
                 raise SatlibError(f"{name}=True: attack {name_of(each)!r} takes no {argument}; leave it out")
         check_attack(each, model, *craft, eps=[LARGEST / 2], **({"targeted": True} if targeted else {}))
+    sets = {"craft": craft, "choose": choose, "report": report}
+    check_overlap(**sets)
     with attackable(model) as net:
-        check_model(net, *craft)
+        for name, pair in sets.items():
+            check_model(net, *pair, name=f"{name} labels")
+        gradients = usable_gradients(net, *craft)
         asked = Search(net, attacks, craft, choose, delta, targeted, warm_start, generator, progress)
         if asked.best is None:  # else the clean images do
             SEARCHES[search](asked, iterations)
@@ -129,6 +137,7 @@ def universal_robustness(
             evaluations=asked.evaluations,
             perturbation=xi,
             closest=asked.closest if xi is None else None,
+            gradients=gradients,
         )
 
 
@@ -264,11 +273,13 @@ SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
 class ImageRobustness:
     """Result of the image-dependent search. epsilons (n,): smallest success for each image in pixel units, inf
     where none was found. epsilon: the smallest magnitude at which a share delta is fooled, or in segmentation the mean
-    over the images, of which those without success count as 255; None, where none is fooled, prints "> 255"."""
+    over the images, of which those without success count as 255; None, where none is fooled, prints "> 255".
+    gradients: see `usable_gradients`."""
 
     delta: float
     epsilon: float | None
     epsilons: Tensor = field(repr=False)
+    gradients: float = 1.0
 
     @property
     def standard_error(self) -> float | None:
@@ -285,6 +296,7 @@ class ImageRobustness:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
 
 
+@kernel
 def adversarial_robustness(
     model: nn.Module,
     images: Tensor,
@@ -299,6 +311,7 @@ def adversarial_robustness(
     targeted: bool = False,
     loss_threshold: float | None = None,
     label_smoothing: float = 0.0,
+    straight_through: bool = True,
     generator: torch.Generator | None = None,
 ) -> ImageRobustness:
     """eps_adv(delta) of section 5.1 by the same binary search, every image with an interval of its own.
@@ -311,17 +324,17 @@ def adversarial_robustness(
 
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
-    _check_search(delta, iterations)
-    check_pair(images, labels)
     check_threshold(loss_threshold, targeted)
     relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma))[:, None]
     attack: dict[str, Any] = {"sharedness": 1, "steps": steps, "targeted": targeted, "keep_best": True}
     attack |= {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "generator": generator}
+    attack["straight_through"] = straight_through
     smallest = []
     with attackable(model) as net:
         check_model(net, images, labels)
+        gradients = usable_gradients(net, images, labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            x = x.float().contiguous(memory_format=torch.channels_last)
+            x = x.float()
             low = torch.zeros(len(x), device=x.device)
             high = torch.full_like(low, LARGEST)
             best = torch.where(_fooled(net, x, y, targeted, delta), 0.0, math.inf)
@@ -336,19 +349,39 @@ def adversarial_robustness(
     epsilons = torch.cat(smallest)
     if labels.ndim > 1:
         mean = epsilons.clamp(max=LARGEST).mean().item() if epsilons.isfinite().any() else None
-        return ImageRobustness(delta, mean, epsilons.cpu())
+        return ImageRobustness(delta, mean, epsilons.cpu(), gradients)
     fewest = max(1, math.ceil(delta * len(epsilons) - 1e-9))  # 0.56 * 25 is a little more than 14
     at_delta = epsilons.sort().values[fewest - 1].item()
-    return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu())
+    return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu(), gradients)
 
 
 @torch.no_grad()
 def _fooled(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, delta: float) -> Tensor:
     """Which of the images are fooled: their decision, or in segmentation a share delta of their labelled pixels."""
-    won, counted = decisions_won(model(images).argmax(1), labels, targeted=targeted)
+    with exact():
+        won, counted = decisions_won(logits_of(model, images).argmax(1), labels, targeted=targeted)
     return won >= (delta - 1e-7) * counted
 
 
-def _check_search(delta: float, iterations: int) -> None:
-    check("a share strictly between 0 and 1", lambda value: 0 < value < 1, delta=delta)
-    check_whole(iterations=iterations)
+@torch.enable_grad()
+def usable_gradients(net: Any, images: Tensor, labels: Tensor) -> float:
+    """Share of the first images whose loss has a usable gradient: finite, and nowhere near zero in all pixels.
+
+    Without one, an attack by gradients does not move, and what it does not find says nothing. Warns where fewer than
+    half of the images have one, and where two passes of the same images differ, as a network's own noise makes them.
+    """
+    size = min(PROBED, max(1, AT_ONCE // images[:1].shape.numel()))
+    usable = []
+    for x, y in zip(images[:PROBED].split(size), labels[:PROBED].split(size), strict=True):
+        nothing = torch.zeros_like(x, dtype=torch.float32)
+        largest = heap_gradients(net, x.float(), y, nothing, sharedness=1)[0].abs().flatten(1).amax(1)
+        usable.append((largest > VANISHING) & largest.isfinite())
+    share = torch.cat(usable).float().mean().item()
+    if share < 0.5:
+        few = f"{share:.0%} of the images have a usable gradient"
+        warnings.warn(f"{few}, neither zero nor infinite: what no attack finds here may well exist", stacklevel=4)
+    with torch.no_grad(), exact():
+        one, other = logits_of(net, x.float()), logits_of(net, x.float())
+    if (one - other).abs().max() > 1e-3 * one.abs().max():
+        warnings.warn("two passes of the same images give different logits: success rates are random", stacklevel=4)
+    return share

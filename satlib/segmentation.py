@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.data.imageset import Splits
-from satlib.device import logits_of
 from satlib.errors import SatlibError
+from satlib.network import logits_of
 
 
 def scene_target(splits: Splits, frame: str) -> Tensor:

@@ -1,6 +1,5 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -13,9 +12,11 @@ from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
+from satlib.checks import check_data, check_model, kernel
 from satlib.data.imageset import IGNORE
-from satlib.device import logits_of
+from satlib.device import exact
 from satlib.errors import SatlibError
+from satlib.network import evaluated, logits_of
 from satlib.parallel import current_ranks, decisions
 
 # Each optimizer, and what it keeps for every weight: its name in a checkpoint, and PyTorch's.
@@ -76,9 +77,9 @@ class Training:
         checks.check_threshold(self.loss_threshold, targeted=False)
 
     def attack(self) -> dict[str, Any]:
-        """What `heap_pgd` takes of these settings: eps, steps, step_size and the loss's."""
+        """What `heap_pgd` takes of these settings; its gradient is that of the clamp, as in all published trainings."""
         own = {name: getattr(self, name) for name in ("eps", "steps", "loss_threshold", "label_smoothing")}
-        return own | {"step_size": self.relative_step_size * self.eps}
+        return own | {"step_size": self.relative_step_size * self.eps, "straight_through": False}
 
     def config(self) -> dict:
         """The settings as plain JSON types; those of the attack only where there is one (sigma > 0)."""
@@ -173,6 +174,7 @@ class SharedAdversarialTraining(Adversary):
     loss = staticmethod(shared_adversarial_loss)
 
 
+@kernel
 def train(
     model: Module,
     data: Any,
@@ -197,6 +199,10 @@ def train(
     former raises stops all. Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a
     mini-batch, and where the loss is not finite after an epoch.
     """
+    check_data(data)
+    checks.check("a network", lambda value: isinstance(value, Module), model=model)
+    with evaluated(model):
+        check_model(model, data.images, data.labels)
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
     ranks.check(settings.batch_size, heap, adversary)
@@ -281,18 +287,22 @@ def accuracy(model: Module, data: Any, *, batch_size: int = 512) -> float:
     return share_right(confusion(model, data, batch_size=batch_size))
 
 
+@kernel
 @torch.no_grad()
 def confusion(model: Module, data: Any, *, batch_size: int = 512) -> Tensor:
     """How often each class (row) is taken for which (column) by the model in eval mode: int64 (classes, classes).
 
     Counted are images, or in segmentation pixels whose label is not 255.
     """
-    net, classes = copy.deepcopy(model).eval(), len(data.classes)
+    check_data(data)
+    classes = len(data.classes)
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=data.device)
-    for x, y in data.batches(min(batch_size, images_at_once(data.images))):
-        predicted = logits_of(net, x).argmax(1)
-        known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
-        counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
+    with evaluated(model), exact():
+        check_model(model, data.images, data.labels, gradient=False, classes=classes)
+        for x, y in data.batches(min(batch_size, images_at_once(data.images))):
+            predicted = logits_of(model, x).argmax(1)
+            known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
+            counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
     return counts.view(classes, classes)
 
 

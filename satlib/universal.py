@@ -27,12 +27,11 @@ from satlib.attacks import (
     universal_pgd,
 )
 from satlib.checks import (
-    check_annealing,
+    check_arguments,
     check_known,
     check_model,
-    check_pair,
     check_threshold,
-    check_whole,
+    kernel,
     per_heap,
 )
 from satlib.data.imageset import IGNORE
@@ -74,7 +73,7 @@ def margin_loss(logits: Tensor, labels: Tensor, *, loss_threshold: float | None 
 
 def cosine_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) -> list[float]:
     """As `annealed_step_sizes`, with (1 + cos(pi k / steps)) / 2 in the place of gamma^k; gamma plays no part."""
-    check_annealing(steps, beta, gamma)
+    check_arguments(steps=steps, beta=beta, gamma=gamma)
     weights = [(1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
     total = math.fsum(weights)
     return [beta * eps * weight / total for weight in weights]
@@ -119,6 +118,7 @@ SCHEDULES = {"geometric": annealed_step_sizes, "cosine": cosine_step_sizes}
 LOSSES = {"cross-entropy": attack_loss, "margin": margin_loss}
 
 
+@kernel
 def extended_pgd(
     model: nn.Module,
     images: Tensor,
@@ -161,7 +161,6 @@ def extended_pgd(
     check_known(UPDATES, update=update)
     check_known(SCHEDULES, schedule=schedule)
     check_known(LOSSES, loss=loss)
-    check_whole(steps=steps, batch_size=batch_size, larger=larger, restarts=restarts)
     if loss == "margin" and label_smoothing:
         raise SatlibError(f"label_smoothing={label_smoothing!r} with loss='margin', which has no soft targets; pass 0")
     if dominant and (targeted or labels.ndim > 1):
@@ -222,6 +221,7 @@ def _dominant_class(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) 
     return (fooled if len(fooled) else classes).mode().values
 
 
+@kernel
 def mean_of_signs(
     model: nn.Module,
     images: Tensor,
@@ -240,8 +240,6 @@ def mean_of_signs(
     vote a pixel, whatever its loss. alpha = relative_step_size * eps; the start is uniform in [-eps, eps].
     straight_through: see `perturb_straight_through`.
     """
-    check_pair(images, labels)
-    check_whole(steps=steps, batch_size=batch_size)
     bound = per_heap(eps, None, images.device)
     heaps, rows = len(bound), labels.expand(len(bound), *labels.shape)
     xi = random_start((heaps, *images.shape[1:]), bound, generator)
@@ -325,7 +323,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
-class _Asked(Exception):
+class _Asked(BaseException):  # no attack catches it
     """The model was asked."""
 
 
