@@ -227,18 +227,13 @@ def _train(profile: str, only: str, deadline: float | None, device: str | None) 
             chosen = [run for run in chosen if not run.settings["defense"]]
         runner = Runner(profile=profile, device=device, deadline=deadline)
         runs = runner.by_id(chosen)
-        if ranks.rank > 0:
-            runner.follow(runs)
-            return 0
         try:
-            for run in runs.values():
-                runner.record(run)
+            runner.record_together(runs)
         except BudgetSpent:
             print("budget spent; the same call goes on from here")
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
-        finally:
-            ranks.broadcast_object(None)
-        print(f"{len(runs)} trainings of the profile {profile!r} have a record")
+        if ranks.rank == 0:
+            print(f"{len(runs)} trainings of the profile {profile!r} have a record")
     return 0
 
 
@@ -347,9 +342,10 @@ def _ledger_status() -> None:
 )
 def _ledger_pack(out: Path, max_mb: float | None) -> None:
     """Put runs into an archive to carry to another machine."""
+    from satlib.study.archive import pack
     from satlib.study.ledger import Ledger
 
-    packed = Ledger().pack(out, max_mb=max_mb)
+    packed = pack(Ledger(), out, max_mb=max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""
@@ -359,9 +355,10 @@ def _ledger_pack(out: Path, max_mb: float | None) -> None:
 @_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))
 def _ledger_merge(files: list[Path]) -> int:
     """Take in archives; every entry is checked, none is trusted."""
+    from satlib.study.archive import merge
     from satlib.study.ledger import Ledger
 
-    merged = Ledger().merge(files)
+    merged = merge(Ledger(), files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
     new = f"{len(merged.merged)} runs" + (f" and {len(merged.unfinished)} unfinished" if merged.unfinished else "")
