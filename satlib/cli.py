@@ -335,17 +335,13 @@ def _ledger_status() -> None:
         print(f"  damaged, set aside: {name}")
 
 
-@_command(
-    "ledger pack",
-    _option("out", type=Path, metavar="OUT.tar"),
-    _option("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first"),
-)
-def _ledger_pack(out: Path, max_mb: float | None) -> None:
+@_command("ledger pack", _option("out", type=Path, metavar="OUT.tar"))
+def _ledger_pack(out: Path) -> None:
     """Put runs into an archive to carry to another machine."""
     from satlib.study.archive import pack
     from satlib.study.ledger import Ledger
 
-    packed = pack(Ledger(), out, max_mb=max_mb)
+    packed = pack(Ledger(), out)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     unfinished = f" and {len(packed.unfinished)} unfinished" if packed.unfinished else ""

@@ -149,14 +149,11 @@ def test_an_unfinished_run_goes_on_elsewhere(source, target, tmp_path):
     assert archive.merge(target, [tmp_path / "runs.tar"]).unfinished == []
 
 
-def test_an_unfinished_run_alone_and_one_that_does_not_fit(target, tmp_path):
+def test_an_unfinished_run_alone(target, tmp_path):
     ledger = Ledger(tmp_path / "source")
     interrupt(ledger)
     assert archive.pack(ledger, tmp_path / "one.tar").packed == []
     assert archive.merge(target, [tmp_path / "one.tar"]).unfinished == [spec(7).id]
-    ledger.get_or_compute(spec(0), compute(0))
-    packed = archive.pack(ledger, tmp_path / "small.tar", max_mb=0.02)
-    assert packed.unfinished == [] and [name for name, _ in packed.left_out] == [f"{spec(7).id}/checkpoint"]
 
 
 def test_a_damaged_checkpoint_is_neither_packed_nor_merged(source, target, tmp_path):
@@ -192,30 +189,15 @@ def test_only_the_named_runs_are_packed(source, target, tmp_path):
     assert not (tmp_path / "none.tar").exists()
 
 
-def test_a_limit_in_megabytes_leaves_large_artefacts_behind_first(tmp_path, target):
-    ledger = Ledger(tmp_path / "source")
-    made = [ledger.get_or_compute(spec(n), compute(n, size)) for n, size in enumerate([10, 500_000, 10, 240_000, 10])]
-    made.sort(key=lambda record: (record.created, record.id))
-    packed = archive.pack(ledger, tmp_path / "runs.tar", max_mb=1.0)
-    assert packed.bytes == (tmp_path / "runs.tar").stat().st_size <= 1_000_000
-    assert packed.packed == [record.id for record in made]
-    assert [name for name, _ in packed.left_out] == [f"{spec(1).id}/weights.safetensors"]
+def test_a_whole_run_replaces_one_without_artefacts_and_not_the_other_way(source, target, tmp_path):
+    archive.pack(source, tmp_path / "all.tar")
+    (source.runs / spec(1).id / "weights.safetensors").unlink()
+    packed = archive.pack(source, tmp_path / "runs.tar")
     assert archive.merge(target, [tmp_path / "runs.tar"]).merged == packed.packed
     thin = target.find(spec(1).id)
     assert thin.has("small") and not thin.has("weights")
     with pytest.raises(SatlibError, match="is not here"):
         thin.tensors("weights")
-
-    packed = archive.pack(ledger, tmp_path / "less.tar", max_mb=0.5)
-    assert packed.packed == [record.id for record in made[:3]]
-    assert {name for name, _ in packed.left_out} == {f"{spec(1).id}/weights.safetensors", *(r.id for r in made[3:])}
-    for wrong in (0.001, 0, -1):
-        with pytest.raises(SatlibError, match="max_mb"):
-            archive.pack(ledger, tmp_path / "nothing.tar", max_mb=wrong)
-    assert not (tmp_path / "nothing.tar").exists()
-
-    # The whole run comes later: it replaces the thin one, and a thin one replaces nothing.
-    archive.pack(ledger, tmp_path / "all.tar")
     assert archive.merge(target, [tmp_path / "all.tar"]).merged == [spec(1).id]
     assert target.find(spec(1).id, ["weights"]) is not None
     assert archive.merge(target, [tmp_path / "runs.tar"]).merged == []

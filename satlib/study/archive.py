@@ -1,7 +1,6 @@
 """Archives that carry runs to other machines: written plain, and read without trust."""
 
 import io
-import math
 import re
 import tarfile
 from collections.abc import Iterable
@@ -16,8 +15,6 @@ from satlib.study.ledger import OLDEST_FIRST, Ledger, new_run
 from satlib.study.records import ARTEFACT_NAME, CHECKPOINT, RUN_ID, Damage, is_checkpoint, read_record
 
 MEMBER = re.compile(rf"({RUN_ID.pattern})/(record\.json|{CHECKPOINT}|{ARTEFACT_NAME.pattern})")
-SMALL = 1_000_000  # bytes; larger artefacts are the first to stay behind
-HEADER, ENDING = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # at most, with what fills blocks
 
 
 @dataclass(frozen=True)
@@ -40,63 +37,40 @@ class Merged:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None, *, max_mb: float | None = None) -> Packed:
+def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None) -> Packed:
     """Write a plain tar of `runs/` (or of the runs that `ids` or their first digits name), oldest first.
 
-    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there.
-    With `max_mb` (10^6 bytes) a run that does not fit goes without its artefacts over 1 MB; when it
-    still does not fit, it and the later ones stay behind. The result says what did. Raises
-    `SatlibError` if nothing fits.
+    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there. Raises
+    `SatlibError` where there is nothing to pack.
     """
-    out, limit = Path(out), math.inf if max_mb is None else max_mb * 1_000_000
-    if not limit > 0:
-        raise SatlibError(f"max_mb is {max_mb}, expected a positive number of megabytes")
+    out = Path(out)
     if ids is None:
         records = [record for record in ledger.records() if record.path.parent == ledger.runs]
     else:
         records = sorted({record.id: record for record in map(ledger.get, ids)}.values(), key=OLDEST_FIRST)
     packed, unfinished, left_out = [], [], []
-    too_large, used = f"does not fit in {max_mb} MB", ENDING
     with writing(out.parent), replacing(out) as new, tarfile.open(new, "x:", format=tarfile.USTAR_FORMAT) as tar:
 
-        def fits(run_id: str, contents: dict[str, bytes]) -> bool:
-            """Whether these files of a run fit; they are added if they do."""
-            nonlocal used
-            size = sum(HEADER + len(content) for content in contents.values())
-            if used + size > limit:
-                return False
-            used += size
-            for name, content in contents.items():
-                member = tarfile.TarInfo(f"{run_id}/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-            return True
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
-        for position, listed in enumerate(records):
+        for listed in records:
             if (record := ledger.find(listed.id)) is None:
                 left_out.append((listed.id, "damaged"))
                 continue
-            text = {"record.json": (record.path / "record.json").read_bytes()}
-            artefacts = {name: record.read(name) for name in sorted(record.artefacts) if record.has(name)}
-            small = {name: content for name, content in artefacts.items() if len(content) <= SMALL}
-            if not fits(record.id, text | artefacts):
-                if not fits(record.id, text | small):
-                    left_out += [(later.id, too_large) for later in records[position:]]
-                    break
-                left_out += [(f"{record.id}/{name}", too_large) for name in artefacts if name not in small]
+            add(f"{record.id}/record.json", (record.path / "record.json").read_bytes())
+            for name in sorted(filter(record.has, record.artefacts)):
+                add(f"{record.id}/{name}", record.read(name))
             packed.append(record.id)
         for path in sorted(ledger.runs.glob(f".work/*/{CHECKPOINT}")) if ids is None else ():
             run_id, content = path.parent.name, path.read_bytes()
-            if (ledger.runs / run_id).exists() or not is_checkpoint(content):
-                continue
-            if fits(run_id, {CHECKPOINT: content}):
+            if is_checkpoint(content) and not (ledger.runs / run_id).exists():
+                add(f"{run_id}/{CHECKPOINT}", content)
                 unfinished.append(run_id)
-            else:
-                left_out.append((f"{run_id}/{CHECKPOINT}", too_large))
         if not packed and not unfinished:
-            raise SatlibError(
-                f"{out}: no run to pack in {ledger.runs} ({len(left_out)} left out); raise max_mb or run some"
-            )
+            raise SatlibError(f"{out}: no run to pack in {ledger.runs} ({len(left_out)} left out); run some")
     return Packed(packed, unfinished, left_out, out.stat().st_size)
 
 

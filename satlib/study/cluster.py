@@ -102,6 +102,7 @@ def carry_out(task: Task, *parents: bytes) -> bytes:
     parents: archives of what the run builds on, for a scratch folder.
     """
     import ray
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     node = ray.get_runtime_context().get_node_id()
     name = f"node {ray.util.get_node_ip_address()} ({node[:8]})"
@@ -118,8 +119,9 @@ def carry_out(task: Task, *parents: bytes) -> bytes:
         raise Unfit(node, task.needs, f"{name}: {task.needs} in {data_root()}: {why}")
     for archive in parents:
         _unpack(runner.ledger, archive)
-    if task.ranks > 1 and runner.find(task.run, whole=True) is None:
-        _train_on_ranks(task)
+    if task.ranks > 1 and runner.find(task.run, whole=True) is None:  # as torchrun does
+        ranks = LaunchConfig(1, 1, task.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+        elastic_launch(ranks, _rank)(task)
     runner.record(task.run, whole=True)
     return b"" if task.marker else _pack(runner.ledger, key)
 
@@ -131,16 +133,8 @@ def _runner(profile: str, device: str, cpus: int) -> Runner:
     return Runner(profile=profile, device=device)
 
 
-def _train_on_ranks(task: Task) -> None:
-    """Carry out a training on several ranks of this node, as torchrun does; they end when this process does."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(1, 1, task.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    elastic_launch(config, _rank)(task)
-
-
 def _rank(task: Task) -> None:
-    """One rank of a training: as `python -m satlib train` under torchrun."""
+    """One rank of a training, which ends when its task does: as `python -m satlib train` under torchrun."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: be killed when the parent ends, in any way
     with parallel.joined(task.device) as device, contextlib.suppress(BudgetSpent):  # the task finds no record

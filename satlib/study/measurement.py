@@ -1,7 +1,7 @@
 """A measurement is one function whose signature is its configuration; a run is one call of it, as a plan states it."""
 
-import importlib
 import inspect
+import pkgutil
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Measurement:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """Other processes find it by its name."""
-        return _named, (self.compute.__module__, self.kind)
+        return pkgutil.resolve_name, (f"{self.compute.__module__}:{self.kind}",)
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -111,10 +111,6 @@ class Measurement:
             raise SatlibError(f"{self.kind}: the setting {wrong[0]!r} is unknown or missing; expected {expected}")
         labels = {"section": section or settings.section, **(labels or {})}
         return Run(self, title, dataset or settings.dataset, stated, parents, cost, labels)
-
-
-def _named(module: str, name: str) -> Measurement:
-    return getattr(importlib.import_module(module), name)
 
 
 def measurement(version: int, **options: Any) -> Callable[[Callable[..., dict]], Measurement]:
