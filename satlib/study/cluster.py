@@ -102,7 +102,6 @@ def carry_out(task: Task, *parents: bytes) -> bytes:
     parents: archives of what the run builds on, for a scratch folder.
     """
     import ray
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     node = ray.get_runtime_context().get_node_id()
     name = f"node {ray.util.get_node_ip_address()} ({node[:8]})"
@@ -120,6 +119,8 @@ def carry_out(task: Task, *parents: bytes) -> bytes:
     for archive in parents:
         _unpack(runner.ledger, archive)
     if task.ranks > 1 and runner.find(task.run, whole=True) is None:  # as torchrun does
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
         ranks = LaunchConfig(1, 1, task.ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
         elastic_launch(ranks, _rank)(task)
     runner.record(task.run, whole=True)
