@@ -225,18 +225,13 @@ def _train(options: argparse.Namespace) -> int:
             chosen = [run for run in chosen if not run.settings["defense"]]
         runner = Runner(profile=profile, device=device, deadline=options.deadline)
         runs = runner.by_id(chosen)
-        if ranks.rank > 0:
-            runner.follow(runs)
-            return 0
         try:
-            for run in runs.values():
-                runner.record(run)
+            runner.record_together(runs)
         except BudgetSpent:
             print("budget spent; the same call goes on from here")
             return 3 if ranks.count == 1 else 0  # torchrun would call any other status a failure
-        finally:
-            ranks.broadcast_object(None)
-        print(f"{len(runs)} trainings of the profile {profile!r} have a record")
+        if ranks.rank == 0:
+            print(f"{len(runs)} trainings of the profile {profile!r} have a record")
     return 0
 
 
@@ -335,16 +330,13 @@ def _ledger_status(options: argparse.Namespace) -> None:
         print(f"  damaged, set aside: {name}")
 
 
-@_command(
-    "ledger pack",
-    _option("out", type=Path, metavar="OUT.tar"),
-    _option("--max-mb", type=float, metavar="N", help="size limit; large artefacts stay behind first"),
-)
+@_command("ledger pack", _option("out", type=Path, metavar="OUT.tar"))
 def _ledger_pack(options: argparse.Namespace) -> None:
     """Put runs into an archive to carry to another machine."""
+    from satlib.study.archive import pack
     from satlib.study.ledger import Ledger
 
-    packed = Ledger().pack(options.out, max_mb=options.max_mb)
+    packed = pack(Ledger(), options.out)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
     print(f"{options.out}: {_counted(packed.packed, packed.unfinished)}, {packed.bytes / 1e6:.1f} MB")
@@ -353,9 +345,10 @@ def _ledger_pack(options: argparse.Namespace) -> None:
 @_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))
 def _ledger_merge(options: argparse.Namespace) -> int:
     """Take in archives; every entry is checked, none is trusted."""
+    from satlib.study.archive import merge
     from satlib.study.ledger import Ledger
 
-    merged = Ledger().merge(options.files)
+    merged = merge(Ledger(), options.files)
     for name, reason in merged.refused:
         print(f"refused: {name}: {reason}")
     new, present = _counted(merged.merged, merged.unfinished), len(merged.present)

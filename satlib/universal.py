@@ -175,7 +175,9 @@ def extended_pgd(
         """All iterates; or of a quarter of the steps, then those towards the class that each of these sends most to."""
         step_sizes, first = sizes.view(-1, 1, 1, 1, 1) * eps, -(-fewer // 4) if dominant else fewer
         capped = {name: value for name, value in own.items() if name not in unused}
-        pgd = functools.partial(stochastic_pgd, net, x, eps=eps, loss=LOSSES[loss], straight_through=straight_through)
+        pgd: Callable[..., Iterator[Tensor]] = functools.partial(
+            stochastic_pgd, net, x, eps=eps, loss=LOSSES[loss], straight_through=straight_through
+        )
         ascent = pgd(rows, xi, minibatches[:first], step_sizes[:first], direction=UPDATES[update](), **capped)
         for each in ascent:
             yield (xi := each)

@@ -312,30 +312,31 @@ def test_a_sweep_keeps_account_of_its_runs(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SATLIB_HOME", str(home))
     monkeypatch.setenv("SATLIB_DATA", str(root))
     runner = Runner(ledger=Ledger(home / "data"), device="cpu", progress=Progress())
-    state = Sweep(runner, runner.todo(measurements.profile_runs("quick", ["04_cifar10"])))
+    state = Sweep(runner, runner.todo(measurements.profile_runs("quick", ["04_cifar10"])), Options())
     total, plan = len(state.todo), list(state.todo)
 
     def submit(window: int) -> list[str]:
         """Titles of what is due."""
         return [state.tasks.setdefault(key, state.todo[key].title) for key in state.due(window)]
 
-    erm, *building_on_erm = submit(4)
-    assert erm == "ERM" and len(building_on_erm) == 4, "everything builds on the ERM model"
-    assert list(state.tasks) == plan[:5] and not submit(4), "the first of the plan, and no more"
+    assert submit(4) == ["ERM"], "everything builds on the ERM model"
+    assert list(state.tasks) == plan[:1] and not submit(4)
     del state.tasks[plan[0]]
     assert submit(4) == ["ERM"], "what was put back is the next"
-    state.finish(plan[0], 60.0)
-    assert "s=8, eps=8, sigma=0.5" in (titles := submit(3) + building_on_erm) and len(titles) > 4, titles
-    assert plan[0] in state.tasks, "what builds on it takes what it gives"
-    running = [key for key in state.todo if key in state.tasks]
-    line = state.line({plan[0]: "over", running[0]: "half"})
-    assert f"1 done, 1 running, {total - 2} waiting, about " in line and line.endswith(": half")
+    state.finish(plan[0])
+    ready = [key for key, run in state.todo.items() if runner.parents_of([run]) <= {plan[0]}]
+    titles = submit(4)
+    assert list(state.tasks) == ready[:4] and not submit(4), "the first of the plan that can start, and no more"
+    assert "s=8, eps=8, sigma=0.5" in titles
+    line = state.line(2)
+    assert f"1 done, 2 running, {total - 3} waiting, about " in line and line.endswith(" left")
+    assert f"4 running, {total - 5} waiting" in state.line(9)
     (bad,) = (key for key, run in state.todo.items() if run.title == "s=8, eps=8, sigma=0.5")
     state.fail(bad, "Traceback\nSomeError: no")
     assert len(state.failed) == 3 and "and with it 2 that build on it: SomeError: no" in capsys.readouterr().out
-    assert ", 3 failed" in state.line({}) and not state.failed.keys() & (state.todo.keys() | state.tasks.keys())
+    assert ", 3 failed" in state.line(2) and not state.failed.keys() & (state.todo.keys() | state.tasks.keys())
     for key in list(state.todo):
-        state.finish(key, 1.0)
+        state.finish(key)
     assert not state.tasks and len(state.done) == total - 3
 
 

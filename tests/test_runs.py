@@ -22,7 +22,7 @@ from satlib import cli, data, paper
 from satlib.cli import main
 from satlib.data import Splits
 from satlib.errors import SatlibError
-from satlib.study import claims, measurements
+from satlib.study import claims, costs, measurements
 from satlib.study import runs as runs_module
 from satlib.study.ledger import Ledger
 from satlib.study.measurement import Measurement, Run
@@ -255,7 +255,7 @@ def test_a_dry_run_estimates_without_the_data(tmp_path, monkeypatch, capsys):
     assert total.startswith("1 runs are waiting: about ")
     (cost,) = json.loads((tmp_path / "costs.json").read_text())
     assert cost["runs"] == 1 and cost["hours"] == pytest.approx(erm.cost / cost["speeds"][0] / 3600, rel=0.01)
-    assert cost["weights_mb"] == pytest.approx(runner.weight_bytes(erm) / 1e6)
+    assert cost["weights_mb"] == pytest.approx(costs.weight_bytes(runner, erm) / 1e6)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet200:20", "imagenet200-224", "camvid:240x180", "cityscapes"])

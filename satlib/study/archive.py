@@ -1,13 +1,11 @@
 """Archives that carry runs to other machines: written plain, and read without trust."""
 
 import io
-import math
 import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from filelock import Timeout
 
@@ -17,10 +15,6 @@ from satlib.study.ledger import OLDEST_FIRST, Ledger, new_run
 from satlib.study.records import ARTEFACT_NAME, CHECKPOINT, RUN_ID, Damage, is_checkpoint, read_record
 
 MEMBER = re.compile(rf"({RUN_ID.pattern})/(record\.json|{CHECKPOINT}|{ARTEFACT_NAME.pattern})")
-SMALL = 1_000_000  # bytes; larger artefacts are the first to stay behind
-HEADER, ENDING = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # at most, with what fills blocks
-# More is refused: bytes of a record, of another file, of all files of an archive; and files in an archive.
-MAX_RECORD, MAX_FILE, MAX_TOTAL, MAX_FILES = 4_000_000, 4_000_000_000, 64_000_000_000, 200_000
 
 
 @dataclass(frozen=True)
@@ -43,64 +37,41 @@ class Merged:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None, *, max_mb: float | None = None) -> Packed:
+def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None) -> Packed:
     """Write a plain tar of `runs/` (or of the runs that `ids` or their first digits name), oldest first.
 
-    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there.
-    With `max_mb` (10^6 bytes) a run that does not fit goes without its artefacts over 1 MB; when it
-    still does not fit, it and the later ones stay behind. The result says what did. Raises
-    `SatlibError` if nothing fits.
+    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there. Raises
+    `SatlibError` where there is nothing to pack.
     """
-    out, limit = Path(out), math.inf if max_mb is None else max_mb * 1_000_000
-    if not limit > 0:
-        raise SatlibError(f"max_mb is {max_mb}, expected a positive number of megabytes")
+    out = Path(out)
     if ids is None:
         records = [record for record in ledger.records() if record.path.parent == ledger.runs]
     else:
         records = sorted({record.id: record for record in map(ledger.get, ids)}.values(), key=OLDEST_FIRST)
     packed, unfinished, left_out = [], [], []
-    too_large, used = f"does not fit in {max_mb} MB", ENDING
     with writing(out.parent), replacing(out) as new, tarfile.open(new, "x:", format=tarfile.USTAR_FORMAT) as tar:
-        for position, listed in enumerate(records):
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+        for listed in records:
             if (record := ledger.find(listed.id)) is None:
                 left_out.append((listed.id, "damaged"))
                 continue
-            text = (record.path / "record.json").read_bytes()
-            sizes = {name: entry["bytes"] for name, entry in sorted(record.artefacts.items()) if record.has(name)}
-            for kept in (sizes, {name: size for name, size in sizes.items() if size <= SMALL}):
-                size = HEADER + len(text) + sum(HEADER + size for size in kept.values())
-                if used + size <= limit:
-                    break
-            else:
-                left_out += [(later.id, too_large) for later in records[position:]]
-                break
-            left_out += [(f"{record.id}/{name}", too_large) for name in sizes if name not in kept]
-            _add(tar, f"{record.id}/record.json", text)
-            for name in kept:
-                _add(tar, f"{record.id}/{name}", record.read(name))
+            add(f"{record.id}/record.json", (record.path / "record.json").read_bytes())
+            for name in sorted(filter(record.has, record.artefacts)):
+                add(f"{record.id}/{name}", record.read(name))
             packed.append(record.id)
-            used += size
         for path in sorted(ledger.runs.glob(f".work/*/{CHECKPOINT}")) if ids is None else ():
             run_id, content = path.parent.name, path.read_bytes()
-            if (ledger.runs / run_id).exists() or not is_checkpoint(content):
-                continue
-            if used + HEADER + len(content) > limit:
-                left_out.append((f"{run_id}/{CHECKPOINT}", too_large))
-                continue
-            _add(tar, f"{run_id}/{CHECKPOINT}", content)
-            unfinished.append(run_id)
-            used += HEADER + len(content)
+            if is_checkpoint(content) and not (ledger.runs / run_id).exists():
+                add(f"{run_id}/{CHECKPOINT}", content)
+                unfinished.append(run_id)
         if not packed and not unfinished:
-            raise SatlibError(
-                f"{out}: no run to pack in {ledger.runs} ({len(left_out)} left out); raise max_mb or run some"
-            )
+            raise SatlibError(f"{out}: no run to pack in {ledger.runs} ({len(left_out)} left out); run some")
     return Packed(packed, unfinished, left_out, out.stat().st_size)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def merge(ledger: Ledger, files: Iterable[Path | str]) -> Merged:
@@ -129,46 +100,30 @@ def merge(ledger: Ledger, files: Iterable[Path | str]) -> Merged:
     return result
 
 
-class _Header(tarfile.TarInfo):
-    """A header of a plain tar file: none of tar's extensions, and no broken one, which tarfile takes for the end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if buf == bytes(tarfile.BLOCKSIZE):  # the end
-                raise
-            raise tarfile.ReadError(str(error)) from None
-        if header.type not in b"01234567\0" or header.size < 0:
-            raise tarfile.ReadError(f"a header of type {header.type!r} and size {header.size}")
-        return header
-
-
 def _runs_of(path: Path, refused: list[tuple[str, str]]) -> dict[str, dict[str, tarfile.TarInfo]]:
     """Runs of an archive: id -> file name -> header. What breaks a rule goes to `refused`."""
     runs: dict[str, dict[str, tarfile.TarInfo]] = {}
     bad: dict[str, str] = {}
-    run_id, total = "", 0
+    run_id = ""
     try:
-        with tarfile.open(path, "r:", encoding="ascii", tarinfo=_Header) as tar:
-            for count, header in enumerate(tar, 1):
-                total += header.size
-                if count > MAX_FILES or total > MAX_TOTAL:
-                    raise tarfile.ReadError(f"more than {MAX_FILES} members or {MAX_TOTAL} bytes")
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="ascii") as tar:
+            for header in tar:
+                if header.size < 0:
+                    raise tarfile.ReadError(f"a file of size {header.size}")
                 match = MEMBER.fullmatch(header.name)
                 if match is None:
                     refused.append((ascii(header.name), "not the name of a run's file"))
                     continue
                 run_id, name = match[1], match[2]
                 members = runs.setdefault(run_id, {})
-                if not header.isreg():
+                if not header.isreg() or header.issparse():
                     bad[run_id] = f"{name} is no regular file (type {header.type!r})"
                 elif name in members:
                     bad[run_id] = f"{name} comes twice"
-                elif header.size > (MAX_RECORD if name == "record.json" else MAX_FILE):
-                    bad[run_id] = f"{name} has {header.size} bytes, too many"
                 members[name] = header
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError("no end")
     except tarfile.TarError as error:
         refused.append((str(path), f"not a sound plain tar file, read no further: {error}"))
         if run_id:
@@ -190,6 +145,7 @@ def _take_run(ledger: Ledger, tar: tarfile.TarFile, run_id: str, members: dict[s
             tar.extract(header, folder.parent, set_attrs=False, filter="data")
         if (record := read_record(folder)) and (unlisted := members.keys() - {"record.json", *record.artefacts}):
             raise Damage(f"{min(unlisted)} is not listed in the record")
+    ledger.forget_failure(run_id)
     return True
 
 

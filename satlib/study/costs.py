@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from satlib import data
 from satlib.device import device_name
+from satlib.errors import SatlibError
 from satlib.files import write_text
 from satlib.paths import project_root
 from satlib.progress import duration
-from satlib.study.runs import Run, Runner, network
+from satlib.study.runs import Run, Runner
 
 
 @dataclass
@@ -37,9 +39,14 @@ def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]
     runs = list(runs)
     lines, costs = [], {}
     for dataset in dict.fromkeys(each.dataset for run in runs for each in run.ancestry()):
-        if why := runner.dummy_data(dataset):
-            lines.append(f"{dataset}: not here, so that none of its records can be looked up: {why}")
-    waiting, timed = runner.todo(runs), set()
+        try:
+            runner.splits(dataset)
+        except SatlibError as error:
+            if (noise := data.dummy_data(dataset)) is None:
+                raise
+            runner.use(dataset, noise)
+            lines.append(f"{dataset}: not here, so that none of its records can be looked up: {error}")
+    waiting = runner.todo(runs)
     for key, run in runner.by_id(runs).items():
         state = "done"
         if key in waiting:
@@ -48,13 +55,20 @@ def estimate(runner: Runner, runs: Iterable[Run]) -> tuple[list[str], list[Cost]
             cost = costs.setdefault(section, Cost(section, device_name()))
             cost.runs += 1
             cost.hours += run.cost / speed / 3600
-            cost.weights_mb += runner.weight_bytes(run) / 1e6
-            if (section, network(run)) not in timed:
-                timed.add((section, network(run)))
-                cost.speeds.append(float(f"{speed:.3g}"))
+            cost.weights_mb += weight_bytes(runner, run) / 1e6
+            cost.speeds = sorted({*cost.speeds, float(f"{speed:.3g}")})
             state = f"about {duration(run.cost / speed)}"
         lines.append(f"{key[:12]}  {state:20}  {run.kind:22}  {run.title}")
     return lines, list(costs.values())
+
+
+def weight_bytes(runner: Runner, run: Run) -> int:
+    """Bytes that the weights of a training take; 0 of other runs."""
+    if not run.is_training:
+        return 0
+    until, epochs = run.settings["until"], run.settings["training"]["epochs"]
+    copies = 1 if until in (None, epochs) else 3  # with both of Adam's means, for the next part to go on with
+    return copies * sum(tensor.nbytes for tensor in runner.new_model(run).state_dict().values())
 
 
 def write(path: Path, costs: Iterable[Cost]) -> None:

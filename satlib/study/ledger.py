@@ -91,8 +91,7 @@ class Ledger:
         ids = [run_id for run_id in self.ids() if prefix and run_id.startswith(prefix)]
         if len(ids) > 1:
             raise SatlibError(f"run {prefix!r}: {len(ids)} runs in {self.root} start so; give more digits")
-        record = self.find(ids[0]) if ids else None
-        if record is None:
+        if not ids or (record := self.find(ids[0])) is None:
             raise SatlibError(f"run {prefix!r}: no sound record in {self.root} starts so; see `ledger status`")
         return record
 
@@ -218,17 +217,17 @@ class Ledger:
         finally:
             lock.release()
 
-    def _failure(self, run_id: str) -> Path:
-        return self.root / "failed" / f"{run_id[:12]}.txt"
-
     def note_failure(self, run_id: str, text: str) -> Path:
         """Keep why a run failed, in `<root>/failed`, until it is computed; the file."""
-        write_text(self._failure(run_id), text)
-        return self._failure(run_id)
+        write_text(path := self._failure(run_id), text)
+        return path
 
     def forget_failure(self, run_id: str) -> None:
         """The run has been computed."""
         self._failure(run_id).unlink(missing_ok=True)
+
+    def _failure(self, run_id: str) -> Path:
+        return self.root / "failed" / f"{run_id[:12]}.txt"
 
     def busy(self, run_id: str) -> bool:
         """Whether a process computes this run right now; a sweep may do another one first."""
@@ -271,8 +270,7 @@ class Ledger:
         is written, if an artefact is not here, has more than `max_bytes` bytes, or is known to none of the
         records.
         """
-        records = [self.get(run_id) for run_id in ids]
-        artefacts = tuple(artefacts)
+        records, artefacts = [self.get(run_id) for run_id in ids], tuple(artefacts)
         for name in artefacts:
             listed = [(record, file) for record in records if (file := record.file(name))]
             if not listed:
@@ -280,34 +278,29 @@ class Ledger:
             for record, file in listed:
                 if (size := len(record.read(file))) > max_bytes:
                     raise SatlibError(f"publish: {record.path / file} has {size:,} bytes; max_bytes is {max_bytes:,}")
-        return [self._publish(record, artefacts) for record in records]
-
-    def _publish(self, record: Record, artefacts: tuple[str, ...]) -> Record:
-        target = self.ledger / record.id
-        with self.holding(record.id, record.kind), new_run(target) as folder, writing(self.ledger):
-            sources = {file: record for name in artefacts if (file := record.file(name))}
-            old = self._look(target, locked=True)
-            if old is not None and old.digest == record.digest:  # what it was published with stays
-                sources |= {file: old for file in old.artefacts if old.has(file)}
-            for file, source in sources.items():
-                (folder / file).write_bytes(source.read(file))
-            (folder / "record.json").write_bytes((record.path / "record.json").read_bytes())
-        return dataclasses.replace(record, path=target)
+        for record in records:
+            target = self.ledger / record.id
+            with self.holding(record.id, record.kind), new_run(target) as folder, writing(self.ledger):
+                sources = {file: record for name in artefacts if (file := record.file(name))}
+                old = self._look(target, locked=True)
+                if old is not None and old.digest == record.digest:  # what it was published with stays
+                    sources |= {file: old for file in old.artefacts if old.has(file)}
+                for file, source in sources.items():
+                    (folder / file).write_bytes(source.read(file))
+                (folder / "record.json").write_bytes((record.path / "record.json").read_bytes())
+        return [dataclasses.replace(record, path=self.ledger / record.id) for record in records]
 
     def status(self) -> dict:
         """Counts and bytes of runs and published records; failed, damaged, and unfinished or running runs."""
-        stores = {}
-        for name, store in (("runs", self.runs), ("ledger", self.ledger)):
-            folders = [path for path in store.glob("*") if RUN_ID.fullmatch(path.name)]
-            sizes = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-            stores[name] = {"count": len(folders), "bytes": sum(sizes)}
         begun = {path.name[:64] for part in (".tmp", ".work") for path in (self.runs / part).glob("*")}
-        return {
+        status = {
             "root": str(self.root),
-            **stores,
             "failed": sorted(path.stem for path in (self.root / "failed").glob("*.txt")),
             "damaged": sorted(path.name for path in (self.root / "damaged").glob("*")),
-            "unfinished": [
-                {"id": run_id, "running": self.busy(run_id)} for run_id in sorted(filter(RUN_ID.fullmatch, begun))
-            ],
+            "unfinished": [{"id": key, "running": self.busy(key)} for key in sorted(filter(RUN_ID.fullmatch, begun))],
         }
+        for store in (self.runs, self.ledger):
+            folders = [path for path in store.glob("*") if RUN_ID.fullmatch(path.name)]
+            sizes = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+            status[store.name] = {"count": len(folders), "bytes": sum(sizes)}
+        return status

@@ -1,9 +1,9 @@
 """A measurement is one function whose signature is its configuration; a run is one call of it, as a plan states it."""
 
-import importlib
 import inspect
+import pkgutil
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,17 +50,19 @@ class Measurement:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """Other processes find it by its name."""
-        return _named, (self.compute.__module__, self.kind)
+        return pkgutil.resolve_name, (f"{self.compute.__module__}:{self.kind}",)
 
     @cached_property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.compute).parameters
+    def _options(self) -> dict[str, Any]:
+        """Every setting with its default, or `inspect.Parameter.empty`."""
+        parameters = inspect.signature(self.compute).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What the function gets, by name, with its annotation: services, and roles of runs."""
         hints = typing.get_type_hints(self.compute)
-        return {name: hints[name] for name, p in self._parameters.items() if p.kind is not p.KEYWORD_ONLY}
+        return {name: hint for name, hint in hints.items() if name not in (*self._options, "return")}
 
     def takes_model(self, role: str) -> bool:
         """Whether the run of this role is handed over as its trained model; else as its record."""
@@ -70,10 +72,13 @@ class Measurement:
         """Whether several runs may have this role."""
         return typing.get_origin(self.inputs[role]) is list
 
+    def needs(self, whole: bool) -> tuple[str, ...]:
+        """The artefacts without which a record is computed again; whole: also those that are on demand."""
+        return self.artefacts if whole or not self.on_demand else ()
+
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The frozen default of every setting that has one; `given` says which options its nested settings have."""
-        known = {n: p.default for n, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
-        stated = {name: _plain(value) for name, value in known.items() if value is not inspect.Parameter.empty}
+        stated = {n: _plain(value) for n, value in self._options.items() if value is not inspect.Parameter.empty}
         for name, options in self.nested.items():
             if isinstance(value := given.get(name, stated.get(name)), Mapping):
                 stated[name] = _plain(options(value))
@@ -100,16 +105,12 @@ class Measurement:
             runs = given.pop(role)
             parents |= {f"{role} {i}": run for i, run in enumerate(runs)} if self.takes_several(role) else {role: runs}
         chosen = {name: _plain(value) for name, value in given.items()}
-        names = {n for n, p in self._parameters.items() if p.kind is p.KEYWORD_ONLY}
         stated = merge_settings(chosen, self.defaults(chosen))
-        if wrong := sorted(names ^ stated.keys()):
-            raise SatlibError(f"{self.kind}: the setting {wrong[0]!r} is unknown or missing; expected {sorted(names)}")
+        if wrong := sorted(self._options.keys() ^ stated.keys()):
+            expected = sorted(self._options)
+            raise SatlibError(f"{self.kind}: the setting {wrong[0]!r} is unknown or missing; expected {expected}")
         labels = {"section": section or settings.section, **(labels or {})}
         return Run(self, title, dataset or settings.dataset, stated, parents, cost, labels)
-
-
-def _named(module: str, name: str) -> Measurement:
-    return getattr(importlib.import_module(module), name)
 
 
 def measurement(version: int, **options: Any) -> Callable[[Callable[..., dict]], Measurement]:
@@ -138,23 +139,29 @@ class Run:
         """Whether it yields a model."""
         return self.measurement.builds is not None
 
+    @property
+    def trained(self) -> "Run":
+        """The last training among what it builds on, itself included."""
+        return [run for run in self.ancestry() if run.is_training][-1]
+
     @cached_property
+    def _split(self) -> tuple[dict, dict]:
+        return split_settings(self.settings, self.measurement.defaults(self.settings))
+
+    @property
     def config(self) -> dict:
         """The settings that differ from the frozen defaults: those that the id hashes."""
-        return split_settings(self.settings, self.measurement.defaults(self.settings))[0]
+        return self._split[0]
 
-    @cached_property
+    @property
     def defaults(self) -> dict:
         """The other settings."""
-        return split_settings(self.settings, self.measurement.defaults(self.settings))[1]
+        return self._split[1]
 
-    def ancestry(self) -> Iterator["Run"]:
+    def ancestry(self) -> list["Run"]:
         """This run after everything that it builds on, each once."""
-        seen = set()
-        for run in [r for parent in self.parents.values() for r in parent.ancestry()] + [self]:
-            if id(run) not in seen:
-                seen.add(id(run))
-                yield run
+        before = (run for parent in self.parents.values() for run in parent.ancestry())
+        return list(dict.fromkeys([*before, self]))
 
 
 def options_of(function: Callable, *, without: Sequence[str] = ()) -> dict[str, Any]:

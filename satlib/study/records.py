@@ -1,7 +1,6 @@
 """Runs as records: what makes a run and its id, where it is written, the form of `record.json` and its checks."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -14,8 +13,8 @@ import time
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -115,15 +114,6 @@ def merge_settings(config: dict, defaults: dict) -> dict:
     return settings
 
 
-@functools.cache
-def _types(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types, of those that JSON has, that each field of a dataclass may be of."""
-    return {
-        name: tuple(get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
-        for name, hint in get_type_hints(cls).items()
-    }
-
-
 @dataclass(frozen=True)
 class RunSpec:
     """What makes a run: equal specs have equal ids and are computed once.
@@ -142,9 +132,9 @@ class RunSpec:
     defaults: dict = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name, (kind,) in _types(RunSpec).items():
-            value = getattr(self, name)
-            if type(value) is not kind:
+        types = {"kind": str, "config": dict, "version": int, "data": str, "parents": dict, "defaults": dict}
+        for name, kind in types.items():
+            if type(value := getattr(self, name)) is not kind:
                 raise SatlibError(f"RunSpec.{name} is {reprlib.repr(value)}, expected {kind.__name__}")
             check_json(value, name)
             # A snapshot, so that editing the caller's dict later cannot part the spec from its id.
@@ -156,7 +146,7 @@ class RunSpec:
     @functools.cached_property
     def id(self) -> str:
         """64 hex digits."""
-        return digest_of({f.name: getattr(self, f.name) for f in fields(self) if f.compare})
+        return digest_of({name: getattr(self, name) for name in ("kind", "config", "version", "data", "parents")})
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -165,22 +155,15 @@ class RunSpec:
 # Records
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Record(RunSpec):
     """One finished run, as read from `path / "record.json"`.
 
     `metrics` holds numbers as numbers (None where there is none); `artefacts` maps a file name to its
     `sha256` and `bytes`; `labels` (profile, titles, section ...) are not part of the id; `created` is UTC
-    in ISO 8601. `settings` has all settings: `config`, which made the id, over `defaults`.
+    in ISO 8601.
     """
 
-    id: str
-    kind: str
-    version: int
-    config: dict
-    defaults: dict
-    data: str
-    parents: dict[str, str]
     labels: dict
     metrics: dict
     artefacts: dict[str, dict]
@@ -249,37 +232,34 @@ def parse_record(text: bytes, folder: Path) -> Record:
         # Byte for byte: not even a flip that leaves the JSON value alone (1e-05, 1E-05) goes unseen.
         if render_record(content) != text:
             raise Damage(f"{where}: its digest does not match its content")
-        record = Record(path=folder, **{f.name: content[f.name] for f in fields(Record) if f.name != "path"})
-        for name, kinds in _types(Record).items():
-            if name != "path" and type(getattr(record, name)) not in kinds:
-                raise Damage(f"{where}: {name} has the wrong type")
-        spec = RunSpec(**{f.name: content[f.name] for f in fields(RunSpec)})
+        if content.keys() ^ {f.name for f in fields(Record)} != {"id", "path"}:
+            raise Damage(f"{where}: not a record (it has other fields)")
+        run_id = content.pop("id")
+        record = Record(path=folder, **content)
+        for name, entry in record.artefacts.items():
+            size, digest = entry["bytes"], entry["sha256"]
+            if not (ARTEFACT_NAME.fullmatch(name) and type(size) is int and size >= 0 and type(digest) is str):
+                raise Damage(f"{where}: the artefact {name!r} is not listed properly")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{where}: not a record ({type(error).__name__})") from None
-    if not record.id == spec.id == folder.name:
+    if not record.id == run_id == folder.name:
         raise Damage(f"{where}: its id is not that of its folder and content")
-    for name, entry in record.artefacts.items():
-        listed = type(entry) is dict and type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
-        if not (listed and ARTEFACT_NAME.fullmatch(name) and entry["bytes"] >= 0):
-            raise Damage(f"{where}: the artefact {name!r} is not listed properly")
     return record
 
 
-_seen: dict[Path, tuple[tuple[int, ...], str]] = {}  # file -> (stamp, SHA-256): a look-up hashes a file once
+@functools.cache
+def _digest_of_file(path: Path, *stamp: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file; a file that did not change since is not read again."""
     status = path.stat()
-    stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if path in _seen and _seen[path][0] == stamp:
-        return _seen[path][1]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     # Within one tick of the clock a file may change again under the same stamp: remember settled files only.
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
-        _seen[path] = (stamp, digest)
-    return digest
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000
+    digest = _digest_of_file if settled else _digest_of_file.__wrapped__
+    return digest(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def read_record(folder: Path, *, artefacts: bool = True) -> Record | None:
@@ -301,8 +281,6 @@ def read_record(folder: Path, *, artefacts: bool = True) -> Record | None:
             return None
         raise Damage(f"{error.filename}: {error.strerror}") from None
     except OSError as error:
-        if error.errno == errno.EIO:
-            raise Damage(f"{error.filename or folder}: {error.strerror}") from None
         raise SatlibError(f"{error.filename or folder} cannot be read ({error.strerror}); mend that") from error
     return record
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -15,11 +15,10 @@ from torch import nn
 
 from satlib import data
 from satlib.attacks import AT_ONCE, heap_pgd
-from satlib.errors import SatlibError
 from satlib.parallel import Stopped, current_ranks
 from satlib.progress import Progress, duration
 from satlib.study.ledger import Ledger
-from satlib.study.measurement import SERVICES, Run
+from satlib.study.measurement import Run
 from satlib.study.records import Record, RunSpec, Workspace
 
 
@@ -29,13 +28,7 @@ class BudgetSpent(Exception):
 
 def network(run: Run) -> str:
     """What a run's speed depends on: the network, and the size of its images."""
-    trained = _trained(run)
-    return str(trained.settings["architecture"]) + trained.dataset
-
-
-def _trained(run: Run) -> Run:
-    """The last training among what a run builds on, itself included."""
-    return next(r for r in reversed(list(run.ancestry())) if r.is_training)
+    return str(run.trained.settings["architecture"]) + run.trained.dataset
 
 
 class Runner:
@@ -62,53 +55,42 @@ class Runner:
         self.forced_at = time.time() if force else float(os.environ.get("SATLIB_FORCE", 0)) if force is None else 0.0
         self.deadline = deadline or float(os.environ.get("SATLIB_DEADLINE", "inf"))
         self.progress = progress or Progress()
-        self._done: dict[str, Record] = {}
         self._splits: dict[str, data.Splits] = {}
-        self._specs: dict[Run, RunSpec] = {}
+        self._speeds: dict[str, float] = {}  # by network
         self._spent = self._worked = 0.0  # seconds that the runs computed here took, and what `_work` says of them
-        self._mixed = False  # whether the plan in hand has several networks
-        self._speeds: dict[str, float] = {}  # by architecture
-        self._order: dict[str, int] = {}  # the plan in hand: place of each run, and the runs still to do
+        # Of the plan in hand: the place of each run, the runs still to do, and whether these have several networks.
+        self._order: dict[str, int] = {}
         self._waiting: dict[str, Run] = {}
+        self._mixed = False
 
     def splits(self, dataset: str) -> data.Splits:
         """The data set's splits on the runner's device."""
         if dataset not in self._splits:
-            self._splits[dataset] = data.load(dataset).to(self.device)
+            self.use(dataset, data.load(dataset))
         return self._splits[dataset]
 
-    def dummy_data(self, dataset: str) -> str:
-        """Where the data set cannot be loaded, have noise of its geometry in its place, for estimates; and why."""
-        try:
-            self.splits(dataset)
-        except SatlibError as error:
-            noise = data.dummy_data(dataset)
-            if noise is None:
-                raise
-            self._splits[dataset] = noise.to(self.device)
-            return str(error)
-        return ""
+    def use(self, dataset: str, splits: data.Splits) -> None:
+        """Have these stand for the data set."""
+        self._splits[dataset] = splits.to(self.device)
 
     @functools.cache  # noqa: B019 - a runner lives as long as its process
     def fingerprint(self, dataset: str) -> str:
         """One fingerprint for all three splits."""
         splits = self.splits(dataset)
-        return hashlib.sha256(
-            "".join(s.fingerprint for s in (splits.train, splits.val, splits.test)).encode()
-        ).hexdigest()
+        prints = (part.fingerprint for part in (splits.train, splits.val, splits.test))
+        return hashlib.sha256("".join(prints).encode()).hexdigest()
 
+    @functools.cache  # noqa: B019
     def spec(self, run: Run) -> RunSpec:
         """The run's content address."""
-        if run not in self._specs:
-            self._specs[run] = RunSpec(
-                kind=run.kind,
-                config=run.config,
-                version=run.measurement.version,
-                data=self.fingerprint(run.dataset),
-                parents={role: self.spec(parent).id for role, parent in run.parents.items()},
-                defaults=run.defaults,
-            )
-        return self._specs[run]
+        return RunSpec(
+            kind=run.kind,
+            config=run.config,
+            version=run.measurement.version,
+            data=self.fingerprint(run.dataset),
+            parents={role: self.spec(parent).id for role, parent in run.parents.items()},
+            defaults=run.defaults,
+        )
 
     def by_id(self, plan: Iterable[Run]) -> dict[str, Run]:
         """All runs of a plan with what they build on, by id, in their order; of equal ones the first."""
@@ -117,13 +99,9 @@ class Runner:
             runs.setdefault(self.spec(each).id, each)
         return runs
 
-    def _needs(self, run: Run, whole: bool, also: tuple[str, ...]) -> tuple[str, ...]:
-        what = run.measurement
-        return (what.artefacts if whole or not what.on_demand else ()) + also
-
     def find(self, run: Run, *, whole: bool = False, also: tuple[str, ...] = ()) -> Record | None:
         """The run's record if it is known; None where it is to be computed. whole, also: as for `record`."""
-        record = self.ledger.find(self.spec(run).id, self._needs(run, whole, also))
+        record = self.ledger.find(self.spec(run).id, run.measurement.needs(whole) + also)
         if record is not None and datetime.fromisoformat(record.created).timestamp() < self.forced_at:
             return None
         return record
@@ -134,41 +112,29 @@ class Runner:
         whole: with the artefacts that are there on demand, such as a model's weights. also: other artefacts that it
         must have.
         """
-        spec, needs = self.spec(run), self._needs(run, whole, also)
-        if spec.id in self._done and all(self._done[spec.id].has(name) for name in needs):
-            return self._done[spec.id]
-        known = self.find(run, whole=whole, also=also)
-        if known is None:
-            for parent in run.parents.values():
-                self.record(parent, whole=True)
-            self.check_budget()
-        began, computed = time.monotonic(), []
+        if (known := self.find(run, whole=whole, also=also)) is not None:
+            return known
+        for parent in run.parents.values():
+            self.record(parent, whole=True)
+        self.check_budget()
 
         def compute(work: Workspace) -> dict:
-            computed.append(run)
+            began = time.monotonic()
             if run.is_training:
-                current_ranks().broadcast_object(spec.id)  # what the others, in `follow`, are to help with
-            return self._measure(run, work)
-
-        labels = {
-            "profile": self.profile,
-            "title": run.title,
-            "data": run.dataset,
-            "dataset": self.splits(run.dataset).train.title,
-            **run.labels,
-        }
-        record = self.ledger.get_or_compute(
-            spec, compute, labels=labels, force=self.forced_at > 0 and known is None, needs=needs
-        )
-        if computed:
+                current_ranks().broadcast_object(self.spec(run).id)  # what the others are to help with
+            metrics = self._measure(run, work)
             self._spent += time.monotonic() - began
             self._worked += self._work(run)
             self.progress.line(f"[run] {self._place(run)}{run.title}: done in {duration(time.monotonic() - began)}")
-        self._done[spec.id] = record
-        return record
+            return metrics
 
-    def _measure(self, run: Run, work: Any, *, alone: bool = True) -> dict:
-        """Call the run's measurement; `alone`: not as a helper, which looks no record up."""
+        labels = {"profile": self.profile, "title": run.title, "data": run.dataset}
+        labels |= {"dataset": self.splits(run.dataset).train.title, **run.labels}
+        needs = run.measurement.needs(whole) + also
+        return self.ledger.get_or_compute(self.spec(run), compute, labels=labels, force=self.forced_at > 0, needs=needs)
+
+    def _measure(self, run: Run, work: Any) -> dict:
+        """Call the run's measurement; a `Helper` gets none of the records that it builds on."""
         began, what = time.monotonic(), run.measurement
 
         def progress(text: str, done: float, needed: float = 0.0, *, lasting: bool = False) -> None:
@@ -180,28 +146,33 @@ class Runner:
                 self.check_budget(needed)
 
         def handed(role: str) -> Any:
-            runs = [run.parents[name] for name in run.parents if name == role or name.startswith(f"{role} ")]
-            also = what.of_parents.get(role, ())
-            parents: list[Any] = []
-            if alone and what.takes_model(role):
-                parents = [self.model(parent) for parent in runs]
-            elif alone:
+            runs = [parent for name, parent in run.parents.items() if name.partition(" ")[0] == role]
+            if isinstance(work, Helper):
+                runs = []
+            if what.takes_model(role):
+                parents: list = [self.model(parent) for parent in runs]
+            else:
+                also = what.of_parents.get(role, ())
                 parents = [self.record(parent, whole=True, also=also) for parent in runs]
             return parents if what.takes_several(role) else next(iter(parents), None)
 
-        given: dict[str, Any] = {"work": work, "progress": progress, "labels": run.labels}
-        for name in what.inputs:
-            if name == "data":
-                given[name] = self.splits(run.dataset)
-            elif name not in SERVICES:
-                given[name] = handed(name)
-        return what.compute(**{name: given[name] for name in what.inputs}, **run.settings)
+        services = {"data": self.splits(run.dataset), "work": work, "progress": progress, "labels": run.labels}
+        given = {name: services[name] if name in services else handed(name) for name in what.inputs}
+        return what.compute(**given, **run.settings)
 
-    def follow(self, runs: Mapping[str, Run]) -> None:
-        """As one of several ranks, help rank 0 with whichever of the trainings it computes, until it says None."""
-        while (key := current_ranks().broadcast_object("")) is not None:
+    def record_together(self, runs: Mapping[str, Run], *, whole: bool = False) -> None:
+        """Carry out trainings, by their ids, as one of several ranks: rank 0 records them, the others help it."""
+        ranks = current_ranks()
+        if ranks.rank == 0:
+            try:
+                for run in runs.values():
+                    self.record(run, whole=whole)
+            finally:
+                ranks.broadcast_object(None)
+            return
+        while (key := ranks.broadcast_object("")) is not None:
             with contextlib.suppress(Stopped):
-                self._measure(runs[key], Helper(), alone=False)
+                self._measure(runs[key], Helper())
 
     def carry_out(self, plan: Iterable[Run], *, failed: Callable[[Run], None] | None = None) -> list[Record]:
         """Records of all runs of the plan with what they build on, in its order; progress over the whole plan.
@@ -211,26 +182,24 @@ class Runner:
         """
         runs = self.by_id(plan)
         self._order = {key: place for place, key in enumerate(runs, start=1)}
-        self._waiting = self.todo(runs.values())
-        self._mixed = len({network(run) for run in self._waiting.values()}) > 1
-        inner = self.parents_of(self._waiting.values())
-        while self._waiting:
-            ready = (key for key in self._waiting if self._ready(key) and not self.ledger.busy(key))
-            key = next(ready, next(iter(self._waiting)))
+        self._waiting = waiting = self.todo(runs.values())
+        self._mixed = len({network(run) for run in waiting.values()}) > 1
+        inner = self.parents_of(waiting.values())
+        while waiting:
+            ready = (key for key in self.ready(waiting) if not self.ledger.busy(key))
+            key = next(ready, next(iter(waiting)))
             try:
-                self.record(self._waiting[key], whole=key in inner)
+                self.record(waiting[key], whole=key in inner)
             except BudgetSpent:
                 raise
-            except Exception as error:
+            except Exception:
                 if failed is None:
                     raise
-                lost = self.building_on(key, self._waiting)
-                self.note_failure(runs[key], "".join(traceback.format_exception(error)), len(lost) - 1)
-                for other in lost:
-                    failed(self._waiting.pop(other))
+                for other, lost in self.give_up(key, waiting, traceback.format_exc()).items():
+                    failed(lost)
                     del runs[other]
             else:
-                del self._waiting[key]
+                del waiting[key]
         return [self.record(run) for run in runs.values()]
 
     def todo(self, plan: Iterable[Run]) -> dict[str, Run]:
@@ -252,22 +221,30 @@ class Runner:
                     visit(parent, True)
                 found[key] = run
 
-        for run in plan:
-            for each in run.ancestry():
-                visit(each, False)
+        for run in self.by_id(plan).values():
+            visit(run, False)
         return found
-
-    def _ready(self, key: str) -> bool:
-        """Whether nothing that a waiting run builds on is waiting, too."""
-        return not any(self.spec(parent).id in self._waiting for parent in self._waiting[key].parents.values())
 
     def parents_of(self, runs: Iterable[Run]) -> set[str]:
         """Ids of what the runs build on directly."""
         return {self.spec(parent).id for run in runs for parent in run.parents.values()}
 
-    def building_on(self, key: str, runs: Mapping[str, Run]) -> list[str]:
-        """Ids of those of the runs that build on one of them, itself included."""
-        return [other for other, run in runs.items() if any(self.spec(r).id == key for r in run.ancestry())]
+    def ready(self, waiting: Mapping[str, Run]) -> Iterator[str]:
+        """Ids of those of the waiting runs that build on none of them, in their order."""
+        return (key for key, run in waiting.items() if self.parents_of([run]).isdisjoint(waiting))
+
+    def give_up(self, key: str, waiting: dict[str, Run], text: str) -> dict[str, Run]:
+        """Take a run that failed and what builds on it from those that wait; these, by id.
+
+        Its traceback is kept in a file, and both are named.
+        """
+        failed = waiting[key]
+        lost = [other for other, run in waiting.items() if any(self.spec(r).id == key for r in run.ancestry())]
+        path = self.ledger.note_failure(key, f"{failed.title} ({failed.kind} {key})\n\n{text}")
+        why = (text.strip().splitlines() or ["no reason is known"])[-1]
+        more = f", and with it {len(lost) - 1} that build on it" if len(lost) > 1 else ""
+        self.progress.line(f"[run] failed: {failed.title}{more}: {why}; see {path}")
+        return {other: waiting.pop(other) for other in lost}
 
     def model(self, run: Run) -> nn.Module:
         """The trained model of a training, in eval mode on the runner's device."""
@@ -282,38 +259,21 @@ class Runner:
 
     def passes_per_second(self, run: Run) -> float:
         """Measured here: forward-and-backward passes a second of one image of the run's model, in attacks."""
-        trained, key = _trained(run), network(run)
-        if key not in self._speeds:
-            train, model, steps = self.splits(trained.dataset).train, self.new_model(trained), 4
-            options = {"eps": 8.0, "sharedness": 1, "steps": steps, "step_size": 2.0}
-            rates: list[float] = []
+        if (key := network(run)) not in self._speeds:
+            train, model, steps = self.splits(run.trained.dataset).train, self.new_model(run.trained), 4
+            most = max(1, AT_ONCE // train.images.shape[1:].numel())
+            rates = []
             for count in (8, 128, 128, 128, 128):
-                most = max(1, AT_ONCE // train.images.shape[1:].numel())
                 part = train.first(min(count, most, len(train)))
                 x, start = part.images[:].float(), time.perf_counter()
-                heap_pgd(model, x, part.labels, **options).sum().item()  # the sum waits for it
+                attacked = heap_pgd(model, x, part.labels, eps=8.0, sharedness=1, steps=steps, step_size=2.0)
+                attacked.sum().item()  # the sum waits for it
                 seconds = time.perf_counter() - start
                 rates.append(steps * len(part) / seconds)
                 if seconds > 2:  # a large network on a slow device: one look is enough
                     break
             self._speeds[key] = max(rates)
         return self._speeds[key]
-
-    def weight_bytes(self, run: Run) -> int:
-        """Bytes that the weights of a `train` run take; 0 of other runs."""
-        if not run.is_training:
-            return 0
-        until, epochs = run.settings["until"], run.settings["training"]["epochs"]
-        copies = 1 if until in (None, epochs) else 3  # with both of Adam's means, for the next part to go on with
-        return copies * sum(t.nbytes for t in self.new_model(run).state_dict().values())
-
-    def note_failure(self, run: Run, text: str, lost: int = 0) -> None:
-        """Keep a run's traceback in a file, and name both. lost: how many runs cannot be carried out without it."""
-        key = self.spec(run).id
-        path = self.ledger.note_failure(key, f"{run.title} ({run.kind} {key})\n\n{text}")
-        why = (text.strip().splitlines() or ["no reason is known"])[-1]
-        more = f", and with it {lost} that build on it" if lost else ""
-        self.progress.line(f"[run] failed: {run.title}{more}: {why}; see {path}")
 
     def check_budget(self, needed: float = 0.0) -> None:
         """Raises BudgetSpent where fewer than `needed` seconds are left."""
@@ -345,11 +305,5 @@ class Runner:
 class Helper:
     """The workspace of a rank that only helps: rank 0 loads, saves and records."""
 
-    def load_checkpoint(self) -> None:
-        return None
-
-    def save_checkpoint(self, tensors: dict[str, Any], info: dict) -> None:
-        pass
-
-    def save_tensors(self, name: str, tensors: dict[str, Any], metadata: Any = None) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None

@@ -44,7 +44,8 @@ class Profile:
 def profile_paths() -> dict[str, Path]:
     """The files of all profiles by name, sorted; needs nothing installed."""
     folders = (Path(__file__).with_name("profiles"), project_root() / "profiles")
-    return dict(sorted((path.stem, path) for folder in folders for path in folder.glob("*.yaml")))
+    paths = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}  # one's own count
+    return dict(sorted(paths.items()))
 
 
 def profile_path(name: str) -> Path:
