@@ -21,7 +21,8 @@ from satlib.data.imageset import IGNORE
 from satlib.errors import SatlibError
 from satlib.network import logits_of
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 TRIED = 4  # images that a model is tried on
 SLACK = 0.01  # how far a pixel may lie outside of 0 to 255: a float's way to another unit and back
 
@@ -65,7 +66,7 @@ RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same 
     "label_smoothing": ("a number in [0, 1)", lambda value: 0 <= value < 1),
     "delta": ("a share strictly between 0 and 1", lambda value: 0 < value < 1),
     "fooling_rate": ("a share in (0, 1]", lambda value: 0 < value <= 1),
-    "overshoot": ("a number of at least 0", lambda value: 0 <= value < math.inf),
+    "overshoot": ("at least 0", lambda value: 0 <= value < math.inf),
     "generator": ("None, or a torch.Generator", lambda value: value is None or isinstance(value, torch.Generator)),
     "progress": ("None, or a function", lambda value: value is None or callable(value)),
     "model": ("a network, or a function from pixels to logits", callable),
@@ -73,10 +74,11 @@ RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same 
 _nested: contextvars.ContextVar[bool] = contextvars.ContextVar("nested", default=False)
 
 
-def kernel(function: Callable[P, R]) -> Callable[P, R]:
+def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, R]:
     """A public function whose arguments are checked by RULES, and taken as tensors, where it is called from outside.
 
     What one such function asks of another is not checked again. Inference mode, which knows no gradients, is left.
+    any_range: images may lie outside of 0..255.
     """
     signature = inspect.signature(function)
     further = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
@@ -93,7 +95,7 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
         try:
             with torch.inference_mode(False):
                 for arguments in given:
-                    _settle(arguments)
+                    _settle(arguments, any_range)
                 return function(*bound.args, **bound.kwargs)
         finally:
             _nested.reset(token)
@@ -101,10 +103,10 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def _settle(given: dict[str, Any]) -> None:
+def _settle(given: dict[str, Any], any_range: bool) -> None:
     """Put tensors in the place of what stands for them. Raises SatlibError for what has no plain meaning."""
     if "images" in given:
-        given["images"] = as_images(given["images"])
+        given["images"] = as_images(given["images"], any_range=any_range)
     if "labels" in given and given["labels"] is not None:
         given["labels"] = as_labels(given["labels"], given["images"], targeted=given.get("targeted", False))
     for name in {"craft", "choose", "report"} & set(given):
@@ -120,9 +122,9 @@ def _settle(given: dict[str, Any]) -> None:
 
 def check_arguments(**values: Any) -> None:
     """Raises SatlibError for a value that RULES do not allow under its name; for other names there are none."""
-    for name in RULES.keys() & values.keys():
-        expected, right = RULES[name]
-        check(expected, right, **{name: values[name]})
+    for name, (expected, right) in RULES.items():
+        if name in values:
+            check(expected, right, **{name: values[name]})
 
 
 def _as_tensor(value: Any, name: str, shape: str) -> Tensor:
@@ -131,13 +133,14 @@ def _as_tensor(value: Any, name: str, shape: str) -> Tensor:
         mend = "; put its batches together by torch.cat" if hasattr(value, "__iter__") else ""
         raise SatlibError(f"{name} is a {type(value).__name__}: expected a tensor {shape}{mend}")
     try:
-        tensor = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value).detach()
+        tensor = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SatlibError(f"{name}: expected a tensor {shape}; {str(error).splitlines()[0]}") from None
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def as_images(images: Any, name: str = "images") -> Any:
+def as_images(images: Any, name: str = "images", *, any_range: bool = False) -> Any:
     """Images as uint8 or float32 (n, C, H, W) in 0..255; streamed ones as they are. Raises SatlibError for others."""
     if not isinstance(images, Tensor) and hasattr(images, "split") and hasattr(images, "shape"):
         return images
@@ -146,7 +149,8 @@ def as_images(images: Any, name: str = "images") -> Any:
         raise SatlibError(f"{name} of type {tensor.dtype}: expected uint8 or float32, pixels from 0 to 255")
     if tensor.ndim != 4 or not tensor.numel():
         raise SatlibError(f"{name} of shape {tuple(tensor.shape)}: expected (d, C, H, W) with d at least 1")
-    check_range(tensor, name)
+    if not any_range:
+        check_range(tensor, name)
     return tensor if tensor.dtype is torch.uint8 else tensor.float()
 
 
@@ -200,11 +204,13 @@ def check_range(images: Tensor, name: str = "images") -> None:
         warnings.warn(f"{seen}: {expected}; if 1 is white, multiply them by 255", stacklevel=4)
 
 
-def check_data(data: Any) -> None:
-    """Raises SatlibError where data is no ImageSet, nor like one."""
-    if not all(hasattr(data, name) for name in ("images", "labels", "classes", "batches")):
+def check_data(data: Any, model: Any, **options: Any) -> None:
+    """Raises SatlibError where data is no ImageSet, nor like one, or the model does not fit it: see `check_model`."""
+    if not hasattr(data, "batches"):
         made = "satlib.data.ImageSet(images, labels, classes, name, title, split)"
         raise SatlibError(f"data is a {type(data).__name__}: expected an ImageSet; make one by {made}")
+    if hasattr(data, "images") and hasattr(data, "labels"):
+        check_model(model, data.images, data.labels, **options)
 
 
 def numbers(value: Any, name: str) -> Tensor:
@@ -281,9 +287,7 @@ def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, de
 
 
 @torch.enable_grad()
-def check_model(
-    model: Any, images: Any, labels: Tensor, *, gradient: bool = True, name: str = "labels", classes: int = 0
-) -> None:
+def check_model(model: Any, images: Any, labels: Tensor, *, gradient: bool = True, name: str = "labels") -> None:
     """Try the model, as `attackable` gives it, on the first images, and compare its classes with the labels.
 
     Raises SatlibError where the model fails, in its own words; where it returns what is no logits of the classes that
@@ -307,8 +311,6 @@ def check_model(
     if shape[1] == 1:
         mend = "return torch.cat([-z, z], 1) / 2 for its logit z"
         raise SatlibError(f"the model returns one logit for each decision: expected one for each class; {mend}")
-    if classes and shape[1] != classes:
-        raise SatlibError(f"the model tells {shape[1]} classes apart: expected {classes}, as many as the data has")
     if gradient and not logits.requires_grad:
         mend = "let it compute without torch.no_grad, detach, argmax or NumPy"
         raise SatlibError(f"the model's logits have no gradient in its images: {mend}")

@@ -1,5 +1,6 @@
 """DeepFool and the universal perturbation built on it (Moosavi-Dezfooli et al. 2016, 2017)."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from satlib.device import exact
 from satlib.network import attackable, logits_of
 
 
-@kernel
+@functools.partial(kernel, any_range=True)
 def deepfool(
     model: nn.Module,
     images: Tensor,

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import device
-from satlib.attacks import attackable, heap_gradients, heap_pgd, perturb, random_start, success_rates
+from satlib.attacks import heap_gradients, heap_pgd, perturb, random_start, success_rates
 from satlib.errors import SatlibError
+from satlib.network import attackable, logits_of
 from satlib.robustness import Labelled
 from satlib.universal import extended_pgd
 
@@ -100,6 +101,7 @@ def measure(
             options: dict[str, Any] = {"step_size": 2.5 * size / steps, "keep_best": True}
             if steps == 1:
                 options = {"step_size": size, "start": torch.zeros(-(-len(few) // heap), *few.shape[1:])}
+            options["straight_through"] = attack.get("straight_through", True)
             options |= {"eps": size, "sharedness": heap, "generator": torch.Generator().manual_seed(seed)}
             return rate(nothing, perturb(few, heap_pgd(net, few, y, steps=steps, **options), heap))
 
@@ -140,7 +142,7 @@ def measure(
 @torch.no_grad()
 def _classes(net: nn.Module, images: Tensor) -> int:
     """How many classes the model knows. Raises SatlibError where its logits are not finite."""
-    logits = net(images[:16])
+    logits = logits_of(net, images[:16])
     if not logits.isfinite().all():
         raise SatlibError("the model's logits are not finite on clean images; mend that before it is attacked")
     return logits.shape[1]

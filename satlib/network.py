@@ -1,6 +1,7 @@
 """How a network is called, whoever wrote it: pixels in, logits out, and nothing of the network changed."""
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -91,6 +92,8 @@ def attackable(model: Network) -> Iterator[Any]:
     """
     if hasattr(model, "folded"):
         yield model.folded()
+    elif isinstance(model, nn.Module) and any(weight.is_inference() for weight in model.parameters()):
+        yield copy.deepcopy(model).eval().requires_grad_(False)  # made in inference mode, its weights know no gradients
     else:
         with evaluated(model):
             yield model
@@ -119,12 +122,13 @@ def _lend(model: nn.Module) -> None:
             held = [(module, *named) for module in modules for named in module.named_buffers(recurse=False)]
             _loans[model] = _Loan(
                 modes=[(module, module.training) for module in modules],
-                flags=[(weight, weight.requires_grad) for weight in model.parameters()],
+                flags=[(weight, weight.requires_grad) for weight in model.parameters() if not weight.is_inference()],
                 buffers=[(module, name, buffer, buffer.clone()) for module, name, buffer in held],
             )
             with contextlib.suppress(NotImplementedError):  # an exported graph has one mode only
                 model.eval()
-            model.requires_grad_(False)
+            for weight, _ in _loans[model].flags:
+                weight.requires_grad_(False)
         _loans[model].users += 1
 
 

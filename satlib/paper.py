@@ -19,7 +19,8 @@ class Classification:
     section: ClassVar[str]
     # Names of the settings that the paper does not state; their defaults are our choice.
     unstated: ClassVar[str] = (
-        "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds"
+        "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds "
+        "straight_through"
     )
 
     dataset: str = "cifar10"
@@ -62,6 +63,7 @@ class Classification:
     search_batch: int = 16  # the mini-batch size m_k
     gamma: float = 0.975
     beta: float = 4.0
+    straight_through: bool = True  # the gradient of attacks that measure: see `satlib.attacks.perturb_straight_through`
     craft_images: int = 5000  # 0: all
     choose_images: int = 512  # decides the search, apart from the images that report
     report_images: int = 512  # 0: all
@@ -183,7 +185,7 @@ class Cityscapes:
     unstated: ClassVar[str] = (
         "width seed label_smoothing erm_epochs erm_learning_rate erm_schedule erm_milestones "
         "craft_images choose_images adversarial_images adversarial_iterations adversarial_steps "
-        "structure_eps hidden hiding_epsilons"
+        "straight_through structure_eps hidden hiding_epsilons"
     )
 
     dataset: str = "cityscapes"
@@ -215,6 +217,7 @@ class Cityscapes:
     search_batch: int = 5
     gamma: float = 0.99
     beta: float = 2.0
+    straight_through: bool = True
     craft_images: int = 0  # of the validation scenes; 0: all
     choose_images: int = 16
     report_images: int = 16
@@ -246,7 +249,7 @@ class Checks:
     scenes: int = 16  # test scenes, in section 6.3
     steps: int = 20  # of attacks on single images and heaps
     attacks: tuple[str, ...] = (  # names of `satlib.universal.ATTACKS`, and "warm start"
-        *("paper", "uncapped", "hard targets", "margin", "momentum", "Adam", "cosine", "straight-through", "dominant"),
+        *("paper", "uncapped", "hard targets", "margin", "momentum", "Adam", "cosine", "clamped gradient", "dominant"),
         *("large mini-batches", "restarts", "warm start", "momentum, uncapped, dominant"),
     )
     depths: tuple[int, ...] = (8, 14)  # other undefended networks, to and from which perturbations are carried

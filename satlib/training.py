@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
-from satlib.checks import check_data, check_model, kernel
+from satlib.checks import check_data, kernel
 from satlib.data.imageset import IGNORE
 from satlib.device import exact
 from satlib.errors import SatlibError
@@ -65,16 +65,15 @@ class Training:
         checks.check_eps(self.eps)
         checks.check_known(OPTIMIZERS, optimizer=self.optimizer)
         checks.check_whole(least=0, epochs=self.epochs)
-        checks.check_whole(batch_size=self.batch_size, sharedness=self.sharedness, steps=self.steps)
+        checks.check_arguments(**vars(self))
         check("a whole number of at least 0 (0: all images)", lambda n: isinstance(n, int) and n >= 0, "epoch_images")
         check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
-        check("a positive number", lambda value: 0 < value < math.inf, "learning_rate", "relative_step_size")
+        check("a positive number", lambda value: 0 < value < math.inf, "learning_rate")
         check("a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay")
-        check("a number in [0, 1)", lambda value: 0 <= value < 1, "momentum", "label_smoothing", "warm_up")
+        check("a number in [0, 1)", lambda value: 0 <= value < 1, "momentum", "warm_up")
         check("a number in [0, 1]", lambda value: 0 <= value <= 1, "sigma")
         check("'step' or 'one-cycle'", lambda value: value in ("step", "one-cycle"), "schedule")
         check("False, or momentum > 0", lambda value: not value or self.momentum > 0, "nesterov")
-        checks.check_threshold(self.loss_threshold, targeted=False)
 
     def attack(self) -> dict[str, Any]:
         """What `heap_pgd` takes of these settings; its gradient is that of the clamp, as in all published trainings."""
@@ -199,10 +198,9 @@ def train(
     former raises stops all. Raises SatlibError for an adversary on several ranks, for more ranks than heaps in a
     mini-batch, and where the loss is not finite after an epoch.
     """
-    check_data(data)
     checks.check("a network", lambda value: isinstance(value, Module), model=model)
     with evaluated(model):
-        check_model(model, data.images, data.labels)
+        check_data(data, model)
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
     ranks.check(settings.batch_size, heap, adversary)
@@ -294,13 +292,14 @@ def confusion(model: Module, data: Any, *, batch_size: int = 512) -> Tensor:
 
     Counted are images, or in segmentation pixels whose label is not 255.
     """
-    check_data(data)
-    classes = len(data.classes)
-    counts = torch.zeros(classes * classes, dtype=torch.int64, device=data.device)
     with evaluated(model), exact():
-        check_model(model, data.images, data.labels, gradient=False, classes=classes)
+        check_data(data, model, gradient=False)
+        classes = len(data.classes)
+        counts = torch.zeros(classes * classes, dtype=torch.int64, device=data.device)
         for x, y in data.batches(min(batch_size, images_at_once(data.images))):
-            predicted = logits_of(model, x).argmax(1)
+            if (logits := logits_of(model, x)).shape[1] > classes:
+                raise SatlibError(f"the model tells {logits.shape[1]} classes apart: the data {classes}")
+            predicted = logits.argmax(1)
             known = y != IGNORE if y.ndim > 1 else torch.ones_like(y, dtype=torch.bool)
             counts += torch.bincount(y[known] * classes + predicted[known], minlength=classes * classes)
     return counts.view(classes, classes)

@@ -21,8 +21,8 @@ from satlib.attacks import (
     heap_means,
     heap_pgd,
     perturb,
-    random_start,
     pgd_step,
+    random_start,
     success_rates,
     universal_pgd,
 )
@@ -849,7 +849,7 @@ def test_heap_attack_names_what_is_wrong(two_class, changes, message):
         ({"eps": [8.0, 256.0]}, r"eps=256"),
         ({"eps": []}, r"eps=\[\]: expected"),
         ({"steps": 0}, r"steps=0: expected a whole number of at least 1"),
-        ({"batch_size": 0}, r"batch_size=0: expected 1 to the number of images \(4\)"),
+        ({"batch_size": 0}, r"batch_size=0: expected a whole number of at least 1"),
         ({"batch_size": 5}, r"batch_size=5"),
         ({"beta": 0.0}, r"beta=0\.0: expected a positive number"),
         ({"beta": math.inf}, r"beta=inf"),

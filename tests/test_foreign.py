@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import segmentation
 
 from satlib.attacks import heap_pgd, success_rates, universal_pgd
 from satlib.errors import SatlibError
@@ -125,7 +126,7 @@ NETWORKS = {
     "vision transformer": unit(
         lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10), **IMAGENET
     ),
-    "lraspp": unit(lambda: torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None), **IMAGENET),
+    "lraspp": unit(lambda: segmentation.lraspp_mobilenet_v3_large(weights_backbone=None), **IMAGENET),
     "timm": unit(timm_vit),
     "transformers": unit(transformers_vit),
     "segmentation_models_pytorch": unit(smp_unet),
@@ -249,13 +250,16 @@ def test_an_output_that_is_not_there_is_named(output):
         universal_pgd(model, pixels(), torch.zeros(12).long(), eps=8.0, steps=1, batch_size=4)
 
 
-@pytest.mark.parametrize("statistics", [{"mean": (127.5,) * 3, "std": (64.0,) * 3}, {"std": (57.0,) * 3}])
+@pytest.mark.parametrize(
+    "statistics", [{"mean": (127.5,) * 3, "std": (64.0,) * 3}, {"mean": (0.5,) * 3, "std": (57.0,) * 3}]
+)
 def test_statistics_in_pixel_units_are_an_error(statistics):
     with pytest.raises(SatlibError, match="expected numbers in units of 0 to 1; divide them by 255"):
         UnitInputs(View(), **statistics)
 
 
 # ------------------------------------------------------------------ training
+
 
 def test_networks_that_return_more_are_trained(tiny):
     model = UnitInputs(Returns(lambda z: {"aux": z, "logits": z}))
@@ -282,6 +286,11 @@ def test_what_cannot_be_trained_is_named(tiny, model, message):
         train(model, tiny.train, Training(epochs=1, batch_size=32))
 
 
+def test_more_classes_than_the_data_has_are_named(tiny):
+    with pytest.raises(SatlibError, match="the model tells 7 classes apart: expected 4"):
+        accuracy(classifier(size=8, classes=7), tiny.val)
+
+
 @pytest.mark.parametrize("data", [torch.utils.data.DataLoader([1]), [1, 2], None])
 def test_data_that_is_no_image_set_is_named(data):
     model = classifier(size=8, classes=4)
@@ -291,6 +300,7 @@ def test_data_that_is_no_image_set_is_named(data):
 
 
 # ------------------------------------------------------------------ arguments as people give them
+
 
 def attacked(images=None, labels=None, **changes):
     torch.manual_seed(0)
@@ -425,7 +435,7 @@ def test_sets_that_share_images_are_noticed():
 
 @pytest.mark.parametrize(
     ("wrap", "share"),
-    [(lambda x: x, 1.0), (lambda x: x.round(), 0.0), (lambda x: torch.where(x > 250, x.round(), x * 1e4).tanh(), 0.0)],
+    [(lambda x: x, 1.0), (lambda x: x.round(), 0.0), (lambda x: ((x + 1) * 1e4).tanh(), 0.0)],
     ids=["usable", "rounded", "saturated"],
 )
 def test_searches_look_at_their_gradients(wrap, share):

@@ -14,7 +14,7 @@ from satlib.paper import CIFAR10
 from satlib.study import measurements
 from satlib.study.claims import Records
 from satlib.study.measurement import Measurement, measurement
-from satlib.study.records import Record, split_settings
+from satlib.study.records import Record, merge_settings, split_settings
 
 LEDGER = Path(__file__).resolve().parent.parent / "data" / "ledger"
 
@@ -106,7 +106,8 @@ def test_defaults_are_frozen():
     kinds = {run.kind: run.measurement for run in planned("laptop")}
     for record in published().values():
         settings = _merged(record["config"], record["defaults"])
-        known = split_settings(settings, kinds[record["kind"]].defaults(settings))[0]
+        today = kinds[record["kind"]].defaults(settings)  # with options that came later, which it does not state
+        known = split_settings(merge_settings(settings, today), today)[0]
         assert known == record["config"], f"{record['kind']} {record['labels']['title']}: a default has changed"
 
 

@@ -453,6 +453,7 @@ def test_every_image_is_attacked_with_an_eps_and_steps_of_its_own(brightness, mo
             "steps": 5,
             "targeted": False,
             "loss_threshold": 1.6,
+            "straight_through": True,
             "label_smoothing": 0.01,
             "generator": seed,
             "keep_best": True,

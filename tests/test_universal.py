@@ -200,7 +200,7 @@ def test_a_setting_without_a_default_is_an_error():
         ({"restarts": 0}, r"restarts=0: expected a whole number of at least 1"),
         ({"larger": 3}, r"batch_size=6: expected 1 to the number of images \(4\)"),
         ({"steps": 0}, r"steps=0: expected a whole number of at least 1"),
-        ({"micro_batch": 0}, r"micro_batch=0: expected a whole number of at least 1"),
+        ({"micro_batch": 0}, r"micro_batch=0: expected None, or a whole number of at least 1"),
         ({"eps": []}, r"eps=\[\]: expected a number, or at least one"),
         ({"eps": [8.0, 256.0]}, r"eps=256"),
     ],

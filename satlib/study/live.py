@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from satlib import attacks
 from satlib.attacks import heap_pgd, perturb, success_rates
 from satlib.data import Splits
-from satlib.device import autocast
+from satlib.device import exact
 from satlib.errors import SatlibError
+from satlib.network import logits_of
 from satlib.risks import adversarial_risk, expected_risk, universal_risk
 from satlib.segmentation import repeated
 
@@ -260,8 +261,8 @@ def _aim(target: Target, question: Attack, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def _predicted(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Classes (n,) with the probability of each (n,), or segmentations (n, H, W) with each image's mean of those."""
-    with autocast(images.device):
-        logits = net(images.contiguous(memory_format=torch.channels_last)).float()
+    with exact():
+        logits = logits_of(net, images).float()
     confidence, classes = logits.softmax(1).max(1)
     return classes, confidence.flatten(1).mean(1) if confidence.ndim > 1 else confidence
 

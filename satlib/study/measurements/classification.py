@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from satlib.attacks import attackable, perturb
+from satlib.attacks import perturb
 from satlib.data import Splits
-from satlib.device import autocast
+from satlib.device import exact
 from satlib.errors import SatlibError
+from satlib.network import attackable, logits_of
 from satlib.paper import Cifar10, Classification, ImageNet
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.robustness import search_attack, stated, universal_deepfool, universal_search
@@ -37,12 +38,11 @@ def predictions(model: Module, search: Record, data: Splits) -> dict:
     xi = search.tensors("perturbation")["perturbation"].to(test.device) if search.metrics["rate"] else None
     first: dict[str, list[int]] = {}
     counts = {name: torch.zeros(len(test.classes), dtype=torch.long) for name in names}
-    with torch.no_grad(), attackable(model) as net:
+    with torch.no_grad(), exact(), attackable(model) as net:
         for x, y in test.batches(512):
-            with autocast(x.device):
-                seen = {"clean": net(x).argmax(1)}
-                if xi is not None:
-                    seen["perturbed"] = net(perturb(x, xi, len(x))).argmax(1)
+            seen = {"clean": logits_of(net, x).argmax(1)}
+            if xi is not None:
+                seen["perturbed"] = logits_of(net, perturb(x, xi)).argmax(1)
             first = first or {name: predicted[:FIRST].tolist() for name, predicted in seen.items()}
             if xi is not None:
                 seen["fooled"] = seen["perturbed"][(seen["clean"] == y) & (seen["perturbed"] != y)]
@@ -217,7 +217,8 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
 def deepfool_run(settings: Cifar10, model: Run) -> Run:
     """Accuracy of a trained model under a DeepFool universal perturbation (Figure 3, right)."""
     cost = settings.deepfool_images * settings.deepfool_passes * 10
-    given = {"model": model, "attack": _deepfool_options(settings), "seed": settings.seed}
+    attack = _deepfool_options(settings) | stated(settings, "straight_through")
+    given = {"model": model, "attack": attack, "seed": settings.seed}
     given |= {"eps": settings.deepfool_eps, "images": settings.deepfool_images}
     return universal_deepfool.plan(settings, f"DeepFool on {model.title}", cost, **given)
 

@@ -32,7 +32,7 @@ def _unseen(data: Splits, images: int, count: int) -> ImageSet:
     return data.test.subset(slice(images, images + count))
 
 
-@measurement(version=1, nested=UNIVERSAL)
+@measurement(version=2, nested=UNIVERSAL)
 def risks(
     model: Module,
     data: Splits,
@@ -63,7 +63,7 @@ def risks(
     }
 
 
-@measurement(version=1, artefacts=("gallery",), nested=UNIVERSAL)
+@measurement(version=2, artefacts=("gallery",), nested=UNIVERSAL)
 def gallery(
     model: Module, data: Splits, work: Workspace, *, eps: float, images: int, heap: dict, universal: dict, seed: int = 0
 ) -> dict:
@@ -83,7 +83,7 @@ def gallery(
     }
 
 
-@measurement(version=1, nested=UNIVERSAL)
+@measurement(version=2, nested=UNIVERSAL)
 def error_curves(
     model: Module, data: Splits, *, epsilons: list, images: int, heap: dict, universal: dict, seed: int = 0
 ) -> dict:
@@ -104,7 +104,7 @@ def error_curves(
     return {"errors": errors, "clean_error": expected_risk(model, x, y).error, "images": len(x)}
 
 
-@measurement(version=1)
+@measurement(version=2)
 def sharing(
     model: Module,
     data: Splits,
@@ -129,7 +129,7 @@ def sharing(
     return {"rows": rows, "clean_error": clean.error, "images": len(x), "unseen_images": len(unseen)}
 
 
-@measurement(version=1, artefacts=("losses",))
+@measurement(version=2, artefacts=("losses",))
 def loss_threshold(
     model: Module,
     data: Splits,
@@ -181,7 +181,7 @@ def heap_trace(
     """Everything that Figure 2 shows, from a real mini-batch: images, gradients, shared perturbations, broadcast."""
     (x, y), names, s = _first(data, images), data.test.classes, sharedness
     alpha, bound = torch.tensor(relative_step_size * eps), torch.tensor(eps, device=x.device).view(1, 1, 1, 1)
-    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing}
+    options = {"loss_threshold": loss_threshold, "label_smoothing": label_smoothing, "straight_through": False}
     start = attacks.random_start((-(-len(x) // s), *x.shape[1:]), eps, torch.Generator().manual_seed(seed))
     iterates = [start.to(x.device)]
     with attacks.attackable(model) as net:

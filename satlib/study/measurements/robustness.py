@@ -1,7 +1,7 @@
 """Section 5: how large must perturbations be? Searches for eps_uni and eps_adv, and DeepFool's of one size."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.nn import Module
 from satlib.attacks import success_rates
 from satlib.data import ImageSet, Splits
 from satlib.deepfool import universal_deepfool as deepfool
+from satlib.device import exact
+from satlib.network import logits_of
 from satlib.robustness import adversarial_robustness as search_each
 from satlib.robustness import universal_robustness as search_universal
 from satlib.segmentation import repeated, scene_target
@@ -19,12 +21,19 @@ from satlib.study.measurement import Run, measurement, options_of
 from satlib.study.records import Workspace
 from satlib.universal import ATTACKS, named, options
 
+EACH = options_of(search_each, without=("delta", "iterations", "targeted")) | {"straight_through": False}
 SETS = {"craft": "val", "choose": "test", "report": "test"}  # the split whose images have each role in a search
 
 
 def attack_options(given: Mapping) -> dict[str, Any]:
     """The frozen defaults of a named universal attack."""
-    return {"name": "paper"} | options(ATTACKS[given.get("name", "paper")])
+    return {"name": "paper"} | frozen(ATTACKS[given.get("name", "paper")])
+
+
+def frozen(attack: Callable) -> dict[str, Any]:
+    """The frozen defaults of an attack: gradients went through the clamp before they could go straight through it."""
+    own = options(attack)
+    return own | {"straight_through": False} if "straight_through" in own else own
 
 
 @measurement(version=2, nested={"attack": attack_options})
@@ -76,6 +85,7 @@ def universal_robustness(
         "rate": result.rate,
         "report_rate": result.report_rate,
         "monotone": result.monotone,
+        "gradients": result.gradients,
         "images": {role: len(part) for role, part in parts.items()},
         "evaluations": [asdict(evaluation) for evaluation in result.evaluations],
     }
@@ -96,7 +106,7 @@ def aims(data: Splits, part: ImageSet, target: str) -> Tensor:
     return repeated(scene_target(data, target), len(part)) if target else part.labels
 
 
-@measurement(version=1, nested={"attack": lambda given: options(deepfool)})
+@measurement(version=1, nested={"attack": lambda given: frozen(deepfool)})
 def universal_deepfool(
     model: Module, data: Splits, work: Workspace, progress: Any, *, eps: float, images: int, attack: dict, seed: int = 0
 ) -> dict:
@@ -105,8 +115,8 @@ def universal_deepfool(
     generator = torch.Generator().manual_seed(seed)
     xi = deepfool(model, craft.images, craft.labels, eps=[eps], generator=generator, progress=progress, **attack)
     work.save_tensors("perturbation", {"perturbation": xi.cpu()})
-    with torch.no_grad():
-        clean = torch.cat([model(x).argmax(1) for x, _ in test.batches(512)])
+    with torch.no_grad(), exact():
+        clean = torch.cat([logits_of(model, x).argmax(1) for x, _ in test.batches(512)])
     both = torch.cat([xi, torch.zeros_like(xi)])
     attacked, unattacked = (1 - success_rates(model, test.images, test.labels, both)).tolist()
     return {
@@ -121,7 +131,7 @@ def universal_deepfool(
 @measurement(
     version=1,
     artefacts=("epsilons",),
-    nested={"attack": lambda given: options_of(search_each, without=("delta", "iterations", "targeted"))},
+    nested={"attack": lambda given: EACH},
 )
 def adversarial_robustness(
     model: Module,
@@ -142,7 +152,8 @@ def adversarial_robustness(
     result = search_each(model, test.images, aims(data, test, target), generator=generator, **options)
     work.save_arrays("epsilons", {"epsilons": result.epsilons.numpy()})
     spread = {"standard_error": result.standard_error, "unreached": result.unreached}
-    return {"eps_adv": result.epsilon, "images": len(test)} | (spread if test.labels.ndim > 1 else {})
+    metrics = {"eps_adv": result.epsilon, "images": len(test), "gradients": result.gradients}
+    return metrics | (spread if test.labels.ndim > 1 else {})
 
 
 # Plans
@@ -156,7 +167,7 @@ def stated(settings: Any, *names: str) -> dict[str, Any]:
 def search_attack(settings: Any) -> dict[str, Any]:
     """Options of a section's universal attack, by the kernels' names."""
     sizes = {"steps": settings.search_steps, "batch_size": settings.search_batch}
-    return sizes | stated(settings, "beta", "gamma")
+    return sizes | stated(settings, "beta", "gamma", "straight_through")
 
 
 def universal_search(settings: Any, model: Run, title: str, attack: dict[str, Any], **more: Any) -> Run:
@@ -173,6 +184,6 @@ def adversarial_search(
 ) -> Run:
     """A section's search for eps_adv of a model; attack: options beside its steps."""
     cost = settings.adversarial_images * settings.adversarial_steps * iterations
-    attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma") | attack
+    attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma", "straight_through") | attack
     given = stated(settings, "delta", "seed") | {"iterations": iterations, "images": settings.adversarial_images} | more
     return adversarial_robustness.plan(settings, title, cost, model=model, attack=attack, **given)

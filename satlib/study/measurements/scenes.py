@@ -16,11 +16,10 @@ from satlib.paper import Cityscapes
 from satlib.segmentation import repeated, segment
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Point
-from satlib.study.measurements.robustness import adversarial_search, search_attack, stated, universal_search
+from satlib.study.measurements.robustness import adversarial_search, frozen, search_attack, stated, universal_search
 from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
 from satlib.study.records import Record, Workspace
 from satlib.training import Training
-from satlib.universal import options
 
 
 @measurement(version=2, artefacts=("perturbations",), on_demand=True)
@@ -35,6 +34,7 @@ def perturbation_structure(
     batch_size: int,
     images: int,
     attack: dict,
+    straight_through: bool = False,
     seed: int = 0,
 ) -> dict:
     """Image-dependent against universal perturbations of one size, for the same images and target (Figure 6).
@@ -48,6 +48,7 @@ def perturbation_structure(
     x, y, craft = part.images.float(), repeated(aim, len(part)), data.val
     common = {"eps": eps, "targeted": True, "generator": torch.Generator().manual_seed(seed)}
     sizes = annealed_step_sizes(eps, attack["steps"], beta=attack["beta"], gamma=attack["gamma"])
+    common["straight_through"] = straight_through
     heaps = common | {"sharedness": 1, "keep_best": True, "steps": attack["steps"], "step_size": sizes}
     with attackable(model) as net:
         options = attack | common | {"batch_size": batch_size, "score_images": len(part)}
@@ -72,7 +73,7 @@ def perturbation_structure(
     return metrics
 
 
-@measurement(version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: options(universal_pgd)})
+@measurement(version=2, artefacts=("example",), on_demand=True, nested={"attack": lambda given: frozen(universal_pgd)})
 def hiding(
     model: Module,
     data: Splits,
@@ -235,7 +236,7 @@ def _searches(settings: Cityscapes, model: Run, *, targeted: bool) -> tuple[Run,
 def _structure(settings: Cityscapes, model: Run) -> Run:
     cost = (settings.report_images + settings.search_batch) * settings.adversarial_steps
     attack = {"steps": settings.adversarial_steps} | stated(settings, "beta", "gamma")
-    given = {"model": model, "attack": attack} | stated(settings, "target", "seed")
+    given = {"model": model, "attack": attack} | stated(settings, "target", "seed", "straight_through")
     given |= {"eps": settings.structure_eps, "batch_size": settings.search_batch, "images": settings.report_images}
     return perturbation_structure.plan(settings, f"structure of perturbations of {model.title}", cost, **given)
 
