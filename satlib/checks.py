@@ -57,7 +57,7 @@ POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
 FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
 RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
     **dict.fromkeys(["steps", "batch_size", "snapshots", "score_images", "iterations"], WHOLE),
-    **dict.fromkeys(["restarts", "larger", "passes", "sharedness"], WHOLE),
+    **dict.fromkeys(["restarts", "larger", "passes"], WHOLE),
     **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
@@ -109,10 +109,10 @@ def _settle(given: dict[str, Any], any_range: bool) -> None:
         given["images"] = as_images(given["images"], any_range=any_range)
     if "labels" in given and given["labels"] is not None:
         given["labels"] = as_labels(given["labels"], given["images"], targeted=given.get("targeted", False))
-    for name in {"craft", "choose", "report"} & set(given):
+    for name in [name for name in ("craft", "choose", "report") if name in given]:
         given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))
-    for name in {"perturbations", "start"} & set(given):
-        if given[name] is not None:
+    for name in ("perturbations", "start"):
+        if given.get(name) is not None:
             xi = given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
             if xi.ndim != 4 or not bool(xi.isfinite().all()):
                 raise SatlibError(f"{name} of shape {tuple(xi.shape)}: expected finite values (heaps, C, H, W)")

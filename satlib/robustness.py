@@ -15,7 +15,7 @@ from satlib.checks import check_known, check_model, check_overlap, check_thresho
 from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
-from satlib.universal import UniversalAttack, check_attack, name_of, options, takes
+from satlib.universal import UniversalAttack, check_attack, name_of, named, options, takes
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
@@ -83,8 +83,8 @@ class Robustness:
 
 @kernel
 def universal_robustness(
-    attack: UniversalAttack | Sequence[UniversalAttack],
-    model: nn.Module,
+    attack: UniversalAttack | Sequence[UniversalAttack] | nn.Module,
+    model: nn.Module | None = None,
     *,
     craft: Labelled,
     choose: Labelled,
@@ -96,11 +96,13 @@ def universal_robustness(
     warm_start: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
+    **settings: Any,
 ) -> Robustness:
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
     It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or
-    several, all of which are asked at every eps. Its rate on the `report` images, which neither crafting nor
+    several, all of which are asked at every eps. Where only a model is given, the paper's attack is meant, with what is
+    further given as its `settings`. Its rate on the `report` images, which neither crafting nor
     search saw, is returned beside it. progress(text, done) follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255]. "k-ary" is ours: several eps are heaps of one
@@ -111,6 +113,10 @@ def universal_robustness(
     `start` where they get one, and what an attack raises on its arguments: all before the model is asked.
     """
     check_known(SEARCHES, search=search)
+    if model is None:
+        attack, model = named("paper", **settings), attack
+    elif settings:
+        raise SatlibError(f"{next(iter(settings))}: unknown; give settings to the attack: named(name, setting=value)")
     attacks = [attack] if callable(attack) else list(attack)
     if not attacks or not all(map(callable, attacks)):
         raise SatlibError(f"attack={attack!r}: expected one like those of satlib.universal.ATTACKS, or several")

@@ -66,6 +66,7 @@ class Training:
         checks.check_known(OPTIMIZERS, optimizer=self.optimizer)
         checks.check_whole(least=0, epochs=self.epochs)
         checks.check_arguments(**vars(self))
+        checks.check_whole(sharedness=self.sharedness)
         check("a whole number of at least 0 (0: all images)", lambda n: isinstance(n, int) and n >= 0, "epoch_images")
         check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
         check("a positive number", lambda value: 0 < value < math.inf, "learning_rate")

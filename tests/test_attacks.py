@@ -856,7 +856,7 @@ def test_heap_attack_names_what_is_wrong(two_class, changes, message):
         ({"gamma": -0.9}, r"gamma=-0\.9: expected a positive number"),
         ({"gamma": math.nan}, r"gamma=nan"),
         ({"snapshots": 0}, r"snapshots=0"),
-        ({"micro_batch": 0}, r"micro_batch=0: expected a whole number of at least 1"),
+        ({"micro_batch": 0}, r"micro_batch=0: expected None, or a whole number of at least 1"),
         ({"score_images": 0}, r"score_images=0"),
         ({"start": torch.zeros(2, *SHAPE)}, r"start of shape \(2, 3, 4, 4\)"),
         ({"loss_threshold": -1.0}, r"loss_threshold=-1\.0"),
