@@ -78,8 +78,11 @@ def annealed_step_sizes(eps: float, steps: int, *, beta: float, gamma: float) ->
     Raises SatlibError where steps is no whole number of at least 1, or beta or gamma no positive number.
     """
     check_arguments(steps=steps, beta=beta, gamma=gamma)
-    weights = [gamma**k for k in range(steps)]
-    total = math.fsum(weights)
+    try:
+        weights = [gamma**k for k in range(steps)]
+        total = math.fsum(weights)
+    except OverflowError:
+        raise SatlibError(f"gamma={gamma!r}: its powers overflow within {steps} steps; 1 keeps sizes equal") from None
     return [beta * eps * weight / total for weight in weights]
 
 

@@ -35,7 +35,15 @@ def check(expected: str, right: Callable[[Any], Any], **values: Any) -> None:
         except (TypeError, ValueError, RuntimeError):  # it is not even of a type that can be compared
             fine = False
         if not fine:
-            raise SatlibError(f"{name}={value!r}: expected {expected}")
+            raise SatlibError(f"{name}={told(value)}: expected {expected}")
+
+
+def told(value: Any) -> str:
+    """What a message says of a value, in a few words on one line."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 80 else f"{line[:60]}..."
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -62,7 +70,7 @@ RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same 
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
     "micro_batch": ("None, or a whole number of at least 1", lambda value: value is None or _is_whole(value, 1)),
-    "loss_threshold": ("a positive number, or None for no cap", lambda value: value is None or value > 0),
+    "loss_threshold": ("a positive number, or None for no cap", lambda value: value is None or 0 < value < math.inf),
     "label_smoothing": ("a number in [0, 1)", lambda value: 0 <= value < 1),
     "delta": ("a share strictly between 0 and 1", lambda value: 0 < value < 1),
     "fooling_rate": ("a share in (0, 1]", lambda value: 0 < value <= 1),
@@ -81,6 +89,7 @@ def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, 
     any_range: images may lie outside of 0..255.
     """
     signature = inspect.signature(function)
+    optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     further = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
 
     @functools.wraps(function)
@@ -89,13 +98,15 @@ def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, 
         given = [bound.arguments, *(bound.arguments.get(name, {}) for name in further)]
         for arguments in given:
             check_arguments(**arguments)
+            arguments.update({name: int(value) for name, value in arguments.items() if isinstance(value, np.integer)})
         if _nested.get():
             return function(*args, **kwargs)
         token = _nested.set(True)
         try:
             with torch.inference_mode(False):
                 for arguments in given:
-                    _settle(arguments, any_range)
+                    stated = {name for name, value in arguments.items() if value is not None or name not in optional}
+                    arguments.update(_settled({name: arguments[name] for name in stated}, any_range))
                 return function(*bound.args, **bound.kwargs)
         finally:
             _nested.reset(token)
@@ -103,21 +114,23 @@ def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, 
     return checked
 
 
-def _settle(given: dict[str, Any], any_range: bool) -> None:
-    """Put tensors in the place of what stands for them. Raises SatlibError for what has no plain meaning."""
+def _settled(given: dict[str, Any], any_range: bool) -> dict[str, Any]:
+    """The arguments with tensors in the place of what stands for them. Raises SatlibError where none is meant."""
     if "images" in given:
         given["images"] = as_images(given["images"], any_range=any_range)
-    if "labels" in given and given["labels"] is not None:
+    if "labels" in given:
         given["labels"] = as_labels(given["labels"], given["images"], targeted=given.get("targeted", False))
     for name in [name for name in ("craft", "choose", "report") if name in given]:
         given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))
     for name in ("perturbations", "start"):
-        if given.get(name) is not None:
+        if name in given:
             xi = given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
-            if xi.ndim != 4 or not bool(xi.isfinite().all()):
+            right = xi.ndim == 4 and ("images" not in given or xi.shape[1:] == given["images"].shape[1:])
+            if not right or not bool(xi.isfinite().all()):
                 raise SatlibError(f"{name} of shape {tuple(xi.shape)}: expected finite values (heaps, C, H, W)")
     if "eps" in given:
         warn_of_unit(given["eps"])
+    return given
 
 
 def check_arguments(**values: Any) -> None:
@@ -182,7 +195,7 @@ def check_pair(images: Tensor, labels: Tensor, name: str = "labels") -> None:
         raise SatlibError(f"images of shape {tuple(images.shape)}: expected (d, C, H, W) with d at least 1")
     types = (torch.int64, torch.uint8) if labels.ndim == 3 else (torch.int64,)  # an ImageSet keeps pixels' as bytes
     right = labels.shape[1:] in ((), images.shape[2:]) and labels.dtype in types
-    if len(labels) != len(images) or not right:
+    if labels.ndim not in (1, 3) or len(labels) != len(images) or not right:
         raise SatlibError(
             f"{name} of shape {tuple(labels.shape)} and type {labels.dtype}: expected int64 of shape ({len(images)},), "
             f"or {(len(images), *images.shape[2:])} for segmentation"
@@ -216,12 +229,13 @@ def check_data(data: Any, model: Any, **options: Any) -> None:
 def numbers(value: Any, name: str) -> Tensor:
     """One or more numbers as float32 of any shape. Raises SatlibError for what are none."""
     try:
-        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+        tensor = torch.as_tensor(value).detach()
+        fine = tensor.numel() and not tensor.is_complex() and tensor.dtype is not torch.bool
     except (TypeError, ValueError, RuntimeError):
-        raise SatlibError(f"{name}={value!r}: expected a number, or several") from None
-    if not tensor.numel():
-        raise SatlibError(f"{name}={value!r}: expected a number, or at least one")
-    return tensor
+        fine = False
+    if not fine:
+        raise SatlibError(f"{name}={told(value)}: expected a number, or at least one")
+    return tensor.float()
 
 
 def check_eps(eps: float) -> None:
@@ -240,7 +254,7 @@ def warn_of_unit(eps: Any) -> None:
 def check_sharedness(sharedness: int, count: int) -> None:
     """Raises SatlibError where heaps of so many images cannot be made of `count` of them."""
     if not (_is_whole(sharedness, 1) and sharedness <= count):
-        raise SatlibError(f"sharedness={sharedness!r}: expected 1 to the number of images ({count})")
+        raise SatlibError(f"sharedness={told(sharedness)}: expected 1 to the number of images ({count})")
 
 
 def check_threshold(loss_threshold: float | None, targeted: bool) -> None:

@@ -93,12 +93,14 @@ _forced: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("fo
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """In this context matrix products and convolutions stay in float32, whatever is faster."""
-    token = _forced.set(torch.float32)
+    """In this context matrix products and convolutions stay in float32 (on CUDA not in TF32), whatever is faster."""
+    token, rounded = _forced.set(torch.float32), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # the matrix products' own switch is off by default
     try:
         yield
     finally:
         _forced.reset(token)
+        torch.backends.cudnn.allow_tf32 = rounded
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -136,17 +138,18 @@ def prepared(
 
     The tensors are examples: those of the calls have the same shapes, and are not changed in place between them. The
     network's are as they are now; one recording serves all networks that differ in the values of their tensors alone.
-    The environment variable SATLIB_GRAPHS=0 switches recording off.
+    A plain function is not recorded, for nobody knows what it computes with. SATLIB_GRAPHS=0 switches
+    recording off (environment).
     """
     plain = functools.partial(function, net, **options)
     device = tensors[0].device
     record = RECORDERS.get(device.type)
-    if record is None or os.environ.get("SATLIB_GRAPHS") == "0":
+    if record is None or not isinstance(net, nn.Module) or os.environ.get("SATLIB_GRAPHS") == "0":
         return plain
     shapes = tuple((tensor.shape, tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in tensors)
     try:
         blueprint = Blueprint(net, device)
-        key = (function, blueprint.content, shapes, _dtype(device), *options.items())
+        key = (function, blueprint.content, shapes, _dtype(device), _forced.get(), *options.items())
         if key not in _recordings:
             _recordings[key] = None  # should the next line fail, it is not tried again
             _recordings[key] = Recording(functools.partial(function, **options), net, tensors, record)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import AT_ONCE, annealed_step_sizes, decisions_won, heap_gradients, heap_pgd, perturb, success_rates
-from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel
+from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel, told
 from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
@@ -117,9 +117,9 @@ def universal_robustness(
         attack, model = named("paper", **settings), attack
     elif settings:
         raise SatlibError(f"{next(iter(settings))}: unknown; give settings to the attack: named(name, setting=value)")
-    attacks = [attack] if callable(attack) else list(attack)
+    attacks = list(attack) if isinstance(attack, list | tuple) else [attack]
     if not attacks or not all(map(callable, attacks)):
-        raise SatlibError(f"attack={attack!r}: expected one like those of satlib.universal.ATTACKS, or several")
+        raise SatlibError(f"attack={told(attack)}: expected one like those of satlib.universal.ATTACKS, or several")
     for each in attacks:
         for wanted, name, argument in ((targeted, "targeted", "targeted"), (warm_start, "warm_start", "start")):
             if wanted and not takes(each, argument):

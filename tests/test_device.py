@@ -286,6 +286,11 @@ def test_a_recording_serves_no_network_that_computes_something_else(tiny, record
     assert not torch.equal(recorded[0], recorded[1]) and torch.equal(recorded[0], recorded[2])
 
 
+def test_a_plain_function_is_not_recorded(trained, tiny, recorder):
+    found = attack(lambda x: trained(x), tiny)
+    assert not recorder and torch.equal(found, attack(lambda x: trained(x), tiny))
+
+
 def test_a_hook_a_class_and_a_shared_weight_are_parts_of_a_network(tiny, recorder):
     def network():
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 4), nn.Linear(4, 4))
