@@ -4,6 +4,7 @@ Importing this imports no reader: a data set's module follows when it is asked f
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ def find(name: str, *, root: str | Path | None = None) -> Path | None:
     """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
     base, _, _ = name.partition(":")
     places = {_resolved(root) / folder: holds for folder, holds in FOLDERS.get(base, {}).items()}
-    return next((folder for folder, holds in places.items() if (folder / holds).is_dir()), None)
+    return next((folder for folder, holds in places.items() if os.path.isdir(folder / holds)), None)
 
 
 def verify(name: str, *, root: str | Path | None = None) -> Splits:
@@ -96,4 +97,10 @@ def _missing(dataset: Dataset, root: Path) -> str:
     mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]
     if dataset.downloads:
         mends.append(f"run `python -m satlib data download {dataset.name}`")
-    return f"no {dataset.title} in {root}: looked for {looked_for}; {', '.join(mends[:-1])}, or {mends[-1]}"
+    from satlib.data.imagetree import folder_problem  # here, for it imports much
+
+    there = {root / folder: holds for folder, holds in FOLDERS[dataset.name].items() if os.path.lexists(root / folder)}
+    found = [folder_problem(folder / holds, "unpack the data set again") for folder, holds in there.items()]
+    what = "; ".join(found or filter(None, [folder_problem(root, "make it")]))
+    why = f"looked for {looked_for}" + f"; {what}" * bool(what)
+    return f"no {dataset.title} in {root}: {why}; {', '.join(mends[:-1])}, or {mends[-1]}"
