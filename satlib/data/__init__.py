@@ -88,19 +88,19 @@ def _resolved(root: str | Path | None) -> Path:
 
 def _missing(dataset: Dataset, root: Path) -> str:
     """What was looked for, and what to do about it; of an archive with that name, that it is still packed."""
+    from satlib.data.imagetree import UNPACK, folder_problem  # here, for it imports much
+
     looked_for = LOOKED_FOR[dataset.name]
-    for path in (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
+    wrong = folder_problem(root, "make it")
+    for path in () if wrong else (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
         packed = path.name.endswith(ARCHIVES) or not path.suffix
-        if packed and path.is_file() and dataset.name in path.name.replace("-", ""):
+        if packed and os.path.isfile(path) and dataset.name in path.name.replace("-", ""):
             mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
             return f"{path} is a file, expected a folder; {mend}"
     mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]
     if dataset.downloads:
         mends.append(f"run `python -m satlib data download {dataset.name}`")
-    from satlib.data.imagetree import folder_problem  # here, for it imports much
-
     there = {root / folder: holds for folder, holds in FOLDERS[dataset.name].items() if os.path.lexists(root / folder)}
-    found = [folder_problem(folder / holds, "unpack the data set again") for folder, holds in there.items()]
-    what = "; ".join(found or filter(None, [folder_problem(root, "make it")]))
-    why = f"looked for {looked_for}" + f"; {what}" * bool(what)
+    found = [wrong] if wrong else [folder_problem(folder / holds, UNPACK) for folder, holds in there.items()]
+    why = "; ".join([f"looked for {looked_for}", *found])
     return f"no {dataset.title} in {root}: {why}; {', '.join(mends[:-1])}, or {mends[-1]}"

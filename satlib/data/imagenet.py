@@ -95,7 +95,7 @@ def _as_shipped(
 ) -> list[ImageFile]:
     """Tiny ImageNet's validation images as shipped: in one folder, their classes in a table beside it."""
     labels, table = {wnid: label for label, wnid in enumerate(classes)}, listing.folder / "val" / ANNOTATIONS
-    images = {Path(file.path).name: file for file in loose}
+    images = {Path(file.path).name: file for file in loose or listing.images("val/images")}
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -172,7 +172,8 @@ def folder_problem(path: Path, mend: str) -> str:
             raise PermissionError
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not os.path.islink(first):
-            return f"no folder {first}; {mend}"
+            bare = os.access(first.parent, os.R_OK) and not any(os.scandir(first.parent))
+            return f"no folder {first}, {first.parent} is empty; {mend}" if bare else f"no folder {first}; {mend}"
         return f"cannot read {first}: {reason(error)}"
     return ""
 
@@ -270,6 +271,7 @@ def _opaque(image: Image.Image) -> Image.Image:
         raise SatlibError("16 bits a channel; save it with 8")
     if image.has_transparency_data and np.array(image.convert("RGBA"))[..., 3].min() < 255:
         raise SatlibError("has transparent pixels; flatten it")
+    image.info.pop("transparency", None)  # of none of its pixels; Pillow would warn
     return image
 
 
