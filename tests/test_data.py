@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from satlib import data
 from satlib.data import cifar10, imagetree
 from satlib.data.cifar10 import BATCHES, CLASSES
 from satlib.data.imageset import ImageSet
+from satlib.data.streamed import middle
 from satlib.errors import SatlibError
 
 # ------------------------------------------------------------------------------------------- image trees
@@ -377,6 +379,8 @@ def test_pictures_are_read_upright(tmp_path, kind):
         exif[0x0112] = orientation
         Image.fromarray(RGB).save(path, exif=exif.tobytes())
         assert np.array_equal(imagetree.decode(tmp_path, path.name), expected), orientation
+        part = imagetree.decode(tmp_path, path.name, partial(middle, size=4))  # as of images that stay on disk
+        assert np.array_equal(part, np.array(middle(Image.fromarray(np.ascontiguousarray(expected)), 4)))
     for damaged in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0", b"Exif\0\0XX" + bytes(9)):
         Image.fromarray(RGB).save(path, exif=damaged)
         assert np.array_equal(imagetree.decode(tmp_path, path.name), plain)
@@ -608,7 +612,7 @@ def test_of_a_data_set_that_is_not_found_what_is_there_is_named(tmp_path):
         return str(caught.value)
 
     root = tmp_path / "root"
-    assert f"; no folder {root}; make it; set SATLIB_DATA" in message("imagenet200")
+    assert f"; no folder {root}, {tmp_path} is empty; make it; set SATLIB_DATA" in message("imagenet200")
     (root / "tiny-imagenet-200" / "val").mkdir(parents=True)
     (root / "imagenet200").symlink_to("gone")
     expected = f"; cannot read {root}/imagenet200: a link to nothing; remove or restore it; no folder "
@@ -731,9 +735,9 @@ def test_a_data_set_is_found_whatever_option_follows_its_name(tmp_path):
 
 
 def test_an_archive_of_any_data_set_is_named(tmp_path):
-    (tmp_path / "camvid.tar.xz").write_bytes(b"x")
+    (tmp_path / "CamVid.tar.xz").write_bytes(b"x")
     with pytest.raises(
-        SatlibError, match=r"camvid\.tar\.xz is a file, expected a folder; .* unpack it so that .*camvid/\{"
+        SatlibError, match=r"CamVid\.tar\.xz is a file, expected a folder; .* unpack it so that .*camvid/\{"
     ):
         data.load("camvid:32x24", root=tmp_path)
     with pytest.raises(SatlibError, match=r"no Cityscapes in .*: looked for cityscapes/"):

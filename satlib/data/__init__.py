@@ -93,8 +93,8 @@ def _missing(dataset: Dataset, root: Path) -> str:
     looked_for = LOOKED_FOR[dataset.name]
     wrong = folder_problem(root, "make it")
     for path in () if wrong else (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
-        packed = path.name.endswith(ARCHIVES) or not path.suffix
-        if packed and os.path.isfile(path) and dataset.name in path.name.replace("-", ""):
+        packed, name = path.name.lower().endswith(ARCHIVES) or not path.suffix, path.name.lower().replace("-", "")
+        if packed and os.path.isfile(path) and dataset.name in name:
             mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
             return f"{path} is a file, expected a folder; {mend}"
     mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]

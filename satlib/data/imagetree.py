@@ -145,8 +145,9 @@ class Listing:
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        # A link to nothing may have been a folder of images, unless its name has a suffix.
-        return stat.S_ISDIR(entry.stat().st_mode) if entry.is_symlink() and "." not in entry.name else entry.is_dir()
+        if entry.is_symlink() and "." not in entry.name:
+            entry.stat()  # a link to nothing, of a name like this, may have been a folder of images
+        return entry.is_dir()
     except OSError as error:
         raise SatlibError(f"cannot read {entry.path}: {reason(error)}") from None
 
