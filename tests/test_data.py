@@ -7,6 +7,8 @@ import struct
 import subprocess
 import sys
 import warnings
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,14 @@ from satlib import data
 from satlib.data import cifar10, imagetree
 from satlib.data.cifar10 import BATCHES, CLASSES
 from satlib.data.imageset import ImageSet
+from satlib.data.streamed import middle
 from satlib.errors import SatlibError
 
 # ------------------------------------------------------------------------------------------- image trees
 
 
 def write_tree(root: Path, per_class: int = 10, suffix: str = ".png", seed: int = 0) -> Path:
-    """A small CIFAR-10 tree below `root`, with what readers should pass over."""
+    """A small CIFAR-10 tree below `root`, with hidden files, which readers pass over."""
     random = np.random.default_rng(seed)
     for split, count in (("train", per_class), ("test", 2)):
         for name in CLASSES:
@@ -36,7 +39,6 @@ def write_tree(root: Path, per_class: int = 10, suffix: str = ".png", seed: int 
                 Image.fromarray(pixels).save(folder / f"{i:04}{suffix}")
     (root / "cifar10" / ".complete").touch()
     (root / "cifar10" / "train" / "cat" / ".DS_Store").write_bytes(b"x")
-    (root / "cifar10" / "train" / "cat" / "notes.txt").write_text("x")
     return root / "cifar10"
 
 
@@ -161,6 +163,29 @@ def damage_link(tree: Path) -> Path:
     return path
 
 
+def damage_self_link(tree: Path) -> Path:
+    path = tree / "train" / "dog" / "9999.png"
+    path.symlink_to(path)
+    return path
+
+
+def damage_class_link(tree: Path) -> Path:
+    (tree / "train" / "dog").rename(tree / ".dog")
+    (tree / "train" / "dog").symlink_to("gone")
+    return tree / "train" / "dog"
+
+
+def damage_class_file(tree: Path) -> Path:
+    (tree / "train" / "dog").rename(tree / ".dog")
+    (tree / "train" / "dog").write_bytes(b"x")
+    return tree / "train" / "dog"
+
+
+def damage_class_without_images(tree: Path) -> Path:
+    (path := damage_empty_class(tree)).joinpath("notes.txt").touch()
+    return path
+
+
 def damage_missing_class(tree: Path) -> Path:
     (tree / "test" / "deer").rename(tree / ".deer")
     return tree / "test" / "deer"
@@ -196,13 +221,17 @@ def damage_missing_split(tree: Path) -> Path:
         (damage_empty, "not a PNG or JPEG image"),
         (damage_text, "not a PNG or JPEG image"),
         (damage_size, "40x32 pixels, expected 32x32"),
-        (damage_depth, "more than 8 bits a channel"),
+        (damage_depth, "16 bits a channel; save it with 8"),
         (damage_kind, "convert them to .png or .jpg"),
         (damage_link, "a link to nothing"),
         (damage_missing_class, "put it back or unpack the data set again"),
         (damage_extra_class, "every split needs the same 10 classes"),
-        (damage_empty_class, "unpack the data set again"),
-        (damage_empty_split, "expected test/<class>"),
+        (damage_self_link, "a link that leads to itself"),
+        (damage_class_link, "a link to nothing"),
+        (damage_class_file, "is a file, expected a folder; unpack"),
+        (damage_class_without_images, "expected *.png, *.jpg or *.jpeg; unpack"),
+        (damage_empty_class, "is empty; expected *.png, *.jpg or *.jpeg; unpack the data set again"),
+        (damage_empty_split, "is empty; expected test/<class>"),
         (damage_missing_split, "expected train/, test/"),
     ],
 )
@@ -228,6 +257,133 @@ def test_of_several_bad_files_the_first_is_named_and_the_rest_counted(tree):
         (tree / "train" / "horse" / f"000{i}.png").write_bytes(b"no image")
     with pytest.raises(SatlibError, match=r"horse/0002\.png: .* \(and 2 more bad files\); replace or remove it"):
         load(tree)
+
+
+def test_links_are_followed_suffixes_are_taken_in_any_case_and_what_is_left_out_is_named_once(tree, recwarn):
+    plain = load(tree)
+    cat, elsewhere = tree / "train" / "cat", tree.parent.parent / "elsewhere"
+    (tree / "train" / "dog").rename(elsewhere)
+    (tree / "train" / "dog").symlink_to(elsewhere)
+    (tree / "test" / "dog" / "0000.png").rename(elsewhere.with_name("one.png"))
+    (tree / "test" / "dog" / "0000.png").symlink_to(elsewhere.with_name("one.png"))
+    (cat / "0001.png").rename(cat / "0001.PNG")
+    for name in ("._0001.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (cat / name).write_bytes(b"x")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (cat / name).mkdir()
+        (tree / "train" / name).mkdir()
+    assert load(tree).fingerprint == plain.fingerprint and not recwarn.list
+    for path in (cat / "notes.txt", cat / "0001.npy", tree / "test" / "list.csv"):
+        path.touch()
+    (cat / "more").mkdir()
+    assert load(tree).fingerprint == plain.fingerprint
+    [warning] = recwarn.list
+    expected = (
+        "names or places: 4 files or folders, train/cat/0001.npy, train/cat/more/, train/cat/notes.txt, test/list"
+    )
+    assert expected in str(warning.message)
+
+
+@pytest.mark.parametrize("victim", ["train", "train/cat", "test/cat/0001.png"])
+def test_what_may_not_be_read_is_named_so(tree, monkeypatch, victim):
+    path, access, opened = tree / victim, os.access, Image.open
+
+    def forbidden(file, **options):  # the tests' user may be root, who may read everything
+        if file == path:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, **options)
+
+    monkeypatch.setattr(imagetree.os, "access", lambda place, mode: Path(place) != path and access(place, mode))
+    monkeypatch.setattr(imagetree.Image, "open", forbidden)
+    with pytest.raises(SatlibError, match=rf"{path}: no permission; give it \(`chmod -R u\+rX`\) or ask the owner"):
+        load(tree)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+RGB = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+
+
+def with_alpha(value: int, pixels: np.ndarray = RGB) -> Image.Image:
+    alpha = np.full(pixels.shape[:2], 255, dtype=np.uint8)
+    alpha[0, 0] = value
+    return Image.fromarray(np.dstack([pixels, alpha]))
+
+
+def deep(channels: int) -> bytes:
+    """A PNG of 16 bits a channel; Pillow writes none in colour."""
+    kind = {3: 2, 2: 4, 4: 6}[channels]
+    rows = zlib.compress((b"\0" + bytes(range(2 * channels)) * 9) * 6)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 9, 6, 16, kind, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    parts = (struct.pack(">I", len(b)) + name + b + struct.pack(">I", zlib.crc32(name + b)) for name, b in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+PALETTE, BITS = Image.fromarray(RGB).quantize(16), Image.fromarray(RGB).convert("1")
+UNUSED = bytes([255] * 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (with_alpha(255), {}),
+        (with_alpha(255, RGB[..., :1]), {}),
+        (Image.fromarray(RGB[..., 0]), {}),
+        (Image.fromarray(RGB), {"transparency": (255, 255, 255)}),
+        (PALETTE, {}),
+        (PALETTE, {"transparency": UNUSED}),
+        (BITS, {}),
+        (Image.fromarray(RGB).convert("CMYK"), {"format": "JPEG"}),
+    ],
+)
+def test_pictures_of_every_opaque_kind_become_rgb(tmp_path, image, options, recwarn):
+    image.save(path := tmp_path / "x.png", **options)
+    with Image.open(path) as saved:
+        expected = np.array(saved.convert("RGBA"))[..., :3] if saved.mode != "CMYK" else np.array(saved.convert("RGB"))
+    assert np.array_equal(imagetree.decode(tmp_path, path.name), expected) and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (with_alpha(254), {}),
+        (with_alpha(0, RGB[..., :1]), {}),
+        (PALETTE, {"transparency": PALETTE.getpixel((0, 0))}),
+        (PALETTE, {"transparency": bytes(16)}),
+        (Image.fromarray(RGB), {"transparency": tuple(RGB[0, 0].tolist())}),
+        (Image.fromarray(RGB[..., 0]), {"transparency": int(RGB[0, 0, 0])}),
+        (BITS, {"transparency": 0}),
+    ],
+)
+def test_transparent_pictures_are_refused(tmp_path, image, options):
+    image.save(tmp_path / "x.png", **options)
+    with pytest.raises(SatlibError, match=r"^x\.png: has transparent pixels; flatten it"):
+        imagetree.decode(tmp_path, "x.png")
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_pictures_of_16_bits_a_channel_are_refused(tmp_path, channels):
+    (tmp_path / "x.png").write_bytes(deep(channels))
+    with pytest.raises(SatlibError, match=r"^x\.png: 16 bits a channel; save it with 8"):
+        imagetree.decode(tmp_path, "x.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_pictures_are_read_upright(tmp_path, kind):
+    path, exif = tmp_path / f"x.{kind}", Image.Exif()
+    Image.fromarray(RGB).save(path)
+    plain = imagetree.decode(tmp_path, path.name)
+    turned = [plain[:, ::-1], plain[::-1, ::-1], plain[::-1], plain.swapaxes(0, 1)]
+    turned += [np.rot90(plain, -1), np.rot90(plain[::-1, ::-1].swapaxes(0, 1), 0), np.rot90(plain)]
+    for orientation, expected in enumerate([plain, plain, *turned, plain]):
+        exif[0x0112] = orientation
+        Image.fromarray(RGB).save(path, exif=exif.tobytes())
+        assert np.array_equal(imagetree.decode(tmp_path, path.name), expected), orientation
+        part = imagetree.decode(tmp_path, path.name, partial(middle, size=4))  # as of images that stay on disk
+        assert np.array_equal(part, np.array(middle(Image.fromarray(np.ascontiguousarray(expected)), 4)))
+    for damaged in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0", b"Exif\0\0XX" + bytes(9)):
+        Image.fromarray(RGB).save(path, exif=damaged)
+        assert np.array_equal(imagetree.decode(tmp_path, path.name), plain)
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -449,6 +605,28 @@ def test_an_empty_root_says_what_was_looked_for_and_the_three_mends(tmp_path):
     assert "\n" not in message
 
 
+def test_of_a_data_set_that_is_not_found_what_is_there_is_named(tmp_path):
+    def message(name: str) -> str:
+        with pytest.raises(SatlibError) as caught:
+            data.load(name, root=tmp_path / "root")
+        return str(caught.value)
+
+    root = tmp_path / "root"
+    assert f"; no folder {root}, {tmp_path} is empty; make it; set SATLIB_DATA" in message("imagenet200")
+    (root / "tiny-imagenet-200" / "val").mkdir(parents=True)
+    (root / "imagenet200").symlink_to("gone")
+    expected = f"; cannot read {root}/imagenet200: a link to nothing; remove or restore it; no folder "
+    assert f"{expected}{root}/tiny-imagenet-200/train; unpack the data set again; set" in message("imagenet200:20")
+    (root / "cifar10").mkdir()
+    (root / "cifar10" / "train").touch()
+    assert f"{root}/cifar10/train is a file, expected a folder; unpack" in message("cifar10")
+    (root / "camvid").mkdir()
+    assert message("camvid") == f"no folder {root}/camvid/train, {root}/camvid is empty; unpack the data set again"
+    (root / "camvid").rmdir()
+    (root / "camvid").symlink_to("camvid")
+    assert f"cannot read {root}/camvid: a link that leads to itself" in message("camvid")
+
+
 def test_the_data_root_is_the_default(tree, monkeypatch):
     monkeypatch.setenv("SATLIB_DATA", str(tree.parent))
     assert same(data.load("cifar10", progress=False), load(tree))
@@ -557,9 +735,9 @@ def test_a_data_set_is_found_whatever_option_follows_its_name(tmp_path):
 
 
 def test_an_archive_of_any_data_set_is_named(tmp_path):
-    (tmp_path / "camvid.tar.xz").write_bytes(b"x")
+    (tmp_path / "CamVid.tar.xz").write_bytes(b"x")
     with pytest.raises(
-        SatlibError, match=r"camvid\.tar\.xz is a file, expected a folder; .* unpack it so that .*camvid/\{"
+        SatlibError, match=r"CamVid\.tar\.xz is a file, expected a folder; .* unpack it so that .*camvid/\{"
     ):
         data.load("camvid:32x24", root=tmp_path)
     with pytest.raises(SatlibError, match=r"no Cityscapes in .*: looked for cityscapes/"):

@@ -119,8 +119,78 @@ def test_the_layout_of_its_authors_gives_the_same_sets(root):
     with pytest.raises(SatlibError, match=f"lists no image of {FEW[0]}"):
         load(root)
     shutil.rmtree(folder / "train" / FEW[1])
-    with pytest.raises(SatlibError, match=rf"no folder .*{FEW[1]}/images; unpack"):
+    with pytest.raises(SatlibError, match=rf"no class folder .*{FEW[1]} \(1 of 4 missing\)"):
         load(root)
+
+
+def put_into(folder, *below):
+    """The images of each class folder in `folder`, moved one folder deeper or higher."""
+    for wnid in list(folder.iterdir()):
+        for path in list(wnid.rglob("*.JPEG")):
+            (target := wnid.joinpath(*below)).mkdir(exist_ok=True)
+            path.rename(target / path.name)
+        if not below and (wnid / "images").is_dir():
+            (wnid / "images").rmdir()
+
+
+def sort_val(folder, *below):
+    """The official val/, sorted in place as people's scripts do."""
+    for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        (target := (folder / "val" / wnid).joinpath(*below)).mkdir(parents=True, exist_ok=True)
+        (folder / "val" / "images" / name).rename(target / name)
+
+
+@pytest.mark.parametrize("train", [(), ("images",)])
+@pytest.mark.parametrize("val", [None, (), ("images",)])
+@pytest.mark.parametrize("leftovers", [True, False])
+def test_every_mixture_of_layouts_gives_the_same_sets(root, train, val, leftovers, recwarn):
+    plain = load(root)
+    folder = as_shipped(root)
+    table = folder / "val" / "val_annotations.txt"
+    lines = table.read_text().splitlines(True)
+    table.write_text("".join(lines[7:] + lines[:7][::-1]))  # the official order is not that of the classes
+    (folder / "train" / FEW[0] / f"{FEW[0]}_boxes.txt").touch()
+    put_into(folder / "train", *train)
+    if val is not None:
+        sort_val(folder, *val)
+        if not leftovers:
+            table.unlink()
+            (folder / "val" / "images").rmdir()
+    assert load(root).fingerprint == plain.fingerprint and not recwarn.list
+
+
+def test_what_is_wrong_with_a_layout_is_blamed_on_its_cause(root):
+    folder = as_shipped(root)
+    val, table, images = folder / "val", folder / "val" / "val_annotations.txt", folder / "val" / "images"
+
+    def refused(message):
+        with pytest.raises(SatlibError, match=message):
+            load(root)
+
+    content = table.read_bytes()
+    table.unlink()
+    refused(f"no {table}, which says the classes of val/images/; unpack")
+    table.write_bytes(b"\xff")
+    refused(f"cannot read {table}: 'utf-8'.*; unpack")
+    table.write_bytes(content)
+    images.rename(folder / "kept")
+    refused(f"no folder {images}; unpack")
+    images.mkdir()
+    refused(f"{images} is empty; expected")
+    images.rmdir()
+    images.symlink_to("gone")
+    refused(f"cannot read {images}: a link to nothing")
+    images.unlink()
+    (folder / "kept").rename(images)
+    victim = next(images.glob(f"{FEW[0]}_*"))
+    (val / FEW[0]).mkdir()
+    victim.rename(val / FEW[0] / victim.name)
+    refused(f"no image {victim}, which val_annotations.txt lists; sort all of val/ into class folders, or unpack")
+    val.rename(folder / "test")
+    refused(f"no folder {val}; expected train/, val/ in {folder}")
+    val.touch()
+    refused(f"{val} is a file, expected a folder; expected train/, val/ in {folder}")
 
 
 def test_classes_are_all_a_number_or_a_file(root, tmp_path):

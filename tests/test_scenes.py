@@ -127,6 +127,54 @@ def test_scenes_are_listed_by_the_rule_of_all_images(root):
         load("camvid:32x24", root)
 
 
+def test_linked_cities_are_read_loops_end_and_companions_need_no_word(root, recwarn):
+    folder = cityscapes(root)
+    plain = load("cityscapes:64x32", root)
+    for kind in ("leftImg8bit", "gtFine"):
+        city = folder / kind / "train" / "bochum"
+        city.rename(root / f"{kind}_bochum")
+        city.symlink_to(root / f"{kind}_bochum")
+        (folder / kind / "train" / "back").symlink_to(folder)
+        (city / "again").symlink_to(city)
+        for path in (folder / kind / "val").rglob("*.png"):
+            path.rename(path.with_suffix(".PNG"))
+    (folder / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_polygons.json").touch()
+    assert load("cityscapes:64x32", root).fingerprint == plain.fingerprint and not recwarn.list
+    (folder / "gtFine" / "train" / "aachen" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"1 files or folders, gtFine/train/aachen/notes\.txt"):
+        load("cityscapes:64x32", root)
+    (folder / "leftImg8bit" / "train" / "ulm").symlink_to("gone")
+    with pytest.raises(SatlibError, match=r"cannot read .*train/ulm: a link to nothing; remove or restore it"):
+        load("cityscapes:64x32", root)
+
+
+def test_camvid_of_segnets_tutorial_gives_the_same_sets(root):
+    folder = camvid(root)
+    plain = load("camvid:32x24", root)
+    for split in ("train", "val", "test"):
+        (folder / split / "labels").rename(folder / f"{split}annot")
+        (folder / split / "images").rename(folder / "images")
+        (folder / split).rmdir()
+        (folder / "images").rename(folder / split)
+        (folder / f"{split}.txt").touch()
+    labels = folder / "trainannot" / "train_0.png"
+    (palette := Image.open(labels).copy()).putpalette(bytes(range(255, -1, -1)) * 3)
+    palette.save(labels)
+    folder.rename(root / "CamVid")
+    assert Image.open(root / "CamVid" / "trainannot" / "train_0.png").mode == "P"
+    assert load("camvid:32x24", root).fingerprint == plain.fingerprint
+    (root / "CamVid" / "valannot").rename(root / "valannot")
+    with pytest.raises(SatlibError, match=rf"no folder {root}/CamVid/valannot; unpack"):
+        load("camvid:32x24", root)
+
+
+def test_a_scene_twice_is_refused(root):
+    path = camvid(root) / "train" / "images" / "train_1.png"
+    Image.open(path).save(path.with_suffix(".jpg"))
+    with pytest.raises(SatlibError, match=r"train_1\.jpg and train/images/train_1\.png are one scene's; remove one"):
+        load("camvid", root)
+
+
 def test_missing_folders_and_bad_sizes_are_named(root):
     with pytest.raises(SatlibError, match=r"no CamVid in .*: looked for camvid/"):
         load("camvid", root)

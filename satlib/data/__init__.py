@@ -4,6 +4,7 @@ Importing this imports no reader: a data set's module follows when it is asked f
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ def find(name: str, *, root: str | Path | None = None) -> Path | None:
     """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
     base, _, _ = name.partition(":")
     places = {_resolved(root) / folder: holds for folder, holds in FOLDERS.get(base, {}).items()}
-    return next((folder for folder, holds in places.items() if (folder / holds).is_dir()), None)
+    return next((folder for folder, holds in places.items() if os.path.isdir(folder / holds)), None)
 
 
 def verify(name: str, *, root: str | Path | None = None) -> Splits:
@@ -87,13 +88,19 @@ def _resolved(root: str | Path | None) -> Path:
 
 def _missing(dataset: Dataset, root: Path) -> str:
     """What was looked for, and what to do about it; of an archive with that name, that it is still packed."""
+    from satlib.data.imagetree import UNPACK, folder_problem  # here, for it imports much
+
     looked_for = LOOKED_FOR[dataset.name]
-    for path in (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
-        packed = path.name.endswith(ARCHIVES) or not path.suffix
-        if packed and path.is_file() and dataset.name in path.name.replace("-", ""):
+    wrong = folder_problem(root, "make it")
+    for path in () if wrong else (*sorted(root.glob("[!.]*")), *sorted((root / dataset.name).glob("[!.]*"))):
+        packed, name = path.name.lower().endswith(ARCHIVES) or not path.suffix, path.name.lower().replace("-", "")
+        if packed and os.path.isfile(path) and dataset.name in name:
             mend = f"if it is an archive, unpack it so that {root} holds {looked_for}"
             return f"{path} is a file, expected a folder; {mend}"
     mends = ["set SATLIB_DATA to the folder that holds it", "place it there"]
     if dataset.downloads:
         mends.append(f"run `python -m satlib data download {dataset.name}`")
-    return f"no {dataset.title} in {root}: looked for {looked_for}; {', '.join(mends[:-1])}, or {mends[-1]}"
+    there = {root / folder: holds for folder, holds in FOLDERS[dataset.name].items() if os.path.lexists(root / folder)}
+    found = [wrong] if wrong else [folder_problem(folder / holds, UNPACK) for folder, holds in there.items()]
+    why = "; ".join([f"looked for {looked_for}", *found])
+    return f"no {dataset.title} in {root}: {why}; {', '.join(mends[:-1])}, or {mends[-1]}"

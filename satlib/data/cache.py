@@ -14,7 +14,7 @@ from satlib.data.imageset import ImageSet, Splits
 from satlib.errors import SatlibError
 from satlib.paths import project_root
 
-FORMAT = 1  # raise it when loaders or this file change what a cache should hold
+FORMAT = 2  # raise it when loaders or this file change what a cache should hold
 
 
 def cached_splits(name: str, sources: object, root: Path, build: Callable[[], Splits]) -> Splits:

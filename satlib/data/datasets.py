@@ -53,14 +53,14 @@ FOLDERS = {
     "cifar10": {"cifar-10-batches-py": "", "cifar10/cifar-10-batches-py": "", "cifar10": "train"},
     "imagenet200": {"imagenet200": "train", "tiny-imagenet-200": "train"},
     "imagenet200-224": {"imagenet": "train"},
-    "camvid": {"camvid": ""},
+    "camvid": {"camvid": "", "CamVid": ""},
     "cityscapes": {"cityscapes": ""},
 }
 LOOKED_FOR = {  # the same in words, with what is expected in them
     "cifar10": "cifar-10-batches-py/, cifar10/cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg,jpeg}",
-    "imagenet200": "imagenet200/{train,val}/<wnid>/*.JPEG or tiny-imagenet-200/ as its authors ship it",
+    "imagenet200": "imagenet200/{train,val}/<wnid>/*.JPEG or tiny-imagenet-200/, so or as its authors ship it",
     "imagenet200-224": "imagenet/{train,val}/<wnid>/*.JPEG",
-    "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png}",
+    "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png} or CamVid/{train,val,test}{,annot}/*.png",
     "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/*_{leftImg8bit,gtFine_labelIds}.png",
 }
 

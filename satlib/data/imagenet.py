@@ -9,7 +9,7 @@ from pathlib import Path
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import Dataset
 from satlib.data.imageset import SPLIT_RULE, ImageSet, Splits, held_out
-from satlib.data.imagetree import Tree, labels_of, list_images, read_images, scan_tree, sound_files, stamps
+from satlib.data.imagetree import UNPACK, ImageFile, Listing, Tree, labels_of, read_images, reason, sound_files, stamps
 from satlib.data.streamed import StreamedImages, StreamedSet
 from satlib.errors import SatlibError
 from satlib.paths import named_file
@@ -21,9 +21,9 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     """ImageNet in `folder`: of each class nine tenths of its train/ images as train, the others as val, and its val/
     images as test. The dataset's option says which classes, as `wnids` takes it; only these are looked at.
 
-    Tiny ImageNet: {train,val}/<wnid>/*.JPEG, or as its authors ship it (train/<wnid>/images/ and
-    val/val_annotations.txt), decoded once and then cached; 3x64x64. ImageNet: {train,val}/<wnid>/*.JPEG, the validation
-    images in class folders as well; the images stay on disk, and come as 3x224x224.
+    Both splits: <wnid>/*.JPEG or <wnid>/images/*.JPEG; or, for val/, as Tiny ImageNet's authors ship it, images/*.JPEG
+    and val_annotations.txt. All give the same sets. Tiny ImageNet is decoded once and then cached, as 3x64x64; the
+    images of ImageNet stay on disk, and come as 3x224x224.
 
     A damaged image ends it, named (where images stay on disk, when its turn comes); with SATLIB_SKIP_DAMAGED=1 in the
     environment every image is read once, before all else, and damaged ones are left out, with a warning. Raises
@@ -32,10 +32,7 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     chosen, side, skip = wnids(dataset.option), dataset.shape[1], os.environ.get("SATLIB_SKIP_DAMAGED") == "1"
     # Of the 200 classes all that are there are listed, for what is held out follows from all of them: see `_split`.
     there = tuple(wnid for wnid in names() if wnid in chosen or (folder / "train" / wnid).is_dir())
-    if (folder / "val" / ANNOTATIONS).is_file():
-        tree = _scan_official(folder, there)
-    else:
-        tree = scan_tree(folder, splits=("train", "val"), classes=there, others=True)
+    tree = _scan(folder, there)
     classes, title = tuple(names()[wnid] for wnid in chosen), f"{dataset.title} ({side}x{side})"
 
     def parts() -> Tree:
@@ -75,22 +72,46 @@ def _split(tree: Tree, chosen: list[int]) -> Tree:
     return parts
 
 
-def _scan_official(folder: Path, classes: tuple[str, ...]) -> Tree:
-    """Tiny ImageNet as shipped: the validation images in one folder, their classes in a table beside it."""
-    labels, table = {wnid: label for label, wnid in enumerate(classes)}, folder / "val" / ANNOTATIONS
-    train = [file for wnid, label in labels.items() for file in list_images(folder, f"train/{wnid}/images", label)]
-    images = {Path(file.path).name: file for file in list_images(folder, "val/images")}
-    val = []
-    for line in table.read_text(encoding="utf-8").splitlines():
-        name, wnid, *_ = [*line.split("\t"), ""]
-        if wnid in labels:
-            if name not in images:
-                raise SatlibError(f"no image {table.parent / 'images' / name}, which {ANNOTATIONS} lists; unpack again")
-            val.append(replace(images[name], label=labels[wnid]))
-    listed = {file.label for file in val}
-    if missing := [wnid for wnid, label in labels.items() if label not in listed]:
-        raise SatlibError(f"{table} lists no image of {missing[0]}; unpack the data set again")
-    return {"train": tuple(train), "val": tuple(val)}
+def _scan(folder: Path, classes: tuple[str, ...]) -> Tree:
+    """The images of train/ and val/, each class by class, by name, whatever the layout."""
+    listing, val = Listing(folder, companions=("_boxes.txt", ANNOTATIONS)), folder / "val"
+    for split in ("train", "val"):
+        listing.entries(split, f"expected train/, val/ in {folder}")
+    train = listing.by_class("train", classes, others=True, nested=("images",))
+    in_folders = any(os.path.isdir(val / wnid) for wnid in classes)
+    loose = listing.images("val/images", needed=False) if os.path.isdir(val / "images") else []
+    signs = [bool(loose), (val / ANNOTATIONS).is_file(), not in_folders]  # of val/ as it is shipped
+    if sum(signs) >= 2:
+        test = _as_shipped(listing, loose, classes, in_folders)
+    else:
+        listing.left_out += [file.path for file in loose]
+        test = listing.by_class("val", classes, others=True, nested=("images",))
+    listing.warn()
+    return {"train": tuple(train), "val": tuple(test)}
+
+
+def _as_shipped(
+    listing: Listing, loose: list[ImageFile], classes: tuple[str, ...], in_folders: bool
+) -> list[ImageFile]:
+    """Tiny ImageNet's validation images as shipped: in one folder, their classes in a table beside it."""
+    labels, table = {wnid: label for label, wnid in enumerate(classes)}, listing.folder / "val" / ANNOTATIONS
+    images = {Path(file.path).name: file for file in loose or listing.images("val/images")}
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        if not os.path.lexists(table):
+            raise SatlibError(f"no {table}, which says the classes of val/images/; {UNPACK}") from None
+        why = reason(error) if isinstance(error, OSError) else f"{error}; {UNPACK}"
+        raise SatlibError(f"cannot read {table}: {why}") from None
+    listed = {name: wnid for name, wnid, *_ in ([*line.split("\t"), ""] for line in lines)}
+    wanted = {name: labels[wnid] for name, wnid in listed.items() if wnid in labels}
+    if missing := sorted(wanted.keys() - images.keys()):
+        mend = "sort all of val/ into class folders, or unpack it again" if in_folders else "unpack again"
+        raise SatlibError(f"no image {table.parent / 'images' / missing[0]}, which {ANNOTATIONS} lists; {mend}")
+    if missing := sorted(labels.keys() - {listed[name] for name in wanted}):
+        raise SatlibError(f"{table} lists no image of {missing[0]}; {UNPACK}")
+    listing.left_out += [f"val/images/{name}" for name in images if name not in listed]
+    return [replace(images[name], label=label) for name, label in sorted(wanted.items(), key=lambda item: item[::-1])]
 
 
 @cache

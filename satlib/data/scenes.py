@@ -1,5 +1,6 @@
-"""Driving scenes with a label for every pixel, from disk: Cityscapes in its own layout, and CamVid."""
+"""Driving scenes with a label for every pixel, from disk: Cityscapes in its own layout, and CamVid in two."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from satlib.data.cache import cached_splits
 from satlib.data.datasets import DATASETS, Dataset
 from satlib.data.imageset import IGNORE, ImageSet, Splits, shuffled
-from satlib.data.imagetree import ImageFile, decode, list_images, problems, refuse
+from satlib.data.imagetree import ImageFile, Listing, decode, decode_as_is, problems, refuse
 from satlib.errors import SatlibError
 
 Scene = tuple[str, ImageFile, ImageFile]  # its name, its image and its labels
@@ -21,32 +22,44 @@ UNKNOWN = 254  # for what is no label at all
 VALUES = {"camvid": "0..11", "cityscapes": "0..33, 255"}  # those of `label_values`, in words
 
 
-def _camvid(folder: Path) -> dict[str, list[Scene]]:
-    return {split: _pairs(folder, f"{split}/images", f"{split}/labels") for split in ("train", "val", "test")}
+def _camvid(listing: Listing) -> dict[str, list[Scene]]:
+    """In {train,val,test}/{images,labels}/; or as SegNet's tutorial ships it, in {train,val,test}{,annot}/."""
+    splits, folder = ("train", "val", "test"), listing.folder
+    inside = any(os.path.isdir(folder / split / "images") for split in splits)
+    if not inside and any(os.path.lexists(folder / f"{split}annot") for split in splits):
+        return {split: _pairs(listing, split, f"{split}annot") for split in splits}
+    return {split: _pairs(listing, f"{split}/images", f"{split}/labels") for split in splits}
 
 
-def _cityscapes(folder: Path) -> dict[str, list[Scene]]:
+def _cityscapes(listing: Listing) -> dict[str, list[Scene]]:
     """Of the public validation scenes one half crafts and chooses, and the other one reports."""
     tails = ("_leftImg8bit", "_gtFine_labelIds")
-    train, public = (_pairs(folder, f"leftImg8bit/{split}", f"gtFine/{split}", tails) for split in ("train", "val"))
+    train, public = (_pairs(listing, f"leftImg8bit/{split}", f"gtFine/{split}", tails) for split in ("train", "val"))
     order, half = shuffled(len(public), 0).tolist(), len(public) // 2
     val, test = ([public[i] for i in sorted(part)] for part in (order[:half], order[half:]))
     return {"train": train, "val": val, "test": test}
 
 
-def _pairs(folder: Path, images: str, labels: str, tails: tuple[str, str] = ("", "")) -> list[Scene]:
+def _pairs(listing: Listing, images: str, labels: str, tails: tuple[str, str] = ("", "")) -> list[Scene]:
     """Scenes by name, from the folders of their images and labels; a file's name is the scene's, and then the tail."""
-    pictures, maps = (
-        {Path(file.path).stem.removesuffix(tail): file for file in list_images(folder, place, tail=tail, nested=True)}
-        for place, tail in zip((images, labels), tails, strict=True)
-    )
+    pictures, maps = (_by_scene(listing, place, tail) for place, tail in zip((images, labels), tails, strict=True))
     for name in sorted(pictures.keys() ^ maps.keys()):
         have, lacks = (pictures, f"labels in {labels}") if name in pictures else (maps, f"image in {images}")
-        raise SatlibError(f"{folder / have[name].path} has no {lacks}; restore that file, or remove this one")
+        raise SatlibError(f"{listing.folder / have[name].path} has no {lacks}; restore that file, or remove this one")
     return [(name, picture, maps[name]) for name, picture in pictures.items()]
 
 
-SCENES = {"camvid": _camvid, "cityscapes": _cityscapes}  # of each split, below a folder
+def _by_scene(listing: Listing, place: str, tail: str) -> dict[str, ImageFile]:
+    files: dict[str, ImageFile] = {}
+    for file in listing.images(place, tail=tail, nested="*"):
+        name = Path(file.path).stem.removesuffix(tail)
+        if name in files:
+            raise SatlibError(f"{listing.folder}: {files[name].path} and {file.path} are one scene's; remove one")
+        files[name] = file
+    return files
+
+
+SCENES = {"camvid": _camvid, "cityscapes": _cityscapes}  # of each split, as listed below a folder
 
 
 @cache
@@ -64,10 +77,12 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     data set does not know.
     """
     (_, height, width), classes = dataset.shape, tuple(filter(None, label_values(dataset.name).values()))
+    listing = Listing(folder, companions=(".json",))  # Cityscapes' polygons
     scenes = {
         split: [ordered[i] for i in shuffled(len(ordered), 1).tolist()]
-        for split, ordered in SCENES[dataset.name](folder).items()
+        for split, ordered in SCENES[dataset.name](listing).items()
     }
+    listing.warn()
     stamps = [file.stamp for part in scenes.values() for _, *files in part for file in files]
     usual = dataset.shape == DATASETS[dataset.name].shape
     title = dataset.title if usual else f"{dataset.title} ({width}x{height})"
@@ -96,7 +111,7 @@ def _read(dataset: Dataset, folder: Path, scenes: Sequence[Scene], split: str, p
     def read(row: int) -> None:
         _, picture, label = scenes[row]
         pixels = decode(folder, picture.path)
-        values = decode(folder, label.path, _one_byte, formats=("PNG",))
+        values = decode_as_is(folder, label.path, _one_byte, formats=("PNG",))
         if values.shape != pixels.shape[:2]:
             sides = f"{values.shape[1]}x{values.shape[0]} pixels, but its image has {pixels.shape[1]}x{pixels.shape[0]}"
             raise SatlibError(f"{label.path}: {sides}")
