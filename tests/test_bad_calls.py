@@ -1,6 +1,6 @@
 """Generated calls of the public functions with wrong types, shapes, ranges, NaN: a line of error, or a sound result.
 
-SATLIB_EXAMPLES sets how many (default 600); 5,000 take a few minutes.
+SATLIB_EXAMPLES sets how many (default 2,000).
 """
 
 import math
@@ -142,7 +142,7 @@ def sound(result, arguments):
 
 
 @settings(
-    max_examples=int(os.environ.get("SATLIB_EXAMPLES", "600")),
+    max_examples=int(os.environ.get("SATLIB_EXAMPLES", "2000")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
