@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from satlib.checks import (
     check_arguments,
+    check_batch,
     check_model,
     check_sharedness,
     check_threshold,
@@ -243,8 +244,7 @@ def universal_pgd(
     """
     check_threshold(loss_threshold, targeted)
     micro = {} if micro_batch is None else {"micro_batch": micro_batch}
-    if not 1 <= batch_size <= len(images):
-        raise SatlibError(f"batch_size={batch_size!r}: expected 1 to the number of images ({len(images)})")
+    check_batch(batch_size, len(images))
     device, bound = images.device, per_heap(eps, None, images.device)
     relative = torch.tensor(annealed_step_sizes(1.0, steps, beta=beta, gamma=gamma), device=device)
     xi = _start(start, (len(bound), *images.shape[1:]), bound, generator)
@@ -276,6 +276,7 @@ def stochastic_pgd(
     eps: Tensor,
     targeted: bool,
     micro_batch: int | None = None,
+    inner: int = 1,
     direction: Callable[[Tensor], Tensor] = torch.sign,
     **gradient: Any,
 ) -> Iterator[Tensor]:
@@ -284,8 +285,11 @@ def stochastic_pgd(
     images (n, C, H, W); labels (heaps, n) or (heaps, n, H, W), a row for each perturbation; minibatches: indices
     (steps, m); step_sizes (steps, heaps, 1, 1, 1) and eps (heaps, 1, 1, 1) in pixel units. direction: what a step
     follows, from the gradients (heaps, C, H, W); gradient: what `heap_gradients` takes; micro_batch: see there.
+
+    inner: stochastic gradient aggregation (SGA; Liu et al., ICCV 2023). Each mini-batch is cut into so many parts, and
+    each of them moves xi; then it goes back, and makes the one step that follows the sum of their gradients.
     """
-    heaps, size = len(xi), minibatches.shape[1]
+    heaps, size = len(xi), -(-minibatches.shape[1] // inner)
     part = min(micro_batch or max(1, AT_ONCE // xi.numel()), size)
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,11 +297,22 @@ def stochastic_pgd(
         return images[chosen].float().repeat(heaps, 1, 1, 1), labels[:, chosen].flatten(0, 1)
 
     whole = prepared(heap_gradients, net, *batch(minibatches[0, :part]), xi, sharedness=part, **gradient)
-    rest = functools.partial(heap_gradients, net, sharedness=size % part, **gradient)
+
+    def gradients_of(chosen: Tensor, xi: Tensor) -> Tensor:
+        def of(piece: Tensor) -> Tensor:
+            if len(piece) == part:
+                return whole(*batch(piece), xi)[0]
+            return heap_gradients(net, *batch(piece), xi, sharedness=len(piece), **gradient)[0]
+
+        return functools.reduce(torch.add, map(of, chosen.split(part)))
+
     for chosen, alpha in zip(minibatches, step_sizes, strict=True):
-        parts = ((whole if len(piece) == part else rest)(*batch(piece), xi)[0] for piece in chosen.split(part))
-        gradients = functools.reduce(torch.add, parts)
-        xi = projected_step(xi, direction(gradients), eps=eps, alpha=alpha, targeted=targeted)
+        step = functools.partial(projected_step, eps=eps, alpha=alpha, targeted=targeted)
+        at, gradients = xi, []
+        for few in chosen.split(size):
+            gradients.append(gradients_of(few, at))
+            at = step(at, gradients[-1].sign()) if inner > 1 else at
+        xi = step(xi, direction(functools.reduce(torch.add, gradients)))
         yield xi
 
 

@@ -65,7 +65,7 @@ POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
 FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
 RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
     **dict.fromkeys(["steps", "batch_size", "snapshots", "score_images", "iterations"], WHOLE),
-    **dict.fromkeys(["restarts", "larger", "passes"], WHOLE),
+    **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims"], WHOLE),
     **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
@@ -255,6 +255,11 @@ def check_sharedness(sharedness: int, count: int) -> None:
     """Raises SatlibError where heaps of so many images cannot be made of `count` of them."""
     if not (_is_whole(sharedness, 1) and sharedness <= count):
         raise SatlibError(f"sharedness={told(sharedness)}: expected 1 to the number of images ({count})")
+
+
+def check_batch(batch_size: int, count: int) -> None:
+    """Raises SatlibError where a mini-batch would have more images than there are."""
+    check(f"1 to the number of images ({count})", lambda value: 1 <= value <= count, batch_size=batch_size)
 
 
 def check_threshold(loss_threshold: float | None, targeted: bool) -> None:

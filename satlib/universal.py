@@ -28,6 +28,7 @@ from satlib.attacks import (
 )
 from satlib.checks import (
     check_arguments,
+    check_batch,
     check_known,
     check_model,
     check_threshold,
@@ -144,6 +145,7 @@ def extended_pgd(
     dominant: bool = False,
     larger: int = 1,
     restarts: int = 1,
+    inner: int = 1,
 ) -> Tensor:
     """`universal_pgd` with what the paper does not do; as it is by default, and always with as many gradients.
 
@@ -152,7 +154,7 @@ def extended_pgd(
     without a cap, at the class into which it has sent most of the crafting images that it fooled so far: universal
     perturbations end in few classes anyway (classification only). larger: mini-batches of so many times the images,
     in so many times fewer steps. restarts: so many perturbations for each eps, in so many times fewer steps each, of
-    which the best on the crafting images is returned.
+    which the best on the crafting images is returned. inner: see `stochastic_pgd`.
 
     Raises SatlibError as `universal_pgd` does, on an unknown update, schedule or loss, on larger or restarts below 1,
     and where `dominant` meets a targeted attack or segmentation.
@@ -176,7 +178,7 @@ def extended_pgd(
         step_sizes, first = sizes.view(-1, 1, 1, 1, 1) * eps, -(-fewer // 4) if dominant else fewer
         capped = {name: value for name, value in own.items() if name not in unused}
         pgd: Callable[..., Iterator[Tensor]] = functools.partial(
-            stochastic_pgd, net, x, eps=eps, loss=LOSSES[loss], straight_through=straight_through
+            stochastic_pgd, net, x, eps=eps, inner=inner, loss=LOSSES[loss], straight_through=straight_through
         )
         ascent = pgd(rows, xi, minibatches[:first], step_sizes[:first], direction=UPDATES[update](), **capped)
         for each in ascent:
@@ -221,6 +223,69 @@ def _dominant_class(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) 
     classes = torch.cat([logits_of(net, perturb(x.float(), xi)).argmax(1) for x in parts])
     fooled = classes[classes != labels]
     return (fooled if len(fooled) else classes).mode().values
+
+
+@kernel
+def aimed_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Sequence[float],
+    steps: int = 80,
+    batch_size: int = 64,
+    inner: int = 4,
+    beta: float = 10.0,
+    gamma: float = 0.975,
+    scan: int = 8,
+    aims: int = 2,
+    generator: torch.Generator | None = None,
+    snapshots: int = 4,
+    score_images: int = 512,
+    micro_batch: int | None = None,
+    straight_through: bool = True,
+) -> Tensor:
+    """Universal perturbations that aim at a class: every class is tried, for an untargeted attack ends in the nearest.
+
+    The class that is next for most images need not be the one that a small perturbation can send them all to. So each
+    eps gets a perturbation for every class, by `scan` targeted steps; the `aims` of them that fool most of the crafting
+    images go on for `steps`; and the best of these is returned. They are heaps of one pass each. Mini-batches, `inner`
+    and the rest as in `universal_pgd` and `stochastic_pgd`; in segmentation every pixel is to be of the class. It takes
+    scan * classes + steps * aims mini-batches of gradients for each eps.
+
+    Raises SatlibError as `universal_pgd` does.
+    """
+    check_batch(batch_size, len(images))
+    bound = per_heap(eps, None, torch.device("cpu")).flatten()
+    given: dict[str, Any] = {"beta": beta, "gamma": gamma, "generator": generator, "micro_batch": micro_batch}
+    given |= {"batch_size": batch_size, "score_images": score_images, "straight_through": straight_through}
+
+    def aiming(rows: Tensor, **options: Any) -> Tensor:
+        """Perturbations that aim at these classes (heaps,)."""
+
+        def path(net: nn.Module, x: Tensor, _: Tensor, *run: Tensor, targeted: bool, **own: Any) -> Iterator[Tensor]:
+            aim = rows.to(labels.device).view(-1, *[1] * labels.ndim).expand(-1, *labels.shape)
+            own = {name: own[name] for name in ("eps", "micro_batch", "straight_through") if name in own}
+            return stochastic_pgd(net, x, aim, *run, targeted=True, inner=inner, **own)
+
+        return universal_pgd(net, images, labels, path=path, **given | options)
+
+    with attackable(model) as net:
+        check_model(net, images, labels)
+        with torch.no_grad():
+            classes = logits_of(net, images[:1].float()).shape[1]
+        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(images.device)
+
+        def rates(xi: Tensor) -> Tensor:
+            return success_rates(net, images[chosen], labels[chosen], xi).view(len(bound), -1)
+
+        every, each = torch.arange(classes).repeat(len(bound)), torch.arange(len(bound))[:, None]
+        xi = aiming(every, eps=bound.repeat_interleave(classes), steps=scan, snapshots=1)
+        best = rates(xi).topk(min(aims, classes), 1).indices.cpu()
+        start = xi.unflatten(0, (len(bound), classes))[each, best].flatten(0, 1)
+        several = {"eps": bound.repeat_interleave(best.shape[1]), "steps": steps, "snapshots": snapshots}
+        xi = aiming(best.flatten(), start=start, **several)
+        return xi.unflatten(0, best.shape)[each[:, 0], rates(xi).argmax(1).cpu()]
 
 
 @kernel
@@ -278,6 +343,8 @@ _PRESETS: dict[str, tuple[UniversalAttack, dict[str, Any]]] = {
     "large mini-batches": (extended_pgd, _CAPPED | {"larger": 4}),
     "restarts": (extended_pgd, _CAPPED | {"restarts": 4}),
     "momentum, uncapped, dominant": (extended_pgd, {"update": "momentum", "dominant": True}),
+    "SGA": (extended_pgd, {"inner": 4, "batch_size": 64}),
+    "aimed": (aimed_pgd, {}),
     "mean of signs": (mean_of_signs, {}),
     "DeepFool": (universal_deepfool, {}),
 }

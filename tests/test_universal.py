@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from satlib.attacks import (
+    attackable,
     heap_gradients,
     perturb,
     perturb_straight_through,
     random_start,
+    stochastic_pgd,
     success_rates,
     universal_pgd,
 )
@@ -28,6 +30,7 @@ from satlib.universal import (
     UPDATES,
     Adam,
     Momentum,
+    aimed_pgd,
     cosine_step_sizes,
     extended_pgd,
     margin_loss,
@@ -114,7 +117,7 @@ def test_attacks_differ_from_the_papers_and_need_as_many_gradients(trained, tiny
     def count(module, args):
         counts[name] = counts.get(name, 0) + len(args[0]) * args[0].requires_grad
 
-    for name in set(ATTACKS) - {"mean of signs", "DeepFool"}:
+    for name in set(ATTACKS) - {"mean of signs", "DeepFool", "aimed"}:
         net = trained.folded()
         net.folded = lambda net=net: net
         handle = net.register_forward_pre_hook(count)
@@ -133,6 +136,39 @@ def test_extended_pgd_is_the_papers_by_default(trained, tiny):
         for attack in (universal_pgd, extended_pgd)
     )
     assert torch.equal(one, other)
+
+
+def test_aggregated_gradients_are_those_of_the_parts_on_their_way(trained, tiny):
+    """Two steps of SGA by hand; and where gradients have one sign everywhere, it makes the steps of plain PGD."""
+    x, y, eps = tiny.val.images.float(), tiny.val.labels, torch.full((1, 1, 1, 1), 12.0)
+    minibatches, sizes = torch.arange(16).view(2, 8), torch.tensor([5.0, 3.0]).view(2, 1, 1, 1, 1)
+    with attackable(trained) as net:
+        start = random_start((1, 3, 8, 8), 12.0, seeded())
+        rest = (net, x, y[None], start, minibatches, sizes)
+        *_, found = stochastic_pgd(*rest, eps=eps, targeted=False, inner=3)
+        xi = start
+        for chosen, alpha in zip(minibatches, sizes, strict=True):
+            at, total = xi, torch.zeros_like(xi)
+            for part in chosen.split(3):
+                gradients = heap_gradients(net, x[part], y[part], at, sharedness=len(part))[0]
+                at, total = (at + alpha * gradients.sign()).clamp(-12, 12), total + gradients
+            xi = (xi + alpha * total.sign()).clamp(-12, 12)
+        plain = list(stochastic_pgd(*rest, eps=eps, targeted=False))[-1]
+    assert torch.equal(found, xi) and not torch.equal(found, plain)
+
+
+def test_aiming_finds_the_class_that_an_untargeted_attack_turns_away_from(linear):
+    """Class 1 is near, and a small perturbation never reaches it; class 2 is far, the other way, and won by all."""
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)  # the logits change by this times the mean of xi
+    model = linear(torch.stack([0 * step, 0.01 * step, -step]), bias=torch.tensor([0.0, -3.0, 98.0]))
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    options = {"eps": [60.0], "steps": 20, "batch_size": 4, "generator": seeded()}
+    untargeted, aimed = (
+        success_rates(model, x, y, attack(model, x, y, **options)).item() for attack in (universal_pgd, aimed_pgd)
+    )
+    assert (untargeted, aimed) == (0.0, 1.0)
+    few = aimed_pgd(model, x, y, eps=[20.0, 60.0], aims=1, generator=seeded(), steps=20, batch_size=4)
+    assert success_rates(model, x, y, few).tolist() == [0.0, 1.0] and few[0].abs().max() <= 20
 
 
 def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):
