@@ -1,5 +1,6 @@
 """One heap PGD loop: image-dependent (s = 1), shared (s) and universal (s = d) attacks follow from it."""
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -311,9 +312,19 @@ def stochastic_pgd(
         at, gradients = xi, []
         for few in chosen.split(size):
             gradients.append(gradients_of(few, at))
+            spend(heaps * len(few))
             at = step(at, gradients[-1].sign()) if inner > 1 else at
         xi = step(xi, direction(functools.reduce(torch.add, gradients)))
         yield xi
+
+
+_spent: contextvars.ContextVar[int] = contextvars.ContextVar("spent", default=0)
+
+
+def spend(images: int) -> int:
+    """Count so many images, each passed forward and backward by a universal attack; returns all so far."""
+    _spent.set(_spent.get() + images)
+    return _spent.get()
 
 
 def images_at_once(images: Tensor) -> int:

@@ -65,9 +65,9 @@ POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
 FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
 RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
     **dict.fromkeys(["steps", "batch_size", "snapshots", "score_images", "iterations"], WHOLE),
-    **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims"], WHOLE),
+    **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims", "candidates", "effort"], WHOLE),
     **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
-    **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through"], FLAG),
+    **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through", "nesterov"], FLAG),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
     "micro_batch": ("None, or a whole number of at least 1", lambda value: value is None or _is_whole(value, 1)),
     "loss_threshold": ("a positive number, or None for no cap", lambda value: value is None or 0 < value < math.inf),

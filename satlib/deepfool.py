@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import perturb, perturb_straight_through
+from satlib.attacks import perturb, perturb_straight_through, spend
 from satlib.checks import check_model, kernel, per_heap
 from satlib.device import exact
 from satlib.network import attackable, logits_of
@@ -132,4 +132,5 @@ def _linearised(
     v = v.detach().requires_grad_()
     logits = logits_of(net, seen(images, v, 1)).float().gather(1, candidates)
     gradients = [torch.autograd.grad(logits[:, k].sum(), v, retain_graph=True)[0] for k in range(logits.shape[1])]
+    spend(logits.numel())
     return logits.detach(), torch.stack(gradients, 1)

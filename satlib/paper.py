@@ -20,7 +20,7 @@ class Classification:
     # Names of the settings that the paper does not state; their defaults are our choice.
     unstated: ClassVar[str] = (
         "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds "
-        "straight_through"
+        "straight_through strongest_models strongest_seeds strongest_epsilons"
     )
 
     dataset: str = "cifar10"
@@ -68,6 +68,10 @@ class Classification:
     choose_images: int = 512  # decides the search, apart from the images that report
     report_images: int = 512  # 0: all
     search_seeds: int = 1  # searches of each model, which start from other random numbers
+    # Beyond the paper: the same by the ensemble of `satlib.robustness.strongest`, and its success at some sizes.
+    strongest_models: tuple[str, ...] = ()  # titles of the models; (): all
+    strongest_seeds: int = 3
+    strongest_epsilons: tuple[float, ...] = (4, 8, 16, 24, 32, 48)  # pixel units
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import AT_ONCE, annealed_step_sizes, decisions_won, heap_gradients, heap_pgd, perturb, success_rates
-from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel, told
+from satlib.attacks import (
+    AT_ONCE,
+    annealed_step_sizes,
+    decisions_won,
+    heap_gradients,
+    heap_pgd,
+    perturb,
+    spend,
+    success_rates,
+)
+from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel, per_heap, told
 from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
-from satlib.universal import UniversalAttack, check_attack, name_of, named, options, takes
+from satlib.universal import UniversalAttack, check_attack, ensemble, name_of, named, options, takes
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
 ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
 COARSE = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
 TOLERANCE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
+SCORED = 2048  # of the crafting images, at most, whose rate is told
 PROBED = 32  # images whose gradients a search looks at first
 VANISHING = 1e-20  # what no entry of a usable gradient need exceed: signs do not get lost before
 CHANCE = 0.05  # how far a success rate may fall, as eps grows, before it counts as more than chance
@@ -44,6 +54,16 @@ class Evaluation:
     attack: str = ""
 
 
+@dataclass(frozen=True)
+class Success:
+    """The best of several attacks at one eps: its rate on images that it never saw, and on those it was crafted on."""
+
+    eps: float
+    rate: float
+    craft_rate: float
+    attack: str
+
+
 Winner = tuple[Evaluation, Tensor]  # and its perturbation (1, C, H, W)
 
 
@@ -53,8 +73,9 @@ class Robustness:
 
     epsilon: magnitude in pixel units of the smallest perturbation that reached delta; None where none did, which
     prints as "> 255". perturbation: that perturbation, (1, C, H, W); None with it. rate: its success rate on the
-    deciding images; report_rate: on images that neither crafting nor search saw. evaluations: in their order.
-    closest: where none did, the perturbation of the highest rate; else None. gradients: see `usable_gradients`.
+    deciding images; report_rate: on images that neither crafting nor search saw; craft_rate: on those that it was
+    crafted on. evaluations: in their order. closest: where none did, the perturbation of the highest rate; else None.
+    gradients: see `usable_gradients`. spent: how many images the attacks passed forward and backward.
     """
 
     delta: float
@@ -65,9 +86,25 @@ class Robustness:
     perturbation: Tensor | None = field(repr=False)
     closest: Tensor | None = field(repr=False, default=None)
     gradients: float = 1.0
+    craft_rate: float | None = None
+    spent: int = 0
 
     def __str__(self) -> str:
         return f"> {LARGEST:g}" if self.epsilon is None else f"{self.epsilon:.1f}"
+
+    @property
+    def attack(self) -> str | None:
+        """The name of the attack that found the perturbation; "" where the clean images do, None where none did."""
+        found = (e.attack for e in self.evaluations if e.success and e.magnitude == self.epsilon)
+        return next(found, None)
+
+    @property
+    def missed(self) -> float:
+        """The largest eps below `epsilon` at which an attack at full length missed delta: the answer's resolution."""
+        bound = math.inf if self.epsilon is None else self.epsilon
+        return max(
+            (e.eps for e in self.evaluations if e.how == "full" and not e.success and e.eps < bound), default=0.0
+        )
 
     @property
     def monotone(self) -> bool:
@@ -101,9 +138,9 @@ def universal_robustness(
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
     It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or
-    several, all of which are asked at every eps. Where only a model is given, the paper's attack is meant, with what is
-    further given as its `settings`. Its rate on the `report` images, which neither crafting nor
-    search saw, is returned beside it. progress(text, done) follows every pass.
+    several, of which each starts from its own smallest success, where it can. Where only a model is given, the paper's
+    attack is meant, with what is further given as its `settings`. Its rate on the `report` images, which neither
+    crafting nor search saw, is returned beside it. progress(text, done) follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255]. "k-ary" is ours: several eps are heaps of one
     pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations. warm_start, beyond the
@@ -131,10 +168,12 @@ def universal_robustness(
         for name, pair in sets.items():
             check_model(net, *pair, name=f"{name} labels")
         gradients = usable_gradients(net, *craft)
+        before = spend(0)
         asked = Search(net, attacks, craft, choose, delta, targeted, warm_start, generator, progress)
         if asked.best is None:  # else the clean images do
             SEARCHES[search](asked, iterations)
         evaluation, xi = asked.best or (None, None)
+        seen = craft[0][:SCORED], craft[1][:SCORED]
         return Robustness(
             delta=delta,
             epsilon=evaluation and evaluation.magnitude,
@@ -144,7 +183,72 @@ def universal_robustness(
             perturbation=xi,
             closest=asked.closest if xi is None else None,
             gradients=gradients,
+            craft_rate=None if xi is None else success_rates(net, *seen, xi, targeted=targeted).item(),
+            spent=spend(0) - before,
         )
+
+
+@kernel
+def strongest(
+    model: nn.Module,
+    *,
+    craft: Labelled,
+    choose: Labelled,
+    report: Labelled,
+    delta: float = 0.75,
+    targeted: bool = False,
+    effort: int = 1,
+    generator: torch.Generator | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Robustness:
+    """eps_uni(delta) by a fixed sequence of attacks, `satlib.universal.ensemble`: the bound that one should believe.
+
+    There is nothing to tune. The attacks take turns: each is asked only below the smallest success so far, and goes on
+    below its own, by the k-ary search. effort: how many times as many steps as usual; what 2 gains over 1 says how far
+    from its end the search is. Everything else as in `universal_robustness`; of the result, `attack` names what found
+    the perturbation, and `spent` says what it took.
+    """
+    attacks = ensemble(len(craft[0]), segmentation=craft[1].ndim > 1, targeted=targeted, effort=effort)
+    sets: dict[str, Any] = {"craft": craft, "choose": choose, "report": report, "delta": delta, "targeted": targeted}
+    return universal_robustness(attacks, model, search="k-ary", generator=generator, progress=progress, **sets)
+
+
+@kernel
+def success_curve(
+    model: nn.Module,
+    *,
+    craft: Labelled,
+    report: Labelled,
+    epsilons: Sequence[float],
+    start: Tensor | None = None,
+    targeted: bool = False,
+    effort: int = 1,
+    generator: torch.Generator | None = None,
+) -> list[Success]:
+    """Success of the ensemble's attacks at full length at each of `epsilons`: the best of them on the crafting images,
+    and its rate on the `report` images.
+
+    start (1, C, H, W): a perturbation such as `strongest` finds, from which, clipped or enlarged to each eps, the
+    attack that aims goes on. It orders models also where no search succeeds, and shows what a single number hides.
+    """
+    bound = per_heap(epsilons, None, craft[0].device)
+    few = craft[0][:SCORED], craft[1][:SCORED]
+    attacks = ensemble(len(craft[0]), segmentation=craft[1].ndim > 1, targeted=targeted, effort=effort)
+    given: dict[str, Any] = {"eps": bound.flatten().tolist(), "generator": generator}
+    given |= {"targeted": True} if targeted else {}
+    begun = None if start is None else start / start.abs().max().clamp(min=1e-30) * bound
+    with attackable(model) as net:
+        found = []
+        for attack in attacks:
+            own = {"start": begun} if name_of(attack) == "aimed" and begun is not None else {}
+            xi = attack(net, *craft, **given, **own)
+            found.append((success_rates(net, *few, xi, targeted=targeted), name_of(attack), xi))
+        curve = []
+        for i, eps in enumerate(given["eps"]):
+            rates, name, xi = max(found, key=lambda each: each[0][i].item())
+            rate = success_rates(net, *report, xi[i : i + 1], targeted=targeted).item()
+            curve.append(Success(eps, rate, rates[i].item(), name))
+    return curve
 
 
 @dataclass
@@ -189,19 +293,23 @@ class Search:
 
         A "coarse" pass has a fifth of the attack's steps and no snapshots, where it has such settings.
         """
-        given: dict[str, Any] = {"targeted": True} if self.targeted else {}
-        if self.warm_start and self.best is not None:
+        name, given = name_of(attack), {"targeted": True} if self.targeted else {}
+        if self.best and (self.warm_start or self.goes_on(attack, name)):
             given["start"] = torch.cat([self.best[1].clamp(-eps, eps) for eps in epsilons])
         if how == "coarse":
             own = options(attack)
             short = {"steps": max(1, own.get("steps", 0) // 5), "snapshots": 1}
             given |= {name: value for name, value in short.items() if name in own}
         xis = attack(self.net, *self.images, eps=list(epsilons), generator=self.generator, **given)
-        name = name_of(attack)
         if xis.shape != (expected := (len(epsilons), *self.images[0].shape[1:])):
             raise SatlibError(f"attack {name!r} returns shape {tuple(xis.shape)}: expected {tuple(expected)}")
         asked = ((self.evaluate(eps, xi, how, name), xi) for eps, xi in zip(epsilons, xis.split(1), strict=True))
         return (winner for winner in asked if winner[0].success)
+
+    def goes_on(self, attack: UniversalAttack, name: str) -> bool:
+        """Whether an attack, one of several, starts from the smallest success: where that is its own."""
+        own = self.best is not None and self.best[0].attack == name
+        return own and len(self.attacks) > 1 and takes(attack, "start")
 
     def craft_all(self, epsilons: Sequence[float]) -> list[Winner]:
         """A full pass of every attack; those that win."""
@@ -213,7 +321,8 @@ class Search:
         At most to the largest eps under `below` at which no attack at full length reached delta.
         """
         evaluation, xi = winner
-        full = [e for e in self.evaluations if e.how == "full" and e.eps < below]
+        own = (e for e in self.evaluations if e.attack in ("", evaluation.attack))  # what others missed says nothing
+        full = [e for e in own if e.how == "full" and e.eps < below]
         low = max({e.eps for e in full} - {e.eps for e in full if e.success})
 
         def wins(eps: float) -> bool:
@@ -249,27 +358,28 @@ def k_ary_search(search: Search, iterations: int) -> None:
 
     All eps of a pass are heaps of one attack, so that the two passes take the time of little more than one. The
     short attack is weak, but what it finds within a large eps, clipped, wins within a smaller one, too. The full
-    attack then asks below that; as long as it wins even at the smallest eps asked, it asks again below.
+    attack then asks below that; as long as it wins even at the smallest eps asked, it asks again below. Of several
+    attacks the first one looks, and then each in turn asks below what those before it have found.
     """
     resolution = LARGEST / 2**iterations
-    for attack in search.attacks:
-        coarse = search.craft(attack, [share * LARGEST for share in COARSE], "coarse")
-        for evaluation, xi in itertools.islice(coarse, 2):
-            search.rescale((evaluation, xi), evaluation.eps, max(resolution, TOLERANCE * evaluation.eps))
-    search.report(0.3)
-    winners: list[Winner] = []
-    for _ in range(iterations):
-        asked = [share * min(search.smallest, LARGEST) for share in (BELOW if search.best else ANYWHERE)]
-        winners = search.craft_all(asked)
-        lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
-        for evaluation, xi in winners:
-            if evaluation.eps == lowest:
-                search.rescale((evaluation, xi), lowest, resolution)
-        search.report(1.0)
-        if lowest != asked[0]:
-            break
-    if search.best and not winners:
-        search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
+    coarse = search.craft(search.attacks[0], [share * LARGEST for share in COARSE], "coarse")
+    for evaluation, xi in itertools.islice(coarse, 2):
+        search.rescale((evaluation, xi), evaluation.eps, max(resolution, TOLERANCE * evaluation.eps))
+    for turn, attack in enumerate(search.attacks):
+        search.report((turn + 0.3) / len(search.attacks))
+        for _ in range(iterations):
+            known = search.best is not None
+            asked = [share * min(search.smallest, LARGEST) for share in (BELOW if known else ANYWHERE)]
+            winners = list(search.craft(attack, asked))
+            lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
+            for evaluation, xi in winners:
+                if evaluation.eps == lowest:
+                    search.rescale((evaluation, xi), lowest, resolution)
+            search.report((turn + 1) / len(search.attacks))
+            if not winners or (known and lowest != asked[0]):
+                break
+        if search.best and not winners:
+            search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}

@@ -22,18 +22,20 @@ from satlib.attacks import (
     perturb,
     projected_step,
     random_start,
+    spend,
     stochastic_pgd,
     success_rates,
     universal_pgd,
 )
 from satlib.checks import (
     check_arguments,
-    check_batch,
     check_known,
     check_model,
     check_threshold,
     kernel,
+    numbers,
     per_heap,
+    told,
 )
 from satlib.data.imageset import IGNORE
 from satlib.deepfool import universal_deepfool
@@ -235,57 +237,120 @@ def aimed_pgd(
     steps: int = 80,
     batch_size: int = 64,
     inner: int = 4,
-    beta: float = 10.0,
+    beta: float = 20.0,
     gamma: float = 0.975,
+    targets: Sequence[int] | Tensor | None = None,
+    scenes: int = 4,
+    candidates: int = 20,
     scan: int = 8,
-    aims: int = 2,
+    aims: int = 1,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
     snapshots: int = 4,
     score_images: int = 512,
     micro_batch: int | None = None,
     straight_through: bool = True,
 ) -> Tensor:
-    """Universal perturbations that aim at a class: every class is tried, for an untargeted attack ends in the nearest.
+    """Universal perturbations that aim: an untargeted attack ends in the nearest class, which need not be the best.
 
-    The class that is next for most images need not be the one that a small perturbation can send them all to. So each
-    eps gets a perturbation for every class, by `scan` targeted steps; the `aims` of them that fool most of the crafting
-    images go on for `steps`; and the best of these is returned. They are heaps of one pass each. Mini-batches, `inner`
-    and the rest as in `universal_pgd` and `stochastic_pgd`; in segmentation every pixel is to be of the class. It takes
-    scan * classes + steps * aims mini-batches of gradients for each eps.
+    Each eps gets a perturbation for every one of the `targets`, by `scan` targeted steps; the third of them that win
+    most of the crafting images, whatever class they take them to, go on for three times as many, and `aims` of these
+    for `steps`: successive halving, for a few steps do not tell the best yet. They are heaps of one pass each, whose
+    mini-batches have at most all images. With a `start` (len(eps), C, H, W), each goes on towards the target that it is
+    nearest to, and none is scanned.
 
-    Raises SatlibError as `universal_pgd` does.
+    targets: classes (targets,), of which in segmentation every pixel is to be, or there also label maps (targets, H, W)
+    with 255 = ignore; None: all classes, and the maps of the first `scenes` crafting images. Of more than `candidates`
+    classes only so many are scanned: those with the highest mean probability, half of them on clean images, and half
+    where a short untargeted attack takes them. inner: see `stochastic_pgd`; everything else as in `universal_pgd`.
+
+    Raises SatlibError as `universal_pgd` does, and on targets that are no classes, or maps of another size.
     """
-    check_batch(batch_size, len(images))
     bound = per_heap(eps, None, torch.device("cpu")).flatten()
     given: dict[str, Any] = {"beta": beta, "gamma": gamma, "generator": generator, "micro_batch": micro_batch}
-    given |= {"batch_size": batch_size, "score_images": score_images, "straight_through": straight_through}
-
-    def aiming(rows: Tensor, **options: Any) -> Tensor:
-        """Perturbations that aim at these classes (heaps,)."""
-
-        def path(net: nn.Module, x: Tensor, _: Tensor, *run: Tensor, targeted: bool, **own: Any) -> Iterator[Tensor]:
-            aim = rows.to(labels.device).view(-1, *[1] * labels.ndim).expand(-1, *labels.shape)
-            own = {name: own[name] for name in ("eps", "micro_batch", "straight_through") if name in own}
-            return stochastic_pgd(net, x, aim, *run, targeted=True, inner=inner, **own)
-
-        return universal_pgd(net, images, labels, path=path, **given | options)
-
+    given |= {"batch_size": min(batch_size, len(images)), "score_images": score_images}
+    given |= {"straight_through": straight_through}
     with attackable(model) as net:
         check_model(net, images, labels)
-        with torch.no_grad():
-            classes = logits_of(net, images[:1].float()).shape[1]
         chosen = torch.randperm(len(images), generator=generator)[:score_images].to(images.device)
+        few = images[chosen], labels[chosen]
+        aimed_at = _targets(net, images, labels, targets, scenes)
 
-        def rates(xi: Tensor) -> Tensor:
-            return success_rates(net, images[chosen], labels[chosen], xi).view(len(bound), -1)
+        def aiming(rows: Tensor, **options: Any) -> Tensor:
+            """Perturbations (heaps, C, H, W) that aim at these of the targets (heaps,)."""
+            aim = aimed_at[rows.to(aimed_at.device)]
+            aim = aim.view(len(aim), 1, *aim.shape[1:], *[1] * (labels.ndim - aim.ndim))
+            wanted = aim.expand(-1, *labels.shape)
 
-        every, each = torch.arange(classes).repeat(len(bound)), torch.arange(len(bound))[:, None]
-        xi = aiming(every, eps=bound.repeat_interleave(classes), steps=scan, snapshots=1)
-        best = rates(xi).topk(min(aims, classes), 1).indices.cpu()
-        start = xi.unflatten(0, (len(bound), classes))[each, best].flatten(0, 1)
-        several = {"eps": bound.repeat_interleave(best.shape[1]), "steps": steps, "snapshots": snapshots}
-        xi = aiming(best.flatten(), start=start, **several)
-        return xi.unflatten(0, best.shape)[each[:, 0], rates(xi).argmax(1).cpu()]
+            def path(
+                net: nn.Module, x: Tensor, _: Tensor, *run: Tensor, targeted: bool, **own: Any
+            ) -> Iterator[Tensor]:
+                own = {name: own[name] for name in ("eps", "micro_batch", "straight_through") if name in own}
+                return stochastic_pgd(net, x, wanted, *run, targeted=True, inner=inner, **own)
+
+            return universal_pgd(net, images, labels, path=path, **given | options)
+
+        def best_of(rows: Tensor, xi: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+            """Of targets (eps, targets) those whose perturbations win most, and these (eps * kept, C, H, W)."""
+            best = success_rates(net, *few, xi).view(rows.shape).topk(min(kept, rows.shape[1]), 1).indices
+            chosen = xi.unflatten(0, rows.shape).gather(1, best[..., None, None, None].expand(-1, -1, *xi.shape[1:]))
+            return rows.gather(1, best.cpu()), chosen.flatten(0, 1)
+
+        if start is not None:
+            nearest = torch.stack([_won(net, few[0], xi, aimed_at).argmax() for xi in start.split(1)])
+            return aiming(nearest, eps=bound, start=start, steps=steps, snapshots=snapshots)
+        if len(aimed_at) > candidates and targets is None:
+            ascent = universal_pgd(net, images, labels, **given | {"eps": bound.max(), "steps": scan, "snapshots": 1})
+            aimed_at = _likely(net, few[0], ascent, candidates)
+        count = len(aimed_at)
+        rows, xi = torch.arange(count).repeat(len(bound), 1), None
+        for kept, length, scored in (
+            (count, scan, 1),
+            (max(aims, -(-count // 3)), 3 * scan, 1),
+            (aims, steps, snapshots),
+        ):
+            rows, xi = (rows, xi) if xi is None else best_of(rows, xi, kept)
+            each = bound.repeat_interleave(rows.shape[1])
+            xi = aiming(rows.flatten(), eps=each, start=xi, steps=length, snapshots=scored)
+        return best_of(rows, xi, 1)[1]
+
+
+def _targets(net: nn.Module, images: Tensor, labels: Tensor, targets: Any, scenes: int) -> Tensor:
+    """What may be aimed at, as int64 (targets,) or (targets, H, W). Raises SatlibError where it is none."""
+    with torch.no_grad():
+        classes = logits_of(net, images[:1].float()).shape[1]
+    if targets is None:
+        every = torch.arange(classes, device=labels.device)
+        if labels.ndim == 1:
+            return every
+        return torch.cat([every.view(-1, 1, 1).expand(-1, *labels.shape[1:]), labels[:scenes].long()])
+    given = numbers(targets, "targets").long().to(images.device)
+    known = given[given != IGNORE] if given.ndim > 1 else given
+    if given.shape[1:] not in ((), labels.shape[1:]) or not len(known) or not 0 <= known.min() <= known.max() < classes:
+        raise SatlibError(f"targets={told(targets)}: expected classes from 0 to {classes - 1}, or maps of them")
+    return given
+
+
+@torch.no_grad()
+def _won(net: nn.Module, images: Tensor, xi: Tensor, targets: Tensor) -> Tensor:
+    """Share of the decisions under xi (1, C, H, W) that are each target's: (targets,)."""
+    parts = images.split(images_at_once(images))
+    classes = torch.cat([logits_of(net, perturb(x.float(), xi)).argmax(1) for x in parts])
+    return torch.stack([(classes == target).float().mean() for target in targets])
+
+
+@torch.no_grad()
+def _likely(net: nn.Module, images: Tensor, xi: Tensor, count: int) -> Tensor:
+    """The classes (count,) of highest mean probability: first of clean images, then of those under xi (1, C, H, W)."""
+    parts = images.split(images_at_once(images))
+
+    def ranked(xi: Tensor) -> Tensor:
+        shares = torch.cat([logits_of(net, perturb(x.float(), xi)).softmax(1) for x in parts])
+        return shares.movedim(1, -1).flatten(0, -2).mean(0).argsort(descending=True)
+
+    clean, attacked = ranked(torch.zeros_like(xi)), ranked(xi)
+    half = clean[: count // 2]
+    return torch.cat([half, attacked[~torch.isin(attacked, half)][: count - len(half)]])
 
 
 @kernel
@@ -317,6 +382,7 @@ def mean_of_signs(
             x, y = images[chosen].float().repeat(heaps, 1, 1, 1), rows[:, chosen].flatten(0, 1)
             each = xi.repeat_interleave(batch_size, 0)
             gradients, _ = heap_gradients(net, x, y, each, sharedness=1, straight_through=straight_through)
+            spend(len(x))
             votes = gradients.sign().unflatten(0, (heaps, batch_size)).mean(1)
             xi = projected_step(xi, votes, eps=bound, alpha=relative_step_size * bound, targeted=False)
     return xi
@@ -343,12 +409,29 @@ _PRESETS: dict[str, tuple[UniversalAttack, dict[str, Any]]] = {
     "large mini-batches": (extended_pgd, _CAPPED | {"larger": 4}),
     "restarts": (extended_pgd, _CAPPED | {"restarts": 4}),
     "momentum, uncapped, dominant": (extended_pgd, {"update": "momentum", "dominant": True}),
-    "SGA": (extended_pgd, {"inner": 4, "batch_size": 64}),
+    "SGA": (extended_pgd, {"larger": 4, "inner": 4}),
     "aimed": (aimed_pgd, {}),
     "mean of signs": (mean_of_signs, {}),
     "DeepFool": (universal_deepfool, {}),
 }
 ATTACKS: dict[str, UniversalAttack] = {name: _preset(name, f, **changes) for name, (f, changes) in _PRESETS.items()}
+_UNIT: dict[str, Any] = {"larger": 1}  # a mini-batch is as large as it is said to be
+
+
+def ensemble(
+    images: int, *, segmentation: bool = False, targeted: bool = False, effort: int = 1
+) -> list[UniversalAttack]:
+    """The attacks of `satlib.robustness.strongest` for so many crafting images, in their order.
+
+    All pass the gradient straight through the clamp, have no loss threshold, walk far (beta = 20), and aggregate
+    gradients over the four parts of a mini-batch: of 64 images, or 8 scenes. First plain ascent, which finds where to
+    look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin, which does
+    not go on where a decision is won by far. effort: so many times as many steps.
+    """
+    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4}
+    aim = [named("aimed", steps=80 * effort, scan=8 * effort, **common)]
+    plain, margin = (named(name, steps=50 * effort, **_UNIT | common) for name in ("SGA", "margin"))
+    return [plain, *([] if targeted else aim), margin]
 
 
 def name_of(attack: UniversalAttack) -> str:

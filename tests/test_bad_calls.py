@@ -122,7 +122,7 @@ SOMETIMES = [
 ]
 SOMETIMES += [images(), images() / 255, images().double(), images().tolist(), labels(), labels().tolist(), labels() + 9]
 SOMETIMES += [torch.zeros(COUNT, *SHAPE), torch.Generator(), torch.tensor(4.0), [4.0, 8.0], [1], pair(), iter([1])]
-UNCHECKED = {(Training, "nesterov"), (deepfool, "images")}  # truth values of any kind; pixels of any size
+UNCHECKED = {(deepfool, "images")}  # pixels of any size
 FITS = {"images", "craft", "choose", "report", "perturbations", "start"}  # what some of NEVER may be
 
 

@@ -11,12 +11,15 @@ import torchvision
 from torch import nn
 from torchvision.models import segmentation
 
+from satlib import risks
 from satlib.attacks import heap_pgd, success_rates, universal_pgd
+from satlib.data import ImageSet
+from satlib.device import autocast, fastest_dtype
 from satlib.errors import SatlibError
 from satlib.models import UnitInputs
 from satlib.network import attackable, logits_of
 from satlib.robustness import adversarial_robustness, universal_robustness
-from satlib.training import Training, accuracy, train
+from satlib.training import Training, accuracy, confusion, train
 from satlib.universal import named
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -468,3 +471,36 @@ def test_nothing_but_ignored_pixels_is_an_error():
     model = UnitInputs(nn.Conv2d(3, 10, 1))
     with pytest.raises(SatlibError, match="labels: all are 255, which is ignored"):
         universal_pgd(model, pixels(), torch.full((12, 32, 32), 255), eps=8.0, steps=1, batch_size=4)
+
+
+def undecided():
+    """Images, and a network that has no preference between ten classes: rounding moves what it decides."""
+    torch.manual_seed(0)
+    head = nn.Linear(3 * 32 * 32, 10, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(head.weight[:1] + 1e-3 * head.weight)
+    return UnitInputs(nn.Sequential(nn.Flatten(), head)).eval(), pixels(48)
+
+
+def test_verdicts_are_those_of_float32_whatever_the_attack_computes_in(monkeypatch):
+    model, images = undecided()
+    with torch.no_grad():
+        labels = logits_of(model, images).argmax(1)
+    monkeypatch.setenv("SATLIB_PRECISION", "bfloat16")
+    fastest_dtype.cache_clear()
+    with torch.no_grad():
+        assert (logits_of(model, images).argmax(1) != labels).float().mean() > 0.2  # what a verdict must not hang on
+    with torch.no_grad(), autocast(images.device):
+        assert torch.mm(images.flatten(1), images.flatten(1).T).dtype is torch.bfloat16
+    nothing = torch.zeros(1, 3, 32, 32)
+    assert success_rates(model, images, labels, nothing) == 0
+    assert success_rates(model, images, labels, nothing, targeted=True) == 1
+    assert risks.expected_risk(model, images, labels).error == 0
+    assert risks.risk_under(model, images, labels, nothing, len(images)).error == 0
+    given = ImageSet(images.byte(), labels, tuple("abcdefghij"), "pixels", "Pixels", "test")
+    assert accuracy(model, given) == 1 and confusion(model, given).trace() == 48
+    found = universal_robustness(named("paper", steps=1, batch_size=4), model, **three(images, labels), iterations=1)
+    assert found.evaluations[0].eps == found.evaluations[0].rate == 0
+    own = adversarial_robustness(model, images, labels, steps=1, iterations=1)
+    assert (own.epsilons > 0).all()
+    fastest_dtype.cache_clear()

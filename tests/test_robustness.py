@@ -10,7 +10,7 @@ from torch import nn
 import satlib.robustness
 from satlib.attacks import success_rates, universal_pgd
 from satlib.errors import SatlibError
-from satlib.robustness import Evaluation, Robustness, adversarial_robustness, universal_robustness
+from satlib.robustness import Evaluation, Robustness, adversarial_robustness, strongest, universal_robustness
 from satlib.universal import ATTACKS, mean_of_signs, named
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -274,6 +274,19 @@ def test_k_ary_search_finds_what_wins_at_a_middling_eps_alone(brightness):
     assert 31.875 < found.epsilon <= 31.875 + GRID and not found.monotone  # where it missed it does not look again
 
 
+def test_k_ary_search_asks_again_below_a_success_at_the_largest_eps(brightness):
+    """What wins at 255 can hardly be clipped; full attacks win from 130 on, and must be asked there."""
+
+    def craft(model, images, labels, *, eps, generator=None):
+        model(images[:1].float())
+        few = torch.zeros(SHAPE).flatten()
+        few[:10] = 255.0  # of 48: with what their brightness leaves room for, a mean of a little more than 30
+        return torch.stack([few.view(SHAPE) if each == 255 else torch.full(SHAPE, each * (each > 130)) for each in eps])
+
+    found = search(brightness, attack=craft, search="k-ary")
+    assert 127.5 < found.epsilon <= 127.5 + GRID and found.missed == 127.5 and found.attack == "craft"
+
+
 def test_k_ary_answer_is_the_papers_within_its_spread_over_seeds(trained, tiny):
     """On a trained network: never worse than the binary search by more than that differs from seed to seed."""
     val = (tiny.val.images, tiny.val.labels)
@@ -305,7 +318,8 @@ def test_of_several_attacks_the_smallest_success_counts(brightness, way):
     blunt, asked = scripted(lambda eps: eps if eps > 40 else 0.0)
     sharp, also = scripted(lambda eps: min(eps, 35.0))
     alone, both = (search(brightness, attack=attack, search=way) for attack in (blunt, [blunt, sharp]))
-    assert alone.epsilon > 30 and 30 <= both.epsilon <= 30 + GRID and set(also) <= set(asked)
+    assert alone.epsilon > 30 and 30 <= both.epsilon <= 30 + GRID
+    assert set(also) <= set(asked) if way == "binary" else max(also) < alone.epsilon
     assert {e.attack for e in both.evaluations[1:]} == {"craft"} and both.evaluations[0].attack == ""
     assert both.epsilon == min(e.magnitude for e in both.evaluations if e.success)
 
@@ -319,6 +333,69 @@ def test_evaluations_name_their_attack(brightness, way):
     if way == "binary":
         assert [e.attack for e in found.evaluations[1:4]] == ["paper", "momentum", "DeepFool"]
         assert len(found.evaluations) == 1 + 3 * 4
+
+
+def test_of_several_attacks_each_goes_on_below_its_own_success(brightness):
+    """The first fills every other pixel, and wins from 60 on; the second, asked below that alone, goes on by itself."""
+    starts = []
+    half = torch.arange(math.prod(SHAPE)).view(SHAPE) % 2
+
+    def weak(model, images, labels, *, eps, generator=None):
+        model(images[:1].float())
+        return torch.stack([half * each for each in eps])
+
+    def strong(model, images, labels, *, eps, generator=None, start=None):
+        model(images[:1].float())
+        starts.append((max(eps), start))
+        return torch.stack([torch.full(SHAPE, each) for each in eps])
+
+    alone, both = (search(brightness, attack=attacks, search="k-ary") for attacks in ([weak], [weak, strong]))
+    assert alone.attack == "weak" and 60 <= alone.epsilon <= 60 + GRID and 0 < alone.missed < 60
+    assert both.attack == "strong" and 30 <= both.epsilon <= 30 + GRID
+    (first, start), (second, again) = starts
+    assert start is None and 0.9 * 60 < first < 60
+    assert again.shape == (2, *SHAPE) and again.abs().amax((1, 2, 3)).tolist() == pytest.approx(
+        [0.82 / 0.92 * second, second]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the ensemble
+
+
+def sets_of(tiny):
+    test = [(tiny.test.images[part], tiny.test.labels[part]) for part in (slice(64), slice(64, 96))]
+    return dict(zip(("craft", "choose", "report"), [(tiny.val.images, tiny.val.labels), *test], strict=True))
+
+
+def test_the_strongest_is_below_the_papers_repeats_itself_and_says_what_it_took(trained, tiny):
+    sets, calls, told = sets_of(tiny), [], []
+    net = trained.folded()
+    net.folded = lambda: net
+    handle = net.register_forward_pre_hook(lambda _, args: calls.append(len(args[0]) * args[0].requires_grad))
+    found = strongest(net, delta=0.6, generator=seeded(), progress=lambda text, done: told.append(done), **sets)
+    handle.remove()
+    tried = 4 * (3 + sum(e.how != "rescaled" for e in found.evaluations)) + 32  # by checks, on four; and gradients seen
+    assert found.spent <= sum(calls) <= found.spent + tried and found.spent > 10_000
+    again = strongest(net, delta=0.6, generator=seeded(), **sets)
+    assert again.epsilon == found.epsilon and torch.equal(again.perturbation, found.perturbation)
+    paper = universal_robustness(named("paper"), net, delta=0.6, generator=seeded(), **sets)
+    assert found.epsilon < paper.epsilon and found.attack in {"SGA", "aimed", "margin"} and found.missed < found.epsilon
+    assert found.rate >= 0.6 and min(found.report_rate, found.craft_rate) > 0.4
+    assert found.craft_rate == success_rates(net, *sets["craft"], found.perturbation).item()
+    assert told == sorted(told) and told[-1] == 1
+
+
+def test_the_strongest_finds_a_known_threshold(brightness):
+    four = (grey(120, 110, 100, 90), torch.zeros(4, dtype=torch.long))
+    with pytest.warns(UserWarning, match="are also"):
+        found = strongest(brightness, craft=four, choose=four, report=four, generator=seeded())
+    assert 30 <= found.epsilon <= 30 + GRID and found.rate == found.report_rate == found.craft_rate == 0.75
+    with pytest.warns(UserWarning, match="are also"):
+        one = (four[0], torch.ones(4, dtype=torch.long))
+        aimed = strongest(brightness, targeted=True, craft=one, choose=one, report=one, generator=seeded())
+    assert 30 <= aimed.epsilon <= 30 + GRID
+    with pytest.raises(SatlibError, match="effort=0: expected a whole number of at least 1"):
+        strongest(brightness, craft=four, choose=four, report=four, effort=0)
 
 
 def test_warm_starts_begin_at_the_smallest_success_so_far(brightness):

@@ -16,6 +16,7 @@ from satlib.attacks import (
     perturb,
     perturb_straight_through,
     random_start,
+    spend,
     stochastic_pgd,
     success_rates,
     universal_pgd,
@@ -32,6 +33,7 @@ from satlib.universal import (
     Momentum,
     aimed_pgd,
     cosine_step_sizes,
+    ensemble,
     extended_pgd,
     margin_loss,
     name_of,
@@ -169,6 +171,85 @@ def test_aiming_finds_the_class_that_an_untargeted_attack_turns_away_from(linear
     assert (untargeted, aimed) == (0.0, 1.0)
     few = aimed_pgd(model, x, y, eps=[20.0, 60.0], aims=1, generator=seeded(), steps=20, batch_size=4)
     assert success_rates(model, x, y, few).tolist() == [0.0, 1.0] and few[0].abs().max() <= 20
+
+
+@pytest.fixture(scope="module")
+def three_class(linear):
+    """Class 1 is near, class 2 is far, the other way; the logits change by the mean of xi. Nothing else matters."""
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    return linear(torch.stack([0 * step, step, -step]), bias=torch.tensor([0.0, -148.0, 88.0]))
+
+
+def classes_under(model, xi):
+    predicted = [model(perturb(images_like(12, low=125.0, high=131.0), each)).argmax(1) for each in xi.split(1)]
+    assert all((each == each[0]).all() for each in predicted)
+    return [int(each[0]) for each in predicted]
+
+
+def test_aiming_takes_the_targets_that_it_is_told(three_class):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"eps": [60.0, 70.0], "steps": 10, "batch_size": 4, "generator": seeded()}
+    assert [classes_under(three_class, aimed_pgd(three_class, x, y, targets=[k], **given)) for k in (1, 2)] == [
+        [1, 1],
+        [2, 2],
+    ]
+    with pytest.raises(SatlibError, match=r"targets=\[3\]: expected classes from 0 to 2"):
+        aimed_pgd(three_class, x, y, targets=[3], **given)
+
+
+def test_aiming_goes_on_towards_where_it_starts(three_class):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    start = torch.cat([torch.full((1, *SHAPE), value) for value in (-45.0, 25.0)])
+    before = spend(0)
+    xi = aimed_pgd(three_class, x, y, start=start, eps=[60.0, 60.0], steps=10, batch_size=4, generator=seeded())
+    assert classes_under(three_class, start) == [2, 1] == classes_under(three_class, xi)
+    assert spend(0) - before == 2 * 10 * 4  # nothing is scanned
+    assert xi[0].mean() < -55 and xi[1].mean() > 55
+
+
+def test_of_many_classes_those_that_seem_near_are_scanned(linear):
+    """Sixty classes, of which only one lies where the mean of xi can reach it; and it is among the few."""
+    step, far = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE), torch.full((60,), -900.0)
+    weight = torch.zeros(60, math.prod(SHAPE))
+    weight[41], far[0], far[41] = step, 0.0, -148.0
+    model, x, y = linear(weight, bias=far), images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    before = spend(0)
+    given = {"steps": 10, "scan": 2, "batch_size": 4, "generator": seeded()}
+    xi = aimed_pgd(model, x, y, eps=[60.0], candidates=6, **given)
+    assert (model(perturb(x, xi)).argmax(1) == 41).all()
+    assert spend(0) - before == 4 * (2 + 6 * 2 + 2 * 6 + 10)  # a short ascent; then all six, two of them, and one
+
+
+def test_aiming_paints_one_class_or_a_map_over_every_scene():
+    """Pixels of class 0 or 1 each; class 2 is nowhere, and an ascent from the labels ends before it reaches it."""
+    weight = torch.tensor([[-1.0], [1.0], [0.0]]).expand(3, 3) / 30
+    model = nn.Conv2d(3, 3, 1)
+    model.load_state_dict({"weight": weight.view(3, 3, 1, 1), "bias": torch.tensor([12.8, -12.8, 0.0])})
+    labels = torch.zeros(6, 4, 4, dtype=torch.long)
+    labels[:, :2] = 1
+    labels[0, 0, 0] = IGNORE
+    x = torch.where(labels == 1, 150.0, 106.0)[:, None].expand(-1, 3, -1, -1)
+    found = aimed_pgd(model, x, labels, eps=[40.0], steps=20, batch_size=3, generator=seeded())
+    assert success_rates(model, x, labels, found).item() >= 0.5
+    turned = 1 - labels[1:2]
+    swapped = aimed_pgd(model, x, labels, eps=[60.0], targets=turned, steps=20, batch_size=3, generator=seeded())
+    assert success_rates(model, x, labels, swapped).item() == 1
+    with pytest.raises(SatlibError, match=r"targets=Tensor of shape .*: expected classes from 0 to 2, or maps"):
+        aimed_pgd(model, x, labels, eps=[40.0], targets=turned[:, :3], steps=2, batch_size=3)
+
+
+def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_effort():
+    plain, aimed, margin = ensemble(5000)
+    assert [name_of(each) for each in (plain, aimed, margin)] == ["SGA", "aimed", "margin"]
+    for each in (plain, aimed, margin):
+        own = options(each)
+        assert own["batch_size"] == 64 and own["inner"] == 4 and own["straight_through"] and own["beta"] == 20
+        assert own.get("loss_threshold") is None and own.get("larger", 1) == 1
+    assert options(margin)["loss"] == "margin" and options(plain)["loss"] == "cross-entropy"
+    assert [name_of(each) for each in ensemble(20, segmentation=True, targeted=True)] == ["SGA", "margin"]
+    assert {options(each)["batch_size"] for each in ensemble(20)} == {20}
+    twice = [options(each)["steps"] for each in ensemble(5000, effort=2)]
+    assert twice == [2 * options(each)["steps"] for each in (plain, aimed, margin)]
 
 
 def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):

@@ -43,6 +43,7 @@ BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts
 class Row:
     """One number of the paper and ours for it; None where there is none.
 
+    ours is by the paper's attack, ensemble by `satlib.robustness.strongest`, with a spread and a verdict of its own.
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
     `ours` follows from. verdict: "reproduced within spread" under the paper's settings within two spreads of its
     number; else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models,
@@ -61,11 +62,26 @@ class Row:
     dataset: str | None = None
     runs: tuple[str, ...] = ()
     verdict: str = "not run"
+    ensemble: float | None = None
+    ensemble_spread: float | None = None
+    ensemble_verdict: str = "not run"
 
     @property
     def text(self) -> str:
         """Our number with its spread; where there is none, why."""
         return "no such model" if self.ours is None and not self.runs else size_text(self.ours, self.spread)
+
+    @property
+    def ensemble_text(self) -> str:
+        """The ensemble's number with its spread; "–" where it was not run."""
+        run = self.ensemble_verdict != "not run"
+        return size_text(self.ensemble, self.ensemble_spread) if run else "–"
+
+    @property
+    def verdicts(self) -> str:
+        """The verdict, and the ensemble's where it is another one."""
+        same = self.ensemble_verdict in ("not run", self.verdict)
+        return self.verdict if same else f"{self.ensemble_verdict} (by the paper's attack: {self.verdict})"
 
 
 Numbers = dict[str, dict[str, Any]]  # what the rows of reported numbers say of ours, by the numbers' keys
@@ -139,10 +155,11 @@ def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
         {
             "model": m.title,
             "accuracy (%)": _measured(m, "accuracy"),
-            f"eps_uni({settings.delta:g})": _measured(m, "eps_uni"),
+            f"eps_uni({settings.delta:g}), ensemble": _measured(m, "strongest") if m.strongest_searches else None,
+            f"eps_uni({settings.delta:g}), paper's attack": _measured(m, "eps_uni"),
             deepfool: None if m.deepfool is None else _measured(m, "deepfool"),
             "entropy where fooled (bits)": None if m.entropy_bits is None else f"{m.entropy_bits:.2f}",
-            "trainings, searches": f"{len(m.trainings)}, {len(m.searches)}",
+            "trainings, searches": f"{len(m.trainings)}, {len(m.strongest_searches)} + {len(m.searches)}",
         }
         for m in models
     ]
@@ -205,39 +222,66 @@ def _measure_of(model: Any, measure: str, verdict: str = "other setting", compar
     return _ours(getattr(model, measure), verdict, compared or [model], model.spreads.get(measure))
 
 
-def _beside_erm(model: Model | None, erm: Model) -> dict[str, Any]:
+def _twice(of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What `of` says by the paper's attack, with what it says by the ensemble beside it."""
+    ours, other = of("eps_uni"), of("strongest")
+    both = {"ensemble": other["ours"], "ensemble_spread": other["spread"], "ensemble_verdict": other["verdict"]}
+    return ours | both | {"runs": tuple(dict.fromkeys((*ours["runs"], *other["runs"])))}
+
+
+def _beside_erm(model: Model | None, erm: Model, measure: str) -> dict[str, Any]:
     """The robustness of a model beside that of ERM, as `_ours`."""
+    if not _has(erm, measure):
+        return _ours(None, "not run", [])
     if model is None:
         return _ours(None, "not reproduced", [])
-    larger = claims.comparable(model.eps_uni) > claims.comparable(erm.eps_uni)
-    return _measure_of(model, "eps_uni", DIRECTION[claims.verdict(larger)], [erm, model])
+    larger = claims.comparable(getattr(model, measure)) > claims.comparable(getattr(erm, measure))
+    return _measure_of(model, measure, DIRECTION[claims.verdict(larger)], [erm, model])
 
 
-def _best(models: list[Model], family: str, accuracy: float) -> Model | None:
+def _has(model: Model, measure: str) -> bool:
+    """Whether a model was searched by the attack of this measure."""
+    return bool(model.strongest_searches) or measure != "strongest"
+
+
+def _best(models: list[Model], family: str, accuracy: float, measure: str) -> Model | None:
     """The most robust model of a family that keeps at least `accuracy` %."""
-    return next((m for m, _ in claims.front(models, family=family) if m.accuracy >= accuracy), None)
+    return next((m for m, _ in claims.front(models, measure, family=family) if m.accuracy >= accuracy), None)
 
 
 def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: Mapping[str, float]) -> Numbers:
     """ERM's, and by name those of the most robust model of a family that loses at most so many points."""
     erm = models[0]
-    numbers = {f"{key}/erm/{measure}": _measure_of(erm, measure) for measure in ("accuracy", "eps_uni")}
+    numbers = {f"{key}/erm/accuracy": _measure_of(erm, "accuracy")}
+    numbers[f"{key}/erm/eps_uni"] = _twice(
+        lambda measure: _measure_of(erm, measure, "other setting" if _has(erm, measure) else "not run")
+    )
     if any(m.family == family for m in models):
         for name, points in accepted.items():
-            numbers[f"{key}/{name}/eps_uni"] = _beside_erm(_best(models, family, erm.accuracy - points), erm)
+            least = erm.accuracy - points
+            numbers[f"{key}/{name}/eps_uni"] = _twice(
+                lambda measure, least=least: _beside_erm(_best(models, family, least, measure), erm, measure)
+            )
     return numbers
 
 
 def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
     erm, points = models[0], 93.25 - 90.0
     numbers = _classifiers_numbers("cifar10", models, "s = 64", {"no-loss": 0.0, "90": points})
-    if accepted := _best(models, "s = 64", erm.accuracy - points):
+    if accepted := _best(models, "s = 64", erm.accuracy - points, "eps_uni"):
         numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", [erm, accepted])
-    standard = [m for m in models if m.sharedness == 1 and m.eps_uni is not None]
-    if pairs := [(m, other) for m in standard if (other := _best(models, "s = 64", m.accuracy))]:
-        gain = statistics.mean(claims.comparable(other.eps_uni) - claims.comparable(m.eps_uni) for m, other in pairs)
-        used = {m.title: m for pair in pairs for m in pair}.values()
-        numbers["cifar10/gain"] = _ours(gain, DIRECTION[claims.domination(models, "s = 64", "s = 1").verdict], used)
+
+    def gain(measure: str) -> dict[str, Any]:
+        """By how much s = 64 is more robust than s = 1, on average at equal accuracy."""
+        attack = next(name for name, each in claims.ATTACKS.items() if each == measure)
+        verdict = claims.domination(models, "s = 64", "s = 1", attack).verdict
+        if not (compared := claims.at_equal_accuracy(models, "s = 64", "s = 1", measure)):
+            return _ours(None, "not run" if verdict == "not run" else "not decided", [])
+        used = {m.title: m for each in compared for m in (each.model, *each.others)}.values()
+        return _ours(statistics.mean(each.gap for each in compared), DIRECTION[verdict], used)
+
+    if any(m.family == "s = 64" for m in models) and any(m.family == "s = 1" for m in models):
+        numbers["cifar10/gain"] = _twice(gain)
     if cost:
         for key, way in COSTS.items():
             numbers[key] = _ours(cost.metrics["seconds"][way], "other setting", []) | {"runs": (cost.id,)}
@@ -249,7 +293,9 @@ def _imagenet_numbers(models: list[Model], cost: None = None) -> Numbers:
     if good := next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None):
         lower = DIRECTION[claims.verdict(good.accuracy < erm.accuracy)]
         numbers["imagenet/good/accuracy"] = _measure_of(good, "accuracy", lower, [erm, good])
-        numbers["imagenet/good/eps_uni"] = _beside_erm(good, erm)
+        numbers["imagenet/good/eps_uni"] = _twice(
+            lambda measure: _beside_erm(good if _has(good, measure) else None, erm, measure)
+        )
     return numbers
 
 
@@ -326,9 +372,10 @@ def scoreboard(rows: list[Row]) -> pd.DataFrame:
             "unit": row.unit,
             "paper": f"{row.paper:g}",
             "ours": "–" if row.verdict == "not run" else row.text,
+            "by the ensemble": row.ensemble_text,
             "profile, data set": f"{row.profile}, {row.dataset}" if row.profile else "",
             "seeds": row.seeds or "",
-            "verdict": row.verdict,
+            "verdict": row.verdicts,
         }
         for row in rows
     )

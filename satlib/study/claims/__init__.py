@@ -11,9 +11,16 @@ from satlib.study.measurement import Run
 from satlib.study.measurements import Plan
 from satlib.study.records import Record, digest_of
 
-ATTACKS = {"S-PGD": "eps_uni", "DeepFool": "deepfool"}  # the measure of robustness under each attack
+ATTACKS = {
+    "S-PGD": "eps_uni",
+    "ensemble": "strongest",
+    "DeepFool": "deepfool",
+}  # the measure of robustness under each attack
+UNIVERSAL = ("ensemble", "S-PGD")  # those that eps_uni is searched by: what to believe, and what the paper has
+FEW = ("one seed each", "a single training")  # why a comparison decides nothing
 BEYOND = f"> {LARGEST:g}"  # of a size in pixel units: no perturbation of the interval that is searched was enough
 Gain = tuple[float, float, str]  # so many times the robustness of ERM, at less than so many points, who says so
+NEAR = 0.5  # points of accuracy that two models may differ by, and count as equally accurate
 MORE_EVENLY = 1.1  # times the bits of the undefended model that count as substantially more
 
 
@@ -78,10 +85,11 @@ class Model:
     """A trained model with its evaluations, as figures and tables take it. accuracy in %, eps_uni in pixel units.
 
     family: "ERM", "s = 64", or the name of a baseline. sharedness and sigma are None but for (shared) adversarial
-    training, eps for ERM. accuracy, eps_uni and deepfool (accuracy in % under that universal perturbation, None if not
-    run) are means over the trainings that were evaluated, eps_uni of each over its searches, None where one did not
-    succeed. spreads: the standard deviation of each of the three over trainings where there are several, else over
-    searches, by name. run: the first training; predictions: those of it.
+    training, eps for ERM. accuracy, eps_uni (by the paper's attack), strongest (eps_uni by the ensemble) and deepfool
+    (accuracy in % under that universal perturbation) are means over the trainings that were evaluated, sizes of each
+    over its searches, None where one did not succeed or none was run. spreads: the standard deviation of each of the
+    four over trainings where there are several, else over searches, by name. run: the first training; predictions:
+    those of it.
     """
 
     title: str
@@ -93,20 +101,28 @@ class Model:
     eps_uni: float | None
     deepfool: float | None
     spreads: Mapping[str, float]
+    strongest: float | None = None
     run: Run | None = None
     trainings: tuple[Record, ...] = ()
     searches: tuple[Record, ...] = ()
+    strongest_searches: tuple[Record, ...] = ()
     deepfools: tuple[Record, ...] = ()
     predictions: Record | None = None
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return (*self.trainings, *self.searches, *self.deepfools, *([self.predictions] if self.predictions else []))
+        evaluations = (*self.searches, *self.strongest_searches, *self.deepfools)
+        return (*self.trainings, *evaluations, *([self.predictions] if self.predictions else []))
 
     @property
     def seeds(self) -> int:
         """Of its trainings and searches together."""
         return len(self.searches)
+
+    @property
+    def times_trained(self) -> int:
+        """From how many seeds it was trained."""
+        return max(1, len(self.trainings))
 
     @property
     def entropy_bits(self) -> float | None:
@@ -128,10 +144,11 @@ def trained_models(plan: Plan, records: Records) -> list[Model]:
             continue
         trainings, deepfools = records.found(evaluated), records.found(map(plan.deepfool.get, evaluated))
         searches = [records.found(plan.robustness[run]) for run in evaluated]
-        sizes = [[record.metrics["eps_uni"] for record in each] for each in searches]
+        strong = [found for run in evaluated if (found := records.found(plan.strongest.get(run, ())))]
         values = {  # of each measure, a list for each training
             "accuracy": [[100 * record.metrics["accuracy"]] for record in trainings],
-            "eps_uni": [] if any(None in each for each in sizes) else sizes,
+            "eps_uni": _sizes(searches),
+            "strongest": _sizes(strong),
             "deepfool": [[100 * record.metrics["accuracy"]] for record in deepfools],
         }
         models.append(
@@ -146,11 +163,18 @@ def trained_models(plan: Plan, records: Records) -> list[Model]:
                 run=runs[0],
                 trainings=tuple(trainings),
                 searches=tuple(itertools.chain(*searches)),
+                strongest_searches=tuple(itertools.chain(*strong)),
                 deepfools=tuple(deepfools),
                 predictions=records.of(plan.predictions.get(runs[0])),
             )
         )
     return models
+
+
+def _sizes(searches: Sequence[Sequence[Record]]) -> list[list[float]]:
+    """eps_uni of each search of each training; nothing where one of them did not succeed."""
+    sizes = [[record.metrics["eps_uni"] for record in each] for each in searches]
+    return [] if any(None in each for each in sizes) else sizes
 
 
 def _spread(values: Sequence[Sequence[float]]) -> float | None:
@@ -162,8 +186,8 @@ def _spread(values: Sequence[Sequence[float]]) -> float | None:
 def front(models: Iterable[Model], measure: str = "eps_uni", *, family: str | None = None) -> list[tuple[Model, float]]:
     """The Pareto front with each model's robustness: those that no other beats in accuracy and robustness.
 
-    measure: "eps_uni" or "deepfool"; models without it are left out, as are those that are not of the `family`, if one
-    is given. The most accurate one is the last.
+    measure: "eps_uni", "strongest" or "deepfool"; models without it are left out, as are those that are not of the
+    `family`, if one is given. The most accurate one is the last.
     """
     those = ((model, getattr(model, measure)) for model in models if family in (None, model.family))
     known = [(model, value) for model, value in those if value is not None]
@@ -181,75 +205,113 @@ def most_robust(models: Iterable[Model]) -> list[Model]:
     return [model for model in broken if best[model.family] is model]
 
 
-def domination(models: Sequence[Model], better: str, worse: str, attack: str = "S-PGD") -> Claim:
-    """That family `better` dominates `worse` under an attack of ATTACKS, by the fronts of both.
+@dataclass(frozen=True)
+class Compared:
+    """A model beside a family at its accuracy: by how much the family is more robust there, and by which models."""
 
-    Each model on the worse front is compared with the most robust one of `better` that is at least as accurate. It
-    holds if all that can be compared are beaten, and at least one can; it does not hold if one of them is more robust
-    by more than the largest spread over seeds on both fronts; with none to compare, differences within it, or no model
-    with several seeds, it is not decided.
+    model: Model
+    gap: float
+    others: tuple[Model, ...]
+
+
+def at_equal_accuracy(models: Sequence[Model], better: str, worse: str, measure: str = "eps_uni") -> list[Compared]:
+    """Each model on the front of `worse` beside the front of `better` at the same accuracy.
+
+    That is interpolated between two neighbours on the front, or the robustness of its nearest model, if that is within
+    NEAR points of accuracy; models without either cannot be compared, and are left out.
+    """
+    strong, weak = (front(models, measure, family=family) for family in (better, worse))
+    compared = []
+    for model, value in weak:
+        above = next((each for each in strong if each[0].accuracy >= model.accuracy), None)
+        below = next((each for each in strong[::-1] if each[0].accuracy <= model.accuracy), None)
+        if above and below and above is not below:
+            (right, high), (left, low) = above, below
+            share = (model.accuracy - left.accuracy) / (right.accuracy - left.accuracy)
+            compared.append(Compared(model, low + share * (high - low) - value, (left, right)))
+        elif near := [each for each in (above, below) if each and abs(each[0].accuracy - model.accuracy) <= NEAR]:
+            compared.append(Compared(model, near[0][1] - value, (near[0][0],)))
+    return compared
+
+
+def domination(models: Sequence[Model], better: str, worse: str, attack: str = "S-PGD") -> Claim:
+    """That family `better` dominates `worse` under an attack of ATTACKS: more robust at equal accuracy.
+
+    It holds if all that can be compared (`at_equal_accuracy`) are beaten by more than the largest spread over seeds of
+    the models compared; it does not hold if one of them is more robust by as much. Not decided are smaller differences,
+    and what rests on a single training of either family, or on models with one seed each.
     """
     claim, measure = f"{better} dominates {worse} ({attack})", ATTACKS[attack]
-    strong, weak = (front(models, measure, family=family) for family in (better, worse))
-    if not strong or not weak:
+    weak = front(models, measure, family=worse)
+    if not weak or not front(models, measure, family=better):
         return Claim(claim, "not run")
-    above = [(value, [other for m, other in strong if m.accuracy >= model.accuracy]) for model, value in weak]
-    gaps = [max(others) - value for value, others in above if others]
-    if not gaps:
-        return Claim(claim, "not decided", f"no {better} model is as accurate as one of {worse}")
-    spreads = [m.spreads[measure] for m, _ in (*strong, *weak) if measure in m.spreads]
-    unit = "pixel units" if measure == "eps_uni" else "points"
-    listed = ", ".join(f"{gap:+.1f}" for gap in gaps)
-    evidence = f"{len(gaps)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
+    compared = at_equal_accuracy(models, better, worse, measure)
+    if not compared:
+        return Claim(
+            claim, "not decided", f"no {better} model is as accurate as one of {worse}, within {NEAR:g} points"
+        )
+    sides = [each.model for each in compared], list({id(m): m for each in compared for m in each.others}.values())
+    spreads = [m.spreads[measure] for m in itertools.chain(*sides) if measure in m.spreads]
+    unit = "points" if measure == "deepfool" else "pixel units"
+    listed = ", ".join(f"{each.gap:+.1f} (at {each.model.accuracy:.1f} %)" for each in compared)
+    evidence = f"{len(compared)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
     if not spreads:
-        return Claim(claim, "not decided", f"{evidence}; one seed each")
+        return Claim(claim, "not decided", f"{evidence}; {FEW[0]}")
+    if any(sum(m.times_trained for m in side) < 2 for side in sides):
+        return Claim(claim, "not decided", f"{evidence}; {FEW[1]}")
+    gaps = [each.gap for each in compared]
     beaten, lost = min(gaps) > max(spreads), min(gaps) < -max(spreads)
     return Claim(claim, verdict(beaten) if beaten or lost else "not decided", evidence)
 
 
 def cifar10_claims(models: Sequence[Model], cost: Record | None) -> list[Claim]:
-    """The claims of section 6.1."""
+    """The claims of section 6.1; those on eps_uni by the ensemble first, then by the paper's attack."""
     gains = ((3.0, 3.5, "paper: 14.9 -> 44.1"), (2.0, 5.0, "our weaker form of it"))
+    claims = []
+    for attack in UNIVERSAL:
+        claims += [
+            domination(models, "s = 64", "s = 1", attack),
+            domination(models, "s = 64", "s = 8", attack),
+            _alike(models, "s = 1", "s = 8", attack),
+            *(_all_dominate(models, name, attack) for name in ("DeepFool UAD", "fictitious play")),
+            *_against_erm(models, "s = 64", "14.9 -> 22.7", gains, attack),
+        ]
     return [
-        domination(models, "s = 64", "s = 1"),
-        domination(models, "s = 64", "s = 8"),
-        _alike(models, "s = 1", "s = 8"),
-        *(_all_dominate(models, name) for name in ("DeepFool UAD", "fictitious play")),
+        *claims,
         domination(models, "s = 64", "s = 1", "DeepFool"),
         domination(models, "s = 1", "DeepFool UAD", "DeepFool"),
         domination(models, "s = 64", "fictitious play", "DeepFool"),
-        *_against_erm(models, "s = 64", "14.9 -> 22.7", gains),
         *_cost_claims(cost),
     ]
 
 
-def _all_dominate(models: Sequence[Model], name: str) -> Claim:
+def _all_dominate(models: Sequence[Model], name: str, attack: str) -> Claim:
     """That adversarial training of every sharedness dominates a baseline."""
-    parts = [(s, domination(models, f"s = {s}", name)) for s in (1, 8, 64)]
+    parts = [(s, domination(models, f"s = {s}", name, attack)) for s in (1, 8, 64)]
     evidence = "; ".join(f"s = {s}: {part.verdict} ({part.evidence})" for s, part in parts if part.evidence)
-    claim = f"all (shared) adversarial training dominates {name} (S-PGD)"
+    claim = f"all (shared) adversarial training dominates {name} ({attack})"
     return Claim(claim, worst(part.verdict for _, part in parts), evidence)
 
 
-def _alike(models: Sequence[Model], one: str, other: str) -> Claim:
+def _alike(models: Sequence[Model], one: str, other: str, attack: str) -> Claim:
     """That neither of two families dominates the other; not decided unless both ways can be compared."""
-    ways = [domination(models, one, other), domination(models, other, one)]
+    ways = [domination(models, one, other, attack), domination(models, other, one, attack)]
     verdicts = [way.verdict for way in ways]
-    known = all(" can be compared: " in way.evidence and not way.evidence.endswith("one seed each") for way in ways)
+    known = all(" can be compared: " in way.evidence and not way.evidence.endswith(FEW) for way in ways)
     found = "not run" if "not run" in verdicts else "does not hold" if "holds" in verdicts else ""
-    claim = f"{one} and {other} perform similarly: neither dominates the other (S-PGD)"
+    claim = f"{one} and {other} perform similarly: neither dominates the other ({attack})"
     evidence = "; ".join(way.evidence for way in ways if way.evidence)
     return Claim(claim, found or ("holds" if known else "not decided"), evidence)
 
 
-def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterable[Gain]) -> list[Claim]:
+def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterable[Gain], attack: str) -> list[Claim]:
     """What a family gains over the undefended model at what accuracy; free: what the paper gains without losing any."""
-    undefended, defended = front(models, family="ERM"), front(models, family=family)
+    undefended, defended = (front(models, ATTACKS[attack], family=name) for name in ("ERM", family))
     if not undefended or not defended:
         return []
     erm, base = undefended[0]
     model, value = defended[-1]
-    claim = f"{family} raises robustness without loss of accuracy (paper: {free})"
+    claim = f"{family} raises robustness without loss of accuracy (paper: {free}; {attack})"
     gained = any(each.accuracy >= erm.accuracy and size > base for each, size in defended)
     evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.1f} points, eps_uni {base:.1f} -> {value:.1f}"
     claims = [Claim(claim, verdict(gained), evidence)]
@@ -259,8 +321,8 @@ def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterabl
         if near:
             times, model = max(near, key=lambda pair: pair[0])
             evidence = f"{model.title}: {times:.2f} times at {erm.accuracy - model.accuracy:.1f} points"
-        claim = f"{family} is about {factor:g} times as robust at under {points:g} points of accuracy ({source})"
-        claims.append(Claim(claim, verdict(times >= 0.95 * factor), evidence))
+        claim = f"{family} is about {factor:g} times as robust at under {points:g} points of accuracy"
+        claims.append(Claim(f"{claim} ({source}; {attack})", verdict(times >= 0.95 * factor), evidence))
     return claims
 
 
@@ -280,7 +342,10 @@ def _cost_claims(cost: Record | None) -> list[Claim]:
 def imagenet_claims(models: Sequence[Model], cost: None = None) -> list[Claim]:
     """The claims of section 6.2, which says nothing of the cost."""
     gains = ((3.0, 5.0, "paper: 8.4 -> 25.64"), (2.0, 5.0, "our weaker form of it"))
-    claims = [domination(models, "s = 32", "s = 1"), *_against_erm(models, "s = 32", "8.4 -> 15.0", gains)]
+    claims = []
+    for attack in UNIVERSAL:
+        claims += [domination(models, "s = 32", "s = 1", attack)]
+        claims += _against_erm(models, "s = 32", "8.4 -> 15.0", gains, attack)
     claim = "defended models predict substantially more evenly where they are fooled (A.7)"
     erm = next((m.entropy_bits for m in models if m.family == "ERM"), None)
     defended = {m.title: bits for m in models if m.family != "ERM" and (bits := m.entropy_bits) is not None}

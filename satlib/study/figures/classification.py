@@ -17,43 +17,67 @@ Reported = Sequence[tuple[float, float, str]]  # the paper's stated points: accu
 
 
 def figure3(models: Sequence[Model], reported: Reported, *, delta: float, eps: float, dataset: str) -> Figure:
-    """Figure 3: robustness against clean accuracy, by S-PGD (left) and by DeepFool perturbations of size eps (right).
+    """Figure 3: robustness against clean accuracy: eps_uni by the ensemble and by the paper's S-PGD, and accuracy under
+    DeepFool perturbations of size eps.
 
     A step for each family's Pareto front, dominated models faint, seeds as error bars; the reported points are crosses
-    at the left. Models that no search could break are named there.
+    beside the paper's attack. Models that no search could break are named there.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 6.0))
-    _draw_eps_uni(left, models, reported, delta=delta, paper="the paper, CIFAR10")
+    given = {"paper": "the paper, CIFAR10", "margins": (0.08, 0.12), "panels": 1}
+    figure, (*_, own, right) = _draw_universal(models, reported, delta=delta, **given)
     _draw_fronts(right, models, "deepfool")
-    left.set_title("S-PGD")
     right.set_title("DeepFool universal perturbations")
     right.set(xlabel=ACCURACY, ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units")
-    for axis in (left, right):
-        axis.margins(x=0.08, y=0.12)
     title = f"Universal robustness against accuracy · {dataset}\nlabels: $\\varepsilon$, $\\sigma$ of training"
-    return finish(figure, title, legend=left, fontsize=10)
+    return finish(figure, title, legend=own, fontsize=10)
 
 
 def figure4(models: Sequence[Model], reported: Reported, *, delta: float, dataset: str) -> Figure:
-    """Figure 4: robustness against clean accuracy, as Figure 3 (left)."""
-    figure, axis = plt.subplots(figsize=(7.2, 5.2))
-    _draw_eps_uni(axis, models, reported, delta=delta, paper="the paper, ImageNet with 200 classes")
-    axis.margins(x=0.12, y=0.2)
-    axis.set_ylim(bottom=0)
-    return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=axis, fontsize=10)
+    """Figure 4: robustness against clean accuracy, as eps_uni in Figure 3."""
+    given = {"paper": "the paper, ImageNet with 200 classes", "margins": (0.12, 0.2)}
+    figure, (*_, own) = _draw_universal(models, reported, delta=delta, **given)
+    return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=own, fontsize=10)
 
 
-def _draw_eps_uni(axis: Axes, models: Sequence[Model], reported: Reported, *, delta: float, paper: str) -> None:
-    """eps_uni against accuracy, with the points of the `paper` as crosses, and who needs more than was searched."""
-    _draw_fronts(axis, models, "eps_uni")
+def _draw_universal(
+    models: Sequence[Model],
+    reported: Reported,
+    *,
+    delta: float,
+    paper: str,
+    margins: tuple[float, float],
+    panels: int = 0,
+) -> tuple[Figure, list[Axes]]:
+    """eps_uni by the ensemble, where some model has it, and by the paper's attack, on one scale; then free `panels`."""
+    both = any(m.strongest_searches for m in models)
+    count = 1 + both + panels
+    figure, drawn = plt.subplots(1, count, figsize=(5.0 * count + 2.2, 5.6), squeeze=False)
+    axes = list(drawn[0])
+    own = axes[both]
+    if both:
+        _draw_eps_uni(axes[0], [m for m in models if m.strongest_searches], "strongest", delta=delta)
+        axes[0].set_title("the strongest attack found (ensemble)")
+    _draw_eps_uni(own, models, "eps_uni", delta=delta)
+    own.set_title("the paper's attack (S-PGD)")
     beside = {"xytext": (14, 7), "textcoords": "offset points", "ha": "right", "fontsize": 8, "color": "0.35"}
     for accuracy, eps_uni, what in reported:
-        axis.plot(accuracy, eps_uni, **REFERENCE)
-        axis.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), **beside)
+        own.plot(accuracy, eps_uni, **REFERENCE)
+        own.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), **beside)
     if reported:
-        axis.plot([], [], label=paper, **REFERENCE)
+        own.plot([], [], label=paper, **REFERENCE)
+    for axis in axes:
+        axis.margins(*margins)
+    limits = 0, max(axis.get_ylim()[1] for axis in axes[: 1 + both])
+    for axis in axes[: 1 + both]:
+        axis.set_ylim(*limits)
+    return figure, axes
+
+
+def _draw_eps_uni(axis: Axes, models: Sequence[Model], measure: str, *, delta: float) -> None:
+    """eps_uni against accuracy, and who needs more than was searched."""
+    _draw_fronts(axis, models, measure)
     axis.set(xlabel=ACCURACY, ylabel=figures.robustness_label("uni", delta))
-    if unbroken := [model.title for model in models if model.eps_uni is None]:
+    if unbroken := [model.title for model in models if getattr(model, measure) is None]:
         axis.text(0.02, 0.02, f"{size_text(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
 
 

@@ -16,7 +16,13 @@ from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
 from satlib.paper import Cifar10, Classification, ImageNet
 from satlib.study.measurement import Run, measurement
-from satlib.study.measurements.robustness import search_attack, stated, universal_deepfool, universal_search
+from satlib.study.measurements.robustness import (
+    search_attack,
+    stated,
+    strongest_search,
+    universal_deepfool,
+    universal_search,
+)
 from satlib.study.measurements.training import epoch_cost, pretrained_weights, train_run, training_settings
 from satlib.study.records import Record
 from satlib.universal import ATTACKS, options
@@ -68,13 +74,15 @@ class Plan:
     """The runs of section 6.1 or 6.2: the models, how attacks do on each of them, and what an epoch costs.
 
     models: by (s, eps, sigma), one for each seed of training; baselines: by (name, eps). robustness: of every model,
-    one search for each seed; deepfool, predictions: of every model, where the section has them.
+    one search for each seed by the paper's attack; strongest: by the ensemble; deepfool, predictions: of every model,
+    where the section has them.
     """
 
     erm: Run
     models: dict[Point, list[Run]]
     baselines: dict[Baseline, Run]
     robustness: dict[Run, list[Run]] = field(default_factory=dict)
+    strongest: dict[Run, list[Run]] = field(default_factory=dict)
     deepfool: dict[Run, Run] = field(default_factory=dict)
     predictions: dict[Run, Run] = field(default_factory=dict)
     cost: Run | None = None
@@ -92,7 +100,7 @@ class Plan:
         planned = []
         for model in self.trained:
             others = (of[model] for of in (self.deepfool, self.predictions) if model in of)
-            planned += [model, *self.robustness[model], *others]
+            planned += [model, *self.robustness[model], *self.strongest.get(model, ()), *others]
         return planned + ([self.cost] if self.cost else [])
 
     @property
@@ -134,6 +142,12 @@ def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run]
     plan = Plan(erm, models, baselines)
     for model in plan.trained:
         plan.robustness[model] = [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)]
+    titles = {model.title: model for model in plan.trained}
+    if unknown := set(settings.strongest_models) - titles.keys():
+        raise SatlibError(f"strongest_models: {sorted(unknown)} are no titles; expected some of {', '.join(titles)}")
+    for title in settings.strongest_models or titles:
+        seeds = range(settings.strongest_seeds)
+        plan.strongest[titles[title]] = [strongest_run(settings, titles[title], seed=i) for i in seeds]
     return plan
 
 
@@ -208,10 +222,21 @@ def attack_settings(settings: Classification, name: str) -> dict[str, Any]:
 
 def robustness_run(settings: Classification, model: Run, *, attack: str = "paper", seed: int = 0, **more: Any) -> Run:
     """eps_uni(delta) of a trained model by an attack of ATTACKS; by default the paper's (section 5.2)."""
-    if isinstance(settings, ImageNet):  # crafts on training images, and reports on the whole validation set
-        more = {"sets": {"craft": "train", "choose": "val", "report": "test"}} | more
     title = f"eps_uni of {model.title}" + (f", seed {seed}" if seed else "")
+    more = _roles(settings) | more
     return universal_search(settings, model, title, attack_settings(settings, attack), seed=seed, **more)
+
+
+def strongest_run(settings: Classification, model: Run, *, seed: int = 0) -> Run:
+    """eps_uni(delta) of a trained model by the ensemble."""
+    title = f"strongest eps_uni of {model.title}" + (f", seed {seed}" if seed else "")
+    return strongest_search(settings, model, title, seed=seed, **_roles(settings))
+
+
+def _roles(settings: Classification) -> dict[str, Any]:
+    """Section 6.2 crafts on training images, and reports on the whole validation set."""
+    imagenet = isinstance(settings, ImageNet)
+    return {"sets": {"craft": "train", "choose": "val", "report": "test"}} if imagenet else {}
 
 
 def deepfool_run(settings: Cifar10, model: Run) -> Run:

@@ -1,5 +1,6 @@
 """Section 5: how large must perturbations be? Searches for eps_uni and eps_adv, and DeepFool's of one size."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from satlib.data import ImageSet, Splits
 from satlib.deepfool import universal_deepfool as deepfool
 from satlib.device import exact
 from satlib.network import logits_of
+from satlib.robustness import Robustness, success_curve
 from satlib.robustness import adversarial_robustness as search_each
+from satlib.robustness import strongest as search_strongest
 from satlib.robustness import universal_robustness as search_universal
 from satlib.segmentation import repeated, scene_target
 from satlib.study.measurement import Run, measurement, options_of
@@ -58,37 +61,72 @@ def universal_robustness(
     sets: the split that each of the three takes its images from; images: how many at most, 0 for all. attack: a name in
     ATTACKS and options. In segmentation `target` names the training scene that the attack aims at.
     """
+    attack, settings = named(**attack), {"iterations": iterations, "search": search, "warm_start": warm_start}
     parts = _disjoint(data, sets, images)
+    find = functools.partial(search_universal, attack, model, **_sets(data, parts, target), **settings)
+    return _found(find, parts, work, progress, targeted=bool(target), delta=delta, generator=_seeded(seed))[0]
+
+
+@measurement(version=1)
+def strongest(
+    model: Module,
+    data: Splits,
+    work: Workspace,
+    progress: Any,
+    *,
+    delta: float = 0.75,
+    images: dict,
+    sets: dict = SETS,
+    target: str = "",
+    epsilons: list | tuple = (),
+    seed: int = 0,
+) -> dict:
+    """eps_uni(delta) by the ensemble, `satlib.robustness.strongest`, and success at each of `epsilons` by its attacks.
+
+    Everything else as in `universal_robustness`.
+    """
+    parts = _disjoint(data, sets, images)
+    given = {"targeted": bool(target), "generator": _seeded(seed)}
+    labelled = _sets(data, parts, target)
+    find = functools.partial(search_strongest, model, **labelled)
+    metrics, result = _found(find, parts, work, progress, delta=delta, **given)
+    if epsilons:
+        start = result.closest if result.perturbation is None else result.perturbation
+        del labelled["choose"]
+        curve = success_curve(
+            model, epsilons=epsilons, start=start if result.epsilon != 0 else None, **labelled, **given
+        )
+        metrics["curve"] = [asdict(point) for point in curve]
+    return metrics
+
+
+def _sets(data: Splits, parts: Mapping[str, ImageSet], target: str) -> dict[str, Any]:
+    """Images of each role, with their labels or targets."""
+    return {role: (part.images, aims(data, part, target)) for role, part in parts.items()}
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _found(
+    find: Callable, parts: Mapping[str, ImageSet], work: Workspace, progress: Any, **given: Any
+) -> tuple[dict, Robustness]:
+    """What a search finds, as metrics and as it is; its perturbations go to the workspace."""
     began = time.monotonic()
 
     def report(text: str, done: float) -> None:
         # A search is not resumed: all or nothing.
         progress(text, done, needed=(time.monotonic() - began) * (1 - done) / done)
 
-    result = search_universal(
-        named(**attack),
-        model,
-        **{role: (part.images, aims(data, part, target)) for role, part in parts.items()},
-        targeted=bool(target),
-        delta=delta,
-        iterations=iterations,
-        search=search,
-        warm_start=warm_start,
-        generator=torch.Generator().manual_seed(seed),
-        progress=report,
-    )
+    result = find(progress=report, **given)
     for name, xi in (("perturbation", result.perturbation), ("closest", result.closest)):
         if xi is not None:
             work.save_tensors(name, {"perturbation": xi.cpu()})
-    return {
-        "eps_uni": result.epsilon,
-        "rate": result.rate,
-        "report_rate": result.report_rate,
-        "monotone": result.monotone,
-        "gradients": result.gradients,
-        "images": {role: len(part) for role, part in parts.items()},
-        "evaluations": [asdict(evaluation) for evaluation in result.evaluations],
-    }
+    told = ("rate", "report_rate", "craft_rate", "attack", "missed", "monotone", "gradients", "spent")
+    metrics = {"eps_uni": result.epsilon} | {name: getattr(result, name) for name in told}
+    metrics["images"] = {role: len(part) for role, part in parts.items()}
+    return metrics | {"evaluations": [asdict(evaluation) for evaluation in result.evaluations]}, result
 
 
 def _disjoint(data: Splits, sets: Mapping[str, str], images: Mapping[str, int]) -> dict[str, ImageSet]:
@@ -177,6 +215,14 @@ def universal_search(settings: Any, model: Run, title: str, attack: dict[str, An
     images = {role: getattr(settings, f"{role}_images") for role in SETS}
     given = stated(settings, "delta", "search") | {"iterations": settings.search_iterations, "images": images} | more
     return universal_robustness.plan(settings, title, cost, model=model, attack=attack, **given)
+
+
+def strongest_search(settings: Any, model: Run, title: str, *, seed: int = 0, **more: Any) -> Run:
+    """A section's search for eps_uni of a model by the ensemble; the first one also measures success at fixed sizes."""
+    images = {role: getattr(settings, f"{role}_images") for role in SETS}
+    sizes = () if seed else settings.strongest_epsilons
+    given = stated(settings, "delta") | {"images": images, "epsilons": sizes, "seed": seed} | more
+    return strongest.plan(settings, title, 60_000 + 10_000 * len(sizes), model=model, **given)
 
 
 def adversarial_search(
