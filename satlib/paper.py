@@ -189,7 +189,7 @@ class Cityscapes:
     unstated: ClassVar[str] = (
         "width seed label_smoothing erm_epochs erm_learning_rate erm_schedule erm_milestones "
         "craft_images choose_images adversarial_images adversarial_iterations adversarial_steps "
-        "straight_through structure_eps hidden hiding_epsilons"
+        "straight_through adversarial_capped strongest_seeds strongest_epsilons structure_eps hidden hiding_epsilons"
     )
 
     dataset: str = "cityscapes"
@@ -228,6 +228,9 @@ class Cityscapes:
     adversarial_images: int = 16
     adversarial_iterations: int = 10
     adversarial_steps: int = 200
+    adversarial_capped: bool = False  # whether untargeted image-dependent attacks have threshold and soft targets, too
+    strongest_seeds: int = 1  # beyond the paper: searches by the ensemble of `satlib.robustness.strongest`
+    strongest_epsilons: tuple[float, ...] = (8, 16, 32, 64, 128, 255)  # pixel units, at which its success is measured
     structure_eps: float = 40.0  # of the perturbations whose structure is measured (Figure 6)
     hidden: str = "person"  # the class that a dynamic target hides (Metzen et al. 2017)
     hiding_epsilons: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0)

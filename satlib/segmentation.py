@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib.data.imageset import Splits
+from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import logits_of
 
@@ -52,8 +53,9 @@ def without(labels: Tensor, hidden: int) -> Tensor:
 
 @torch.no_grad()
 def segment(model: nn.Module, images: Tensor, *, batch_size: int = 4) -> Tensor:
-    """Predicted classes uint8 (n, H, W) of images (n, C, H, W) in 0..255, by the model as it is given."""
-    return torch.cat([logits_of(model, x.float()).argmax(1).to(torch.uint8) for x in images.split(batch_size)])
+    """Predicted classes uint8 (n, H, W) of images (n, C, H, W) in 0..255, by the model as it is given, in float32."""
+    with exact():
+        return torch.cat([logits_of(model, x.float()).argmax(1).to(torch.uint8) for x in images.split(batch_size)])
 
 
 def share_hidden(clean: Tensor, perturbed: Tensor, hidden: int) -> dict[str, float | None]:

@@ -428,7 +428,7 @@ def ensemble(
     look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin, which does
     not go on where a decision is won by far. effort: so many times as many steps.
     """
-    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4}
+    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4, "score_images": 256}
     aim = [named("aimed", steps=80 * effort, scan=8 * effort, **common)]
     plain, margin = (named(name, steps=50 * effort, **_UNIT | common) for name in ("SGA", "margin"))
     return [plain, *([] if targeted else aim), margin]

@@ -9,7 +9,7 @@ import pytest
 
 from satlib import paper
 from satlib.study import results
-from satlib.study.claims.scenes import Checkpoint, SceneModel, cityscapes_claims, matched
+from satlib.study.claims.scenes import Checkpoint, SceneModel, Strongest, cityscapes_claims, matched
 from satlib.study.figures import scenes as drawings
 
 
@@ -45,21 +45,70 @@ def test_sound_models_of_equal_performance_are_compared():
 
 
 def test_claims_of_section_6_3():
-    found = cityscapes_claims([ERM, ONE, MANY])
+    def claims(*models):
+        """By the paper's attack: clean, targeted, untargeted, image-dependent, beside ERM."""
+        clean, *rest = cityscapes_claims(models)
+        (aimed, free, beside), image = [c for c in rest if c.claim.endswith("S-PGD)")], rest[-1]
+        assert {c.verdict for c in rest if c.claim.endswith("ensemble)")} == {"not run"} and len(rest) == 7
+        return clean, aimed, free, image, beside
+
+    found = claims(ERM, ONE, MANY)
     assert [claim.verdict for claim in found] == ["holds", "holds", "does not hold", "holds", "holds"]
     assert found[2].evidence == "s = 5, 44 20.0, s = 1, 45 25.0 pixel units"
     beyond = model("s = 5", 30.0, None, eps_adv=20.0, untargeted=None)
-    found = cityscapes_claims([ERM, ONE, beyond])
+    found = claims(ERM, ONE, beyond)
     assert [claim.verdict for claim in found] == ["does not hold", "holds", "holds", "does not hold", "holds"]
     assert "> 255" in found[1].evidence
     weak = model("s = 5", 45.0, 10.0, eps_adv=11.5, untargeted=26.0)
-    verdicts = [claim.verdict for claim in cityscapes_claims([ERM, ONE, weak])]
+    verdicts = [claim.verdict for claim in claims(ERM, ONE, weak)]
     assert verdicts == ["holds", "does not hold", "not decided", "not decided", "does not hold"]
     broken = model("s = 5", 45.0, 0.0)  # clean scenes already look like the target
-    assert cityscapes_claims([ERM, ONE, broken])[1].verdict == "does not hold"
+    assert claims(ERM, ONE, broken)[1].verdict == "does not hold"
     both = [model("s = 1", 45.0, None), model("s = 5", 45.0, None)]
-    assert cityscapes_claims([ERM, *both])[1].verdict == "not decided"
+    assert claims(ERM, *both)[1].verdict == "not decided"
     assert [claim.verdict for claim in cityscapes_claims([ERM, ONE])] == ["not run"]
+
+
+def strongest(size, *rates):
+    search = types.SimpleNamespace(id="e")
+    return Strongest(size, dict(zip((8.0, 64.0, 255.0), rates, strict=False)), (search,))
+
+
+@pytest.mark.parametrize(
+    ("one", "many", "verdict"),
+    [
+        (strongest(60.0), strongest(110.0), "holds"),
+        (strongest(60.0), strongest(62.0), "not decided"),
+        (strongest(110.0), strongest(None, 70.0, 80.0, 90.0), "holds"),
+        (strongest(None, 75.0, 85.0, 96.0), strongest(None, 70.0, 80.0, 90.0), "holds"),
+        (strongest(None, 75.0, 85.0, 90.0), strongest(None, 78.0, 89.0, 90.5), "does not hold"),
+        (strongest(None, 75.0, 85.0, 90.0), strongest(None, 75.5, 85.5, 90.5), "not decided"),
+        (strongest(None, 75.0, 85.0, 90.0), strongest(None, 70.0, 80.0, 93.0), "not decided"),  # they cross
+        (strongest(60.0), None, "not run"),
+    ],
+)
+def test_the_ensemble_decides_by_its_sizes_or_where_there_are_none_by_its_curves(one, many, verdict):
+    models = [replace(ONE, untargeted_ensemble=one), replace(MANY, untargeted_ensemble=many)]
+    claim = next(
+        c for c in cityscapes_claims([ERM, *models]) if "without a target" in c.claim and "ensemble" in c.claim
+    )
+    assert claim.verdict == verdict
+    curves = many is not None and one.size is many.size is None
+    assert ("success in % at 8, 64, 255: s = 5, 44 " in claim.evidence) == curves
+
+
+def test_the_ensembles_numbers_stand_beside_those_of_the_papers_attack():
+    models = [replace(m, ensemble=strongest(size)) for m, size in ((ERM, 10.0), (ONE, 50.0), (MANY, 40.0))]
+    found = results.section_rows("6.3", "p", replace(paper.CITYSCAPES, width=8), models)
+    rows = dict(zip([r.key for r in paper.REPORTED if r.section == "6.3"], found, strict=True))
+    many, free = rows["cityscapes/s5/eps_uni_targeted"], rows["cityscapes/s5/eps_uni"]
+    assert (many.ours, many.verdict, many.ensemble) == (110.0, "same direction", 40.0)
+    assert many.verdicts == "not reproduced (by the paper's attack: same direction)"
+    assert (free.ensemble_verdict, free.ensemble_text, free.verdicts) == ("not run", "–", free.verdict)
+    assert rows["cityscapes/s1/eps_adv"].ensemble_verdict == "not run" and "e" in many.runs
+    table = results.segmenters(paper.CITYSCAPES, models)
+    assert table["targeted eps_uni(0.95), ensemble"].tolist() == ["10.0", "50.0", "40.0"]
+    assert "untargeted eps_uni(0.95), ensemble" not in table
 
 
 def test_rows_of_section_6_3_are_judged_as_the_paper_says():
@@ -94,7 +143,7 @@ def test_rows_of_section_6_3_are_judged_as_the_paper_says():
     found = rows(ERM, ONE, MANY, settings=replace(paper.CITYSCAPES, delta=0.5))
     assert found["cityscapes/erm/iou"].dataset == "Made up"
     assert found["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
-    assert found["cityscapes/s1/eps_uni"].runs == ("t", "u", "t", "u") and found["cityscapes/s1/eps_uni"].seeds == 1
+    assert found["cityscapes/s1/eps_uni"].runs == ("t", "u") and found["cityscapes/s1/eps_uni"].seeds == 1
     assert judged(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
     assert {row.verdict for row in rows(ONE, MANY).values()} == {"not run"}  # without ERM nothing is compared
 

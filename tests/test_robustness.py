@@ -549,6 +549,18 @@ def test_images_that_nothing_fools_are_infinitely_robust(linear):
     assert reached.epsilon == 0 and str(reached) == "0.0"
 
 
+def test_scenes_that_nothing_fools_count_as_255_in_the_mean(linear):
+    """Pixels turn to class 1 above 128, but in the second scene nothing can: what it is labelled is out of reach."""
+    model = torch.nn.Conv2d(3, 3, 1)
+    weight = torch.tensor([[-1.0], [1.0], [0.0]]).expand(3, 3)[..., None, None] / 3
+    model.load_state_dict({"weight": weight.clone(), "bias": torch.tensor([256.0, 0.0, -1000.0])})
+    images, labels = torch.full((2, 3, 4, 4), 100.0), torch.zeros(2, 4, 4, dtype=torch.long)
+    targets = torch.stack([labels[0] + 1, labels[1] + 2])
+    found = adversarial_robustness(model, images, targets, targeted=True, delta=0.9, steps=20, iterations=8)
+    assert found.epsilons[0] == pytest.approx(28, abs=1.1) and found.epsilons[1] == math.inf and found.unreached == 1
+    assert found.epsilon == pytest.approx((found.epsilons[0].item() + 255) / 2)
+
+
 def test_image_dependent_search_needs_less_than_the_universal_one(trained, tiny):
     """rho_uni <= rho_adv at every eps, so eps_adv <= eps_uni at equal delta."""
     part = (tiny.test.images[:32], tiny.test.labels[:32])

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from satlib.attacks import (
@@ -414,3 +415,106 @@ def test_stronger_attacks_stay_within_eps_and_fool(trained, tiny, changes):
     )
     rates, random = (success_rates(trained, tiny.test.images, tiny.test.labels, each) for each in (xi, noise))
     assert rates[1] > random[1] + 0.2 and rates[1] >= rates[0]
+
+
+# -------------------------------------------------------------------- every option, beside a slow reference of it
+
+
+def slow_pgd(net, images, labels, *, eps, seed, steps=8, batch_size=4, **options):
+    """`extended_pgd` for one eps and one snapshot, from the words of its docstring."""
+    own = {"update": "sign", "schedule": "geometric", "loss": "cross-entropy", "straight_through": True} | options
+    generator = seeded(seed)
+    xi = (torch.rand((1, *images.shape[1:]), generator=generator) * 2 - 1) * eps
+    larger, inner = own.get("larger", 1), own.get("inner", 1)
+    steps, batch_size = steps // larger, batch_size * larger
+    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(steps)])  # whole passes
+    geometric = own["schedule"] == "geometric"
+    weights = [0.9**k if geometric else 1 + math.cos(math.pi * k / steps) for k in range(steps)]
+    mean, square, aim, since = 0.0, 0.0, None, 0
+    for k, chosen in enumerate(order.split(batch_size)[:steps]):
+        if own.get("dominant") and k == -(-steps // 4):  # aim where most of what is fooled so far goes
+            few = torch.randperm(len(images), generator=generator)[:64]
+            predicted = net((images[few] + xi).clamp(0, 255)).argmax(1)
+            aim, mean, square, since = predicted[predicted != labels[few]].mode().values, 0.0, 0.0, 0
+        alpha = 3.0 * eps * weights[k] / sum(weights)
+        at, gradients = xi, []
+        for part in chosen.split(-(-batch_size // inner)):
+            seen = (images[part] + at).clamp(0, 255).requires_grad_()
+            logits = net(seen)
+            if aim is not None:
+                losses = -F.cross_entropy(logits, aim.expand(len(part)), reduction="none")
+            elif own["loss"] == "margin":
+                shown = F.one_hot(labels[part], logits.shape[1]).bool()
+                losses = logits.masked_fill(shown, -math.inf).amax(1) - logits[shown]
+            else:
+                smoothing = own.get("label_smoothing", 0.0)
+                losses = F.cross_entropy(logits, labels[part], reduction="none", label_smoothing=smoothing)
+            if own.get("loss_threshold") and aim is None:
+                losses = losses.clamp(max=own["loss_threshold"])
+            (each,) = torch.autograd.grad(losses.sum(), seen)
+            inside = (images[part] + at >= 0) & (images[part] + at <= 255)
+            gradients.append((each if own["straight_through"] else each * inside).sum(0, keepdim=True))
+            at = (at + alpha * gradients[-1].sign()).clamp(-eps, eps)
+        direction, since = sum(gradients), since + 1
+        if own["update"] == "momentum":
+            mean = 0.9 * mean + 0.1 * direction / direction.abs().mean()
+            direction = mean
+        if own["update"] == "adam":
+            mean, square = 0.9 * mean + 0.1 * direction, 0.99 * square + 0.01 * direction**2
+            direction = (mean / (1 - 0.9**since)) / (square / (1 - 0.99**since)).sqrt()
+        else:
+            direction = direction.sign()
+        xi = (xi + alpha * direction).clamp(-eps, eps)
+    return xi
+
+
+OPTIONS = {
+    "as it is": {},
+    "momentum": {"update": "momentum"},
+    "Adam": {"update": "adam"},
+    "cosine": {"schedule": "cosine"},
+    "margin": {"loss": "margin"},
+    "through the clamp": {"straight_through": False},
+    "capped": {"loss_threshold": 1.2},
+    "soft targets": {"label_smoothing": 0.3},
+    "dominant": {"dominant": True},
+    "dominant, the cap gone": {"dominant": True, "loss_threshold": 1.2},
+    "dominant, momentum anew": {"dominant": True, "update": "momentum"},
+    "larger": {"larger": 2},
+    "inner": {"inner": 3},
+    "margin, capped, inner": {"loss": "margin", "loss_threshold": 0.5, "inner": 2},
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_every_option_changes_what_it_says(name, trained, tiny):
+    """Images near black and white, so that it matters how the clamp is passed."""
+    images = ((tiny.val.images[:64].float() - 128) * 3 + 128).clamp(0, 255)
+    labels, given = tiny.val.labels[:64], {"eps": 40.0, "steps": 8, "batch_size": 4}
+    with attackable(trained) as net:
+        expected, plain = (slow_pgd(net, images, labels, seed=5, **given, **more) for more in (OPTIONS[name], {}))
+    more = OPTIONS[name] | {"beta": 3.0, "gamma": 0.9, "snapshots": 1, "score_images": 64}
+    found = extended_pgd(trained, images, labels, generator=seeded(5), **given, **more)
+    far = 0.05  # share of the pixels whose gradient is so small that rounding may turn its sign
+
+    def apart(one, other):
+        return ((one - other).abs() > 1e-3).float().mean().item()
+
+    assert apart(found, expected) < far
+    assert not OPTIONS[name] or apart(expected, plain) > 2 * far
+
+
+def test_snapshots_are_spread_over_the_second_half_and_the_best_and_latest_returned(two_class, monkeypatch):
+    scored, rates = [], iter([0.5, 0.75, 0.75, 0.25])
+
+    def rated(net, images, labels, xi, *, targeted=False):
+        scored.append(xi.mean().item())
+        return torch.tensor([next(rates)])
+
+    def path(net, images, labels, xi, minibatches, step_sizes, **options):
+        yield from (torch.full_like(xi, float(k)) for k in range(1, 1 + len(minibatches)))
+
+    monkeypatch.setattr("satlib.attacks.success_rates", rated)
+    given = {"eps": 50.0, "steps": 40, "batch_size": 2, "snapshots": 4, "path": path}
+    found = universal_pgd(two_class, images_like(4), torch.zeros(4, dtype=torch.long), **given)
+    assert scored == [25.0, 30.0, 35.0, 40.0] and (found == 35).all()

@@ -16,6 +16,7 @@ from pandas.io.formats.style import Styler
 
 from satlib.attacks import perturb
 from satlib.data import ImageSet
+from satlib.device import exact
 from satlib.study import figures
 from satlib.study.claims import Model
 from satlib.study.measurements.scenes import perturbation_of
@@ -52,7 +53,7 @@ def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet) -> li
         if model.predictions:
             predicted = model.predictions.metrics["first"]["perturbed"][: len(pictures)]
         else:
-            with torch.no_grad():
+            with torch.no_grad(), exact():
                 logits = runner.model(model.run)(perturb(pictures.images[:].float(), xi, len(pictures)))
             predicted = logits.argmax(1).tolist()
         pairs = zip(predicted, pictures.labels.tolist(), strict=True)

@@ -34,6 +34,12 @@ def comparable(size: float | None) -> float:
     return LARGEST + 1 if size is None else size
 
 
+def curve_of(searches: Iterable[Record]) -> dict[float, float]:
+    """Success in % by eps, from the first search by the ensemble that measured it; else empty."""
+    curves = (record.metrics["curve"] for record in searches if "curve" in record.metrics)
+    return {point["eps"]: 100 * point["rate"] for point in next(curves, ())}
+
+
 class Records:
     """Finds the records of planned runs by their settings and the name of their data, which nobody needs to have."""
 
@@ -118,6 +124,11 @@ class Model:
     def seeds(self) -> int:
         """Of its trainings and searches together."""
         return len(self.searches)
+
+    @property
+    def curve(self) -> dict[float, float]:
+        """Success of the ensemble in % by eps in pixel units, on images that report; empty where not measured."""
+        return curve_of(self.strongest_searches)
 
     @property
     def times_trained(self) -> int:

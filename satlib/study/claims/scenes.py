@@ -2,17 +2,20 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from satlib.study.claims import Claim, Records, comparable, size_text, verdict, worst
+from satlib.study.claims import Claim, Records, comparable, curve_of, size_text, verdict, worst
 from satlib.study.measurements.scenes import ScenesPlan
 from satlib.study.records import Record
 from satlib.study.runs import Run
 
 NEAR = 3.0  # points of mean IoU within which two models count as equally good on clean images
 LOST = 5.0  # points of mean IoU that a defence may lose, as in the paper
+AHEAD = 1.0  # points of success that one curve must be above another
+UNIVERSAL = {"ensemble": ("strongest", "strongest_untargeted"), "S-PGD": ("eps_uni", "untargeted")}
 CLEAR = 0.1  # share by which one eps_uni must exceed another to count as larger: searches end up to 8 % too high
 
 
@@ -31,11 +34,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Strongest:
+    """What the ensemble finds: eps_uni in pixel units, None beyond 255, and its success in % by eps, if measured."""
+
+    size: float | None
+    curve: Mapping[float, float]
+    searches: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
 class SceneModel(Checkpoint):
     """A segmentation model at the end of its training, with all attacks on it; family: "ERM", or "s = 5".
 
     iou is of test scenes, validation_iou of validation scenes. untargeted, untargeted_adv and untargeted_error: as
-    eps_uni, eps_adv and error, without a target. curve: along its training, last epoch included.
+    eps_uni, eps_adv and error, without a target. curve: along its training, last epoch included. ensemble,
+    untargeted_ensemble: what the ensemble finds for the target scene and without a target; None where it was not run.
     """
 
     seeds: ClassVar[int] = 1
@@ -50,10 +63,23 @@ class SceneModel(Checkpoint):
     run: Run
     training: Record
     searches: tuple[Record, ...]
+    ensemble: Strongest | None = None
+    untargeted_ensemble: Strongest | None = None
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return (self.training, *self.searches)
+        strongest = [each for found in (self.ensemble, self.untargeted_ensemble) if found for each in found.searches]
+        return (self.training, *self.searches, *strongest)
+
+    @property
+    def strongest(self) -> float | None:
+        """eps_uni for the target scene by the ensemble; None beyond 255, or where it was not run."""
+        return self.ensemble.size if self.ensemble else None
+
+    @property
+    def strongest_untargeted(self) -> float | None:
+        """The same without a target."""
+        return self.untargeted_ensemble.size if self.untargeted_ensemble else None
 
     @property
     def spreads(self) -> Mapping[str, float | None]:
@@ -93,9 +119,19 @@ def scene_models(plan: ScenesPlan, records: Records) -> list[SceneModel]:
                 run=run,
                 training=final[0],
                 searches=(*searches, *final[1:]),
+                ensemble=_strongest(records.found(plan.strongest[run])),
+                untargeted_ensemble=_strongest(records.found(plan.strongest_untargeted[run])),
             )
         )
     return models
+
+
+def _strongest(searches: Sequence[Record]) -> Strongest | None:
+    """What searches by the ensemble found: the mean of their sizes, and the curve of the first."""
+    if not searches:
+        return None
+    sizes = [record.metrics["eps_uni"] for record in searches]
+    return Strongest(None if None in sizes else statistics.mean(sizes), curve_of(searches), tuple(searches))
 
 
 def matched(models: Sequence[SceneModel]) -> list[SceneModel]:
@@ -126,33 +162,66 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
         return Claim(claim, larger(better, worse, measure), _sizes((better, worse), measure))
 
     targeted = "larger targeted universal perturbations"
-    return [
+    claims = [
         Claim(
             f"both defences segment clean scenes alike (within {NEAR:g} points), and lose at most {LOST:g} points",
             verdict(equal),
             f"mean IoU: {', '.join(f'{m.title} {m.iou:.1f} %' for m in (one, many, erm))}",
-        ),
-        compared(f"shared training withstands {targeted} (paper: 111.7, 62.5)", many, one, "eps_uni"),
-        compared("it does so without a target, too (paper: 47.8, 25)", many, one, "untargeted"),
-        compared("standard training withstands larger image-dependent ones (paper: 11, 5.9)", one, many, "eps_adv"),
-        Claim(
-            f"both withstand {targeted} than ERM (paper: 19.92)",
-            worst(larger(m, erm, "eps_uni") for m in (one, many)),
-            _sizes((one, many, erm), "eps_uni"),
-        ),
+        )
     ]
+    for attack, measures in UNIVERSAL.items():
+        aimed, free = measures
+        claims += [
+            compared(f"shared training withstands {targeted} (paper: 111.7, 62.5; {attack})", many, one, aimed),
+            compared(f"it does so without a target, too (paper: 47.8, 25; {attack})", many, one, free),
+            Claim(
+                f"both withstand {targeted} than ERM (paper: 19.92; {attack})",
+                worst(larger(m, erm, aimed) for m in (one, many)),
+                _sizes((one, many, erm), aimed),
+            ),
+        ]
+    images = "standard training withstands larger image-dependent ones (paper: 11, 5.9)"
+    return [*claims, compared(images, one, many, "eps_adv")]
 
 
 def _sizes(models: Sequence[SceneModel], measure: str) -> str:
-    return ", ".join(f"{m.title} {size_text(getattr(m, measure))}" for m in models) + " pixel units"
+    """In words, for each model; with its success at some sizes, where no size was enough for several of them."""
+    words = ", ".join(f"{m.title} {size_text(getattr(m, measure))}" for m in models) + " pixel units"
+    curves = {m.title: found.curve for m in models if (found := _ensemble(m, measure)) and found.size is None}
+    if len(curves) < 2:
+        return words
+    shown = "; ".join(
+        f"{title} {', '.join(f'{rate:.1f}' for rate in curve.values())}" for title, curve in curves.items()
+    )
+    return f"{words}; success in % at {', '.join(f'{eps:g}' for eps in next(iter(curves.values())))}: {shown}"
+
+
+def _ensemble(model: SceneModel, measure: str) -> Strongest | None:
+    return {"strongest": model.ensemble, "strongest_untargeted": model.untargeted_ensemble}.get(measure)
+
+
+def known(model: SceneModel, measure: str) -> bool:
+    """Whether a model was searched by the attack of this measure."""
+    return measure not in UNIVERSAL["ensemble"] or _ensemble(model, measure) is not None
 
 
 def larger(better: SceneModel, worse: SceneModel, measure: str) -> str:
     """Whether one model needs clearly larger perturbations than another: a verdict. None is beyond 255.
 
-    Clearly: by a share CLEAR of the larger, or for eps_adv by two standard errors of the difference.
+    Clearly: by a share CLEAR of the larger, or for eps_adv by two standard errors of the difference. Where neither is
+    reached by the ensemble, its success at the same sizes decides: lower by more than AHEAD points on average, and
+    higher by as much at none.
     """
     high, low = (comparable(getattr(model, measure)) for model in (better, worse))
+    if measure in ("strongest", "strongest_untargeted"):
+        one, other = (_ensemble(model, measure) for model in (better, worse))
+        if one is None or other is None:
+            return "not run"
+        if one.size is other.size is None:
+            gaps = [other.curve[eps] - one.curve[eps] for eps in one.curve if eps in other.curve]
+            mean = statistics.mean(gaps) if gaps else 0.0
+            mixed = min(gaps, default=0) < -AHEAD and max(gaps, default=0) > AHEAD
+            return "not decided" if mixed or abs(mean) <= AHEAD else verdict(mean > 0)
     margin = CLEAR * max(high, low)
     if measure == "eps_adv":
         margin = 2 * math.hypot(better.error or 0.0, worse.error or 0.0)

@@ -39,6 +39,26 @@ def figure4(models: Sequence[Model], reported: Reported, *, delta: float, datase
     return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=own, fontsize=10)
 
 
+def success_curves(
+    curves: Mapping[str, Mapping[float, float]], sizes: Mapping[str, float | None], *, delta: float, dataset: str
+) -> Figure:
+    """Success of the ensemble on unseen images against eps, for each model; a stroke on the line delta at its eps_uni.
+
+    curves: % by eps in pixel units, by a model's title; sizes: eps_uni, None where nothing reached delta.
+    """
+    figure, axis = plt.subplots(figsize=(8.4, 4.8))
+    for place, (title, curve) in enumerate(curves.items()):
+        style = look(title) | {"linestyle": ("-", "--", ":")[[look(t) for t in curves][:place].count(look(title)) % 3]}
+        axis.plot(list(curve), list(curve.values()), label=title, markersize=5, **style)
+        if sizes[title] is not None:
+            axis.plot(sizes[title], 100 * delta, marker="|", markersize=16, color=style["color"], markeredgewidth=2)
+    axis.axhline(100 * delta, color="0.4", linestyle=":", linewidth=1.2, label=f"delta = {delta:g}")
+    axis.set_xscale("log", base=2)
+    figures.plain_ticks(axis.xaxis, sorted({eps for curve in curves.values() for eps in curve}))
+    axis.set(xlabel=figures.EPS, ylabel="success on unseen images (%)", ylim=(0, 102))
+    return finish(figure, f"Success of the strongest attacks against eps · {dataset}", legend=axis, ncols=3, fontsize=8)
+
+
 def _draw_universal(
     models: Sequence[Model],
     reported: Reported,

@@ -120,22 +120,37 @@ def trade_figure(
 ) -> Figure:
     """The models that were run in accuracy and eps_uni, the chosen one ringed; its perturbation, and what it does.
 
-    row, pictures: the chosen model's row of `display.broken_by` and the images (n, C, H, W) in it, where known.
+    Filled: by the ensemble, where that was run, with a line up to what the paper's attack finds (hollow). row,
+    pictures: the chosen model's row of `display.broken_by` and the images (n, C, H, W) in it, where known.
     """
     figure = _figure(4.4)
     axis = figure.add_axes((0.06, 0.13, 0.42, 0.72))
+    searched = any(m.strongest is not None for m in models)
     for family in dict.fromkeys(m.family for m in models):
-        if points := [(m.accuracy, m.eps_uni) for m in models if m.family == family and m.eps_uni is not None]:
-            axis.plot(*np.array(points).T, linestyle="none", markersize=7, label=family, **look(family))
-    if best := [(m.accuracy, eps_uni) for m, eps_uni in front(models)]:
+        members, style, label = [m for m in models if m.family == family], look(family), family
+        for measure, hollow in (("strongest", False), ("eps_uni", searched)):
+            known = [(m.accuracy, size) for m in members if (size := getattr(m, measure)) is not None]
+            if known:
+                filled = {"markerfacecolor": "none"} if hollow else {}
+                axis.plot(*np.array(known).T, linestyle="none", markersize=7, label=label, **style, **filled)
+                label = None
+        for m in members:
+            if m.strongest is not None and m.eps_uni is not None:
+                axis.plot([m.accuracy] * 2, [m.strongest, m.eps_uni], color=style["color"], linewidth=0.8, alpha=0.6)
+    measure = "strongest" if searched else "eps_uni"
+    if best := [(m.accuracy, size) for m, size in front(models, measure)]:
         axis.plot(*np.array(best).T, color="0.6", linewidth=1, zorder=0, label="Pareto front")
-    if chosen.eps_uni is not None:
+    sizes = [size for size in (chosen.strongest, chosen.eps_uni) if size is not None]
+    if sizes:
         ring = {"markersize": 17, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 2}
-        axis.plot(chosen.accuracy, chosen.eps_uni, marker="o", linestyle="none", label="chosen", **ring)
+        axis.plot(chosen.accuracy, sizes[0], marker="o", linestyle="none", label="chosen", **ring)
     axis.set(xlabel="clean accuracy (%)", ylabel="eps_uni(0.75) (pixel units of 255)")
     axis.grid(alpha=0.4)
     axis.legend(fontsize=7, loc="lower left")
-    title = f"{chosen.title}: accuracy {chosen.accuracy:.1f} %, eps_uni {size_text(chosen.eps_uni)} · {dataset}"
+    found = f"{size_text(chosen.eps_uni)} by the paper's attack"
+    if chosen.strongest_searches:
+        found = f"{size_text(chosen.strongest)} by the ensemble, {found}"
+    title = f"{chosen.title}: accuracy {chosen.accuracy:.1f} %, eps_uni {found} · {dataset}"
     finish(figure, title, size=11)
     if row is None or pictures is None:
         figure.text(0.74, 0.5, "neither its perturbation nor its weights\nare here: only its numbers", ha="center")

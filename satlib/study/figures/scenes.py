@@ -28,6 +28,7 @@ COLOURS = {name: color for color, _, name in (each.partition(" ") for each in _S
 UNKNOWN = "white"
 MODELS = {"erm": "ERM", "s1": "s = 1", "s5": "s = 5"}  # by their place in the keys of the paper's numbers
 HOLLOW = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
+PLUS = {"marker": "P", "markersize": 9, "linestyle": "none"}
 SMALL = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
 
 
@@ -41,8 +42,9 @@ def colour(labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delta: float, dataset: str) -> Figure:
     """Figure 5: mean IoU (left), eps_adv (middle) and eps_uni (right) along the training of each defence.
 
-    The undefended model is a dashed line, untargeted results stand by themselves at the last epoch; what nothing
-    reached stands on a dotted line at 255. reported: the paper's numbers by their keys, crosses beside the last epoch.
+    The undefended model is a dashed line, untargeted results stand by themselves at the last epoch, and so do those of
+    the ensemble, as pluses; what nothing reached stands on a dotted line at 255. reported: the paper's numbers by their
+    keys, crosses beside the last epoch.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13.0, 4.6))
     last = max((each.epoch for m in models if m.family != "ERM" for each in m.curve), default=1)
@@ -73,6 +75,11 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
                 drawn.append(getattr(m, untargeted))
                 place = 1.06 * last if m.family != "ERM" else 1.11 * last
                 axis.plot(place, height_of(drawn[-1]), **look(m.family), **HOLLOW)
+            if name == "eps_uni":
+                found = (m.ensemble, {}), (m.untargeted_ensemble, {"markerfacecolor": "none"})
+                for each, filled in [pair for pair in found if pair[0]]:
+                    drawn.append(each.size)
+                    axis.plot(place, height_of(each.size), **look(m.family) | PLUS | filled)
         if None in drawn:
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
             axis.annotate(f"{size_text(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
@@ -85,9 +92,11 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
         axis.set_ylim(bottom=0)
     lines, _ = axes[2].get_legend_handles_labels()
     hollow = plt.Line2D([], [], color="0.3", marker="o", label="untargeted", **HOLLOW)
+    pluses = plt.Line2D([], [], color="0.3", label="ensemble (hollow: untargeted)", **PLUS)
     crosses = plt.Line2D([], [], label="the paper (Cityscapes, delta = 0.95)", **REFERENCE)
+    both = [hollow, pluses] if any(m.ensemble for m in models) else [hollow]
     title = f"Robustness along the training, lines: for the target scene · {dataset}"
-    return finish(figure, title, legend=[*lines, hollow, crosses], ncols=5)
+    return finish(figure, title, legend=[*lines, *both, crosses], ncols=5)
 
 
 def segmentations(

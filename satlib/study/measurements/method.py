@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from satlib import attacks
 from satlib.data import ImageSet, Splits
+from satlib.device import exact
 from satlib.paper import Method
 from satlib.risks import expected_risk, heap_risk, risk_under, universal_risk
 from satlib.study.measurement import Measurement, Run, measurement
@@ -73,7 +74,7 @@ def gallery(
     own = attacks.heap_pgd(model, x, y, eps=eps, sharedness=1, generator=generator, **heap)
     one = attacks.universal_pgd(model, data.val.images, data.val.labels, eps=[eps], generator=generator, **universal)
     seen = {"clean": x, "own": attacks.perturb(x, own, 1), "universal": attacks.perturb(x, one, len(x))}
-    with torch.no_grad():
+    with torch.no_grad(), exact():
         predicted = {name: model(pictures).argmax(1).tolist() for name, pictures in seen.items()}
     arrays = {"images": x, "own": own, "universal": one}
     work.save_arrays("gallery", {name: value.cpu().numpy() for name, value in arrays.items()})
@@ -149,7 +150,7 @@ def loss_threshold(
     for name, kappa in (("capped", loss_threshold), ("uncapped", None)):
         options = heap | {"eps": eps, "loss_threshold": kappa, "generator": torch.Generator().manual_seed(seed)}
         xi = attacks.heap_pgd(model, x, y, sharedness=sharedness, **options)
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             logits = model(attacks.perturb(x, xi, sharedness))
         losses = attacks.attack_loss(logits, y)
         arrays[name] = losses.cpu().numpy()
@@ -191,7 +192,7 @@ def heap_trace(
             xi, _ = attacks.pgd_step(net, x, y, iterates[-1], eps=bound, alpha=alpha, sharedness=s, **options)
             iterates.append(xi)
         adversarial = attacks.perturb(x, iterates[-1], s)
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             decided = {"clean_predictions": net(x).argmax(1), "adversarial_predictions": net(adversarial).argmax(1)}
     arrays = {"images": x, "gradients": gradients, "perturbations": torch.stack(iterates), "adversarial": adversarial}
     work.save_arrays("trace", {name: value.detach().cpu().numpy() for name, value in arrays.items()})

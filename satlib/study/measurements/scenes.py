@@ -16,7 +16,14 @@ from satlib.paper import Cityscapes
 from satlib.segmentation import repeated, segment
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Point
-from satlib.study.measurements.robustness import adversarial_search, frozen, search_attack, stated, universal_search
+from satlib.study.measurements.robustness import (
+    adversarial_search,
+    frozen,
+    search_attack,
+    stated,
+    strongest_search,
+    universal_search,
+)
 from satlib.study.measurements.training import pretrained_weights, train_run, training_settings
 from satlib.study.records import Record, Workspace
 from satlib.training import Training
@@ -135,7 +142,8 @@ class ScenesPlan:
 
     models: by (s, eps, sigma), one part of the training for each of the `epochs` after which it is looked at. targeted,
     adversarial: eps_uni and eps_adv for the target scene, of every model after each of these epochs; untargeted and
-    untargeted_adversarial: of the models at their end. structure: what image-dependent and universal perturbations do
+    untargeted_adversarial: of the models at their end; strongest and strongest_untargeted: eps_uni of these by the
+    ensemble, one search for each seed. structure: what image-dependent and universal perturbations do
     to images (Figure 6); hiding: what a dynamic target reaches; seen: segmentations under universal perturbations.
     """
 
@@ -146,6 +154,8 @@ class ScenesPlan:
     adversarial: dict[Run, Run]
     untargeted: dict[Run, Run]
     untargeted_adversarial: dict[Run, Run]
+    strongest: dict[Run, list[Run]]
+    strongest_untargeted: dict[Run, list[Run]]
     structure: dict[Run, Run]
     hiding: dict[Run, Run]
     seen: dict[Run, Run]
@@ -160,7 +170,10 @@ class ScenesPlan:
         """In order of importance: the models at their ends first."""
         kinds = (self.targeted, self.adversarial, self.untargeted, self.untargeted_adversarial)
         kinds += (self.structure, self.hiding, self.seen)
-        planned = [run for model in self.final for run in (model, *(of[model] for of in kinds))]
+        planned = []
+        for model in self.final:
+            strongest = (*self.strongest[model], *self.strongest_untargeted[model])
+            planned += [model, *strongest, *(of[model] for of in kinds)]
         earlier = [part for parts in self.models.values() for part in parts[:-1]]
         return planned + [run for part in earlier for run in (part, self.targeted[part], self.adversarial[part])]
 
@@ -193,6 +206,8 @@ def cityscapes(settings: Cityscapes) -> ScenesPlan:
         adversarial={model: adversarial for model, (_, adversarial) in aimed.items()},
         untargeted={model: universal for model, (universal, _) in free.items()},
         untargeted_adversarial={model: adversarial for model, (_, adversarial) in free.items()},
+        strongest={model: _strongest(settings, model, target=settings.target) for model in final},
+        strongest_untargeted={model: _strongest(settings, model) for model in final},
         structure={model: _structure(settings, model) for model in final},
         hiding={model: _hiding(settings, model) for model in final},
         seen={model: _seen(settings, model, aimed[model][0], free[model][0]) for model in final},
@@ -220,17 +235,27 @@ def _searches(settings: Cityscapes, model: Run, *, targeted: bool) -> tuple[Run,
     """The searches for eps_uni and eps_adv of a model.
 
     A targeted attack has neither a loss threshold nor soft targets. Without a target the pixels of an image compete for
-    its perturbation, and their losses are capped.
+    its perturbation, and their losses are capped in the paper's universal attack; image-dependent ones have no cap.
     """
     kind, loss, aim = "untargeted", stated(settings, "loss_threshold", "label_smoothing"), stated(settings, "seed")
     if targeted:
         kind, loss, aim = "targeted", {"loss_threshold": None, "label_smoothing": 0.0}, aim | stated(settings, "target")
     universal = {"name": "paper", "score_images": settings.choose_images} | search_attack(settings) | loss
     each = {"iterations": settings.adversarial_iterations} | aim
+    own = {"batch_size": 4} | (loss if settings.adversarial_capped else {})
     return (
         universal_search(settings, model, f"{kind} eps_uni of {model.title}", universal, **aim),
-        adversarial_search(settings, model, f"{kind} eps_adv of {model.title}", {"batch_size": 4} | loss, **each),
+        adversarial_search(settings, model, f"{kind} eps_adv of {model.title}", own, **each),
     )
+
+
+def _strongest(settings: Cityscapes, model: Run, **target: str) -> list[Run]:
+    """The ensemble's searches for eps_uni of a model, one for each seed."""
+    title = f"strongest {'targeted' if target else 'untargeted'} eps_uni of {model.title}"
+    return [
+        strongest_search(settings, model, f"{title}, seed {seed}" if seed else title, seed=seed, **target)
+        for seed in range(settings.strongest_seeds)
+    ]
 
 
 def _structure(settings: Cityscapes, model: Run) -> Run:
