@@ -28,6 +28,7 @@ from satlib.universal import UniversalAttack, check_attack, ensemble, name_of, n
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
+CLOSER = (0.95, 0.975)  # and where the best of several attacks does at last
 ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
 COARSE = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
 TOLERANCE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
@@ -359,8 +360,19 @@ def k_ary_search(search: Search, iterations: int) -> None:
     All eps of a pass are heaps of one attack, so that the two passes take the time of little more than one. The
     short attack is weak, but what it finds within a large eps, clipped, wins within a smaller one, too. The full
     attack then asks below that; as long as it wins even at the smallest eps asked, it asks again below. Of several
-    attacks the first one looks, and then each in turn asks below what those before it have found.
+    attacks the first one looks, and then each in turn asks below what those before it have found; the one that found
+    most asks once more, close by.
     """
+
+    def settle(attack: UniversalAttack, asked: list[float]) -> float | None:
+        """Ask an attack, and clip what wins at the smallest eps, which is returned; None where nothing wins."""
+        winners = list(search.craft(attack, asked))
+        lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
+        for evaluation, xi in winners:
+            if evaluation.eps == lowest:
+                search.rescale((evaluation, xi), lowest, resolution)
+        return lowest
+
     resolution = LARGEST / 2**iterations
     coarse = search.craft(search.attacks[0], [share * LARGEST for share in COARSE], "coarse")
     for evaluation, xi in itertools.islice(coarse, 2):
@@ -370,16 +382,15 @@ def k_ary_search(search: Search, iterations: int) -> None:
         for _ in range(iterations):
             known = search.best is not None
             asked = [share * min(search.smallest, LARGEST) for share in (BELOW if known else ANYWHERE)]
-            winners = list(search.craft(attack, asked))
-            lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
-            for evaluation, xi in winners:
-                if evaluation.eps == lowest:
-                    search.rescale((evaluation, xi), lowest, resolution)
+            lowest = settle(attack, asked)
             search.report((turn + 1) / len(search.attacks))
-            if not winners or (known and lowest != asked[0]):
+            if lowest is None or (known and lowest != asked[0]):
                 break
-        if search.best and not winners:
+        if search.best and lowest is None:
             search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
+    if search.best and len(search.attacks) > 1:
+        winner = next(attack for attack in search.attacks if name_of(attack) == search.best[0].attack)
+        settle(winner, [share * search.smallest for share in CLOSER])
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
