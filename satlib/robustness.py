@@ -57,12 +57,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Success:
-    """The best of several attacks at one eps: its rate on images that it never saw, and on those it was crafted on."""
+    """The best of several attacks at one eps, on the images they were crafted on: its rate there, and on images that it
+    never saw; and the rate of each attack on these."""
 
     eps: float
     rate: float
     craft_rate: float
     attack: str
+    rates: dict[str, float]
 
 
 Winner = tuple[Evaluation, Tensor]  # and its perturbation (1, C, H, W)
@@ -238,17 +240,18 @@ def success_curve(
     given: dict[str, Any] = {"eps": bound.flatten().tolist(), "generator": generator}
     given |= {"targeted": True} if targeted else {}
     begun = None if start is None else start / start.abs().max().clamp(min=1e-30) * bound
+    seen, unseen = {}, {}
     with attackable(model) as net:
-        found = []
         for attack in attacks:
-            own = {"start": begun} if name_of(attack) == "aimed" and begun is not None else {}
+            own = {"start": begun} if begun is not None and name_of(attack) == "aimed" else {}
             xi = attack(net, *craft, **given, **own)
-            found.append((success_rates(net, *few, xi, targeted=targeted), name_of(attack), xi))
-        curve = []
-        for i, eps in enumerate(given["eps"]):
-            rates, name, xi = max(found, key=lambda each: each[0][i].item())
-            rate = success_rates(net, *report, xi[i : i + 1], targeted=targeted).item()
-            curve.append(Success(eps, rate, rates[i].item(), name))
+            seen[name_of(attack)] = success_rates(net, *few, xi, targeted=targeted).tolist()
+            unseen[name_of(attack)] = success_rates(net, *report, xi, targeted=targeted).tolist()
+    curve = []
+    for i, eps in enumerate(given["eps"]):
+        best = max(seen, key=lambda name: seen[name][i])
+        rates = {name: each[i] for name, each in unseen.items()}
+        curve.append(Success(eps, rates[best], seen[best][i], best, rates))
     return curve
 
 

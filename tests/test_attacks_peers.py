@@ -6,9 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 
-from satlib.attacks import heap_pgd, success_rates, universal_pgd
+from satlib.attacks import heap_pgd, spend, success_rates, universal_pgd
+from satlib.bench import peers
+from satlib.robustness import success_curve
 
 pytestmark = pytest.mark.usefixtures("float32")
 EPS, STEP, STEPS = 8.0, 2.0, 7
@@ -127,3 +131,151 @@ def test_universal_attack_reaches_the_error_of_art(trained, tiny):
         rates = success_rates(trained, images.images, images.labels, torch.cat([found, theirs]))
         clean = success_rates(trained, images.images, images.labels, torch.zeros(1, 3, 8, 8))
         assert rates[0] >= rates[1] > clean
+
+
+# ---------------------------------------------------------------- at equal gradients, on networks of three kinds
+
+
+class Resized(nn.Module):
+    """A network of torchvision's, with images of 0..255 scaled up to what it expects."""
+
+    def __init__(self, network: nn.Module, size: int):
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(F.interpolate((x - 128) / 30, size=self.size, mode="bilinear"))
+
+
+def fitted(network: nn.Module, tiny) -> nn.Module:
+    """Trained for a few epochs, by nothing of satlib's."""
+    optimizer = torch.optim.Adam(network.train().parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        for x, y in tiny.train.batches(64, generator=generator):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def networks(trained, tiny):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = {"image_size": 8, "patch_size": 2, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+        transformer = torchvision.models.VisionTransformer(**vit, num_classes=4)
+        shuffle = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
+        return {
+            "resnet": copy.deepcopy(trained).requires_grad_(False),
+            "vit": fitted(Resized(transformer, 8), tiny),
+            "shufflenet": fitted(Resized(shuffle, 32), tiny),
+        }
+
+
+class Perturbing(nn.Module):
+    """A network behind a perturbation as its input, u in [0, 1] for xi in [-eps, eps]: two logits whose cross-entropy
+    of class 0 grows with the mean loss over all images."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float):
+        super().__init__()
+        self.model, self.images, self.labels, self.eps = model, images, labels, eps
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        seen = (self.images + self.eps * (2 * u - 1)).clamp(0, 255)
+        loss = F.cross_entropy(self.model(seen), self.labels)
+        return torch.stack([-loss, torch.zeros(())])[None].expand(len(u), -1)
+
+
+def by_sign_sgd(model, images, labels, *, eps, budget):
+    xi, generator, steps = torch.zeros(1, 3, 8, 8), torch.Generator().manual_seed(0), budget // 64
+    for k in range(steps):
+        chosen = torch.randperm(len(images), generator=generator)[:64]
+        at = xi.clone().requires_grad_()
+        loss = F.cross_entropy(model((images[chosen] + at).clamp(0, 255)), labels[chosen])
+        (gradient,) = torch.autograd.grad(loss, at)
+        xi = (xi + eps / 10 * (1 - k / steps) * gradient.sign()).clamp(-eps, eps)
+    return xi
+
+
+def by_torchattacks(model, images, labels, *, eps, budget):
+    import torchattacks
+
+    steps = budget // len(images)
+    net = Perturbing(model, images, labels, eps)
+    attack = torchattacks.PGD(net, eps=0.5, alpha=0.02, steps=steps, random_start=True)
+    torch.manual_seed(0)
+    return eps * (2 * attack(torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])) - 1)
+
+
+def by_foolbox(model, images, labels, *, eps, budget):
+    import foolbox
+
+    net = foolbox.PyTorchModel(Perturbing(model, images, labels, eps).eval(), bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=budget // len(images))
+    torch.manual_seed(0)
+    u, _, _ = attack(net, torch.full((1, 3, 8, 8), 0.5), torch.tensor([0]), epsilons=0.5)
+    return eps * (2 * u - 1)
+
+
+def by_art(model, images, labels, *, eps, budget):
+    from art.attacks.evasion import UniversalPerturbation
+
+    with peers.quiet():
+        classifier = peers.art_classifier(UnitRange(model), images / 255, labels)
+        inner = {"eps": eps / 255, "eps_step": eps / 4 / 255, "max_iter": 10, "verbose": False}
+        passes = {"max_iter": max(1, budget // (10 * len(images))), "delta": 0.0}
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        attack = UniversalPerturbation(classifier, "pgd", inner, eps=eps / 255, **passes, verbose=False)
+        attack.generate((images / 255).numpy(), labels.numpy())
+    return torch.from_numpy(attack.noise).view(1, 3, 8, 8) * 255
+
+
+PEERS = {"sign-SGD": (by_sign_sgd, "torch"), "torchattacks": (by_torchattacks, "torchattacks")}
+PEERS |= {"Foolbox": (by_foolbox, "foolbox"), "ART": (by_art, "art")}
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "shufflenet"])
+def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
+    model, eps = networks[name], 14.0
+    craft, report = (tiny.val.images.float(), tiny.val.labels), (tiny.test.images, tiny.test.labels)
+    before, generator = spend(0), torch.Generator().manual_seed(0)
+    (ours,) = success_curve(model, craft=craft, report=report, epsilons=[eps], generator=generator)
+    budget = spend(0) - before
+    found = {}
+    for peer, (attack, package) in PEERS.items():
+        pytest.importorskip(package, reason=REASON)
+        xi = attack(model, *craft, eps=eps, budget=budget).detach()
+        assert xi.abs().max() <= eps + 0.01
+        found[peer] = success_rates(model, *report, xi).item()
+    clean = success_rates(model, *report, torch.zeros(1, 3, 8, 8)).item()
+    assert clean < 0.3 and max(found.values()) > clean + 0.1
+    assert ours.rate >= max(found.values()), (ours, found)
+
+
+@pytest.mark.parametrize("black_and_white", [False, True])
+def test_at_equal_steps_no_peer_fools_more_images(black_and_white, exact, tiny):
+    torchattacks = pytest.importorskip("torchattacks", reason=REASON)
+    foolbox = pytest.importorskip("foolbox", reason=REASON)
+    images, labels = tiny.test.images.float(), tiny.test.labels
+    if black_and_white:
+        images = (images > 128) * 255.0
+    eps, step, steps = 24.0, 6.0, 10
+    unit, given = UnitRange(exact), {"eps": eps, "sharedness": 1, "steps": steps, "step_size": step}
+    rates = {}
+
+    def fooled(seen):
+        return (exact(seen.double()).argmax(1) != labels).float().mean().item()
+
+    generator = torch.Generator().manual_seed(0)
+    xi = heap_pgd(exact, images, labels, keep_best=True, generator=generator, **given)
+    ours = fooled((images + xi).clamp(0, 255))
+    torch.manual_seed(0)
+    attack = torchattacks.PGD(unit, eps=eps / 255, alpha=step / 255, steps=steps, random_start=True)
+    rates["torchattacks"] = fooled(attack(images / 255, labels) * 255)
+    model = foolbox.PyTorchModel(unit.eval(), bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=step / 255, steps=steps)
+    rates["Foolbox"] = fooled(attack(model, images / 255, labels, epsilons=eps / 255)[1] * 255)
+    assert ours >= max(rates.values()) > fooled(images) + 0.1, rates
