@@ -262,6 +262,7 @@ class Checks:
     depths: tuple[int, ...] = (8, 14)  # other undefended networks, to and from which perturbations are carried
     depth_epochs: int = 0  # for how long those are trained, without a restart; 0: as the undefended network
     seeds: int = 5
+    doubled: int = 3  # how many of the models, ERM first, are searched by the ensemble with twice as many steps
     seed: int = 0
 
 

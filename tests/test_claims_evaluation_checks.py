@@ -35,6 +35,8 @@ SMALL = {
     "craft_images": 32,
     "choose_images": 32,
     "report_images": 16,
+    "strongest_seeds": 1,
+    "strongest_epsilons": [8.0, 32.0],
     "baselines": [],
 }
 CHOICES = {
@@ -46,6 +48,7 @@ CHOICES = {
     "attacks": list(SEARCHES),
     "depths": [14],
     "seeds": 2,
+    "doubled": 1,
 }
 
 
@@ -67,6 +70,15 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     found = {model: {name: runner.record(run) for name, run in runs.items()} for model, runs in plan.attacks.items()}
     assert all(set(runs) == set(SEARCHES) for runs in found.values())
     assert len({record.id for runs in found.values() for record in runs.values()}) == 2 * len(SEARCHES)
+    strongest = {name: [runner.record(run) for run in runs] for name, runs in plan.strongest.items()}
+    assert list(strongest) == list(plan.models) == list(plan.paper) and list(plan.doubled) == ["ERM"]
+    (record,), twice = strongest["ERM"], runner.record(plan.doubled["ERM"])
+    assert [point["eps"] for point in record.metrics["curve"]] == [8.0, 32.0] and "curve" not in twice.metrics
+    assert twice.settings["effort"] == 2 and twice.metrics["spent"] >= record.metrics["spent"]
+    assert claims.saturation_claim(strongest, {"ERM": twice}).verdict != "not run"
+    assert claims.ablation(strongest)["model"].tolist() == [
+        name for name, (each,) in strongest.items() if each.metrics["eps_uni"] is not None
+    ]
     carried = runner.record(plan.transfer).metrics
     assert carried["titles"] == ["ERM", "s=8, eps=10, sigma=0.7", "ERM, 14 layers"]
     assert len(carried["rates"]) == len(carried["noise"]) == len(carried["clean"]) == 3
@@ -149,6 +161,60 @@ def test_claims_about_bounds():
     verdicts = [claim.verdict for claim in claims.bound_claims(turned, {"ERM": [20.0, 24.0], "s = 8": [40.0]})]
     assert verdicts == ["does not hold", "does not hold", "does not hold"]
     assert claims.bound_claims(tight, {"ERM": [20.0, None]})[2].verdict == "does not hold"
+
+
+def strongest(*sizes, curve=(), attack="aimed", missed=9.0):
+    points = [{"eps": eps, "rates": rates} for eps, rates in curve]
+    metrics = {"attack": attack, "missed": missed} | ({"curve": points} if curve else {})
+    return [types.SimpleNamespace(metrics=metrics | {"eps_uni": size}) for size in sizes]
+
+
+def test_what_the_ensemble_lowers_is_told_for_each_model():
+    found = {"ERM": strongest(11.0, 13.0), "s = 8": strongest(None, attack=None)}
+    frame = claims.lowered(found, {"ERM": [20.0, 20.0], "s = 8": [40.0]})
+    rows = {name: values for name, *values in frame.itertuples(index=False)}
+    assert rows["ERM"] == ["20.0", "12.0", "40 %", "aimed", "9.0", 2]
+    assert rows["s = 8"] == ["40.0", "> 255", "–", "–", "9.0", 1]
+
+
+def test_the_ablation_is_at_the_size_nearest_to_eps_uni():
+    curve = [(8.0, {"SGA": 0.3, "aimed": 0.35, "margin": 0.2}), (16.0, {"SGA": 0.7, "aimed": 0.8, "margin": 0.75})]
+    frame = claims.ablation({"ERM": strongest(13.0, curve=curve), "s = 8": strongest(11.0, curve=curve), "x": []})
+    assert frame["eps"].tolist() == ["16", "8"] and frame["aimed"].tolist() == ["80.0", "35.0"]
+    assert frame["lost without the best"].tolist() == ["5.0", "5.0"]
+
+
+@pytest.mark.parametrize(
+    ("twice", "verdict"), [(19.5, "holds"), (19.3, "does not hold"), (25.0, "holds"), (None, "holds")]
+)
+def test_saturation_is_that_twice_the_effort_gains_little(twice, verdict):
+    claim = claims.saturation_claim({"ERM": strongest(20.0)}, {"ERM": strongest(twice)[0]})
+    assert claim.verdict == verdict and claim.evidence.startswith("ERM 20.0 -> ")
+    assert claims.saturation_claim({"ERM": strongest(20.0)}, {}).verdict == "not run"
+
+
+def test_the_order_changes_where_two_that_are_apart_swap_places():
+    paper = {"a": [20.0, 21.0], "b": [30.0, 31.0]}
+    apart = {"a": strongest(15.0, 16.0), "b": strongest(10.0, 11.0)}
+    found = claims.order_claim(apart, paper)
+    assert found.verdict == "does not hold" and found.evidence == "swapped: b and a"
+    assert claims.order_claim({"a": strongest(10.0, 12.0), "b": strongest(11.0, 9.0)}, paper).verdict == "holds"
+    assert claims.order_claim({"a": strongest(10.0), "b": strongest(None)}, paper).verdict == "holds"
+    assert claims.order_claim({"a": strongest(10.0)}, paper).verdict == "not run"
+
+
+def test_the_ensemble_is_drawn_beside_the_papers_attack():
+    figure = drawings.lowered(
+        {"ERM": strongest(11.0, 13.0), "s = 8": strongest(None)},
+        {"ERM": strongest(20.0), "s = 8": strongest(40.0)},
+        delta=0.75,
+        dataset="Made up",
+    )
+    (axis,) = figure.axes
+    lines = [line.get_xdata().tolist() for line in axis.get_lines()]
+    assert lines[0] == [20.0] and lines[1] == [11.0, 13.0] and lines[2] == [12.0, 20.0] and lines[4] == [255.0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["ERM", "s = 8"]
+    plt.close(figure)
 
 
 CARRIED = {

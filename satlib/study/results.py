@@ -120,10 +120,12 @@ def published_models(section: str, profile: str) -> pd.DataFrame:
 
 
 class PublishedEvaluation(NamedTuple):
-    """Audits, bounds by stronger attacks, and claims about them: see notebook 09."""
+    """Audits, bounds by single attacks and by the ensemble, what each of its attacks adds, and claims: notebook 09."""
 
     verdicts: pd.DataFrame
     bounds: pd.DataFrame
+    ensemble: pd.DataFrame
+    ablation: pd.DataFrame
     claims: list[Claim]
 
 
@@ -142,7 +144,14 @@ def published_evaluation(profile: str) -> PublishedEvaluation:
         found += evaluation_checks.transfer_claims(transfer.metrics)
         found.append(evaluation_checks.after_saving(transfer.metrics)[1])
     verdicts = evaluation_checks.verdicts({name: checks(record.metrics) for name, record in audits.items()})
-    return PublishedEvaluation(verdicts, evaluation_checks.bounds(searches, seeds), found)
+    strongest = {name: each for name, runs in plan.strongest.items() if (each := records.found(runs))}
+    paper = {name: [r.metrics["eps_uni"] for r in records.found(plan.paper[name])] for name in strongest}
+    found += [
+        evaluation_checks.order_claim(strongest, paper),
+        evaluation_checks.saturation_claim(strongest, known(plan.doubled)),
+    ]
+    ensemble = evaluation_checks.lowered(strongest, paper), evaluation_checks.ablation(strongest)
+    return PublishedEvaluation(verdicts, evaluation_checks.bounds(searches, seeds), *ensemble, found)
 
 
 def _measured(model: Model | SceneModel, measure: str) -> str:
@@ -200,6 +209,8 @@ TABLES: dict[str, Callable[[str, str], pd.DataFrame]] = {  # what texts can show
     "costs": lambda section, profile: costs.table(profile),
     "audits": lambda section, profile: published_evaluation(profile).verdicts,
     "bounds": lambda section, profile: published_evaluation(profile).bounds,
+    "ensemble": lambda section, profile: published_evaluation(profile).ensemble,
+    "ablation": lambda section, profile: published_evaluation(profile).ablation,
 }
 BLOCK = re.compile(
     rf"(<!-- published ({'|'.join(TABLES)})(?: of ([\w.]+))?(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL

@@ -15,6 +15,7 @@ from satlib.study.ledger import Record
 Searches = Mapping[str, Mapping[str, Record]]  # by model and attack
 Seeds = Mapping[str, Sequence[float | None]]  # by model, eps_uni that the paper's attack finds from each seed
 Name = TypeVar("Name", str, int)
+SATURATED = 0.03  # share by which twice the effort may lower a bound, and it counts as near its end
 SPREAD = 0.1  # share by which eps_uni may differ between seeds
 
 
@@ -71,6 +72,72 @@ def bound_claims(searches: Searches, seeds: Seeds) -> list[Claim]:
         Claim("the strongest attacks order the models as the paper's does", alike, orders),
         Claim(f"the paper's attack finds the same from every seed, within {100 * SPREAD:g} %", evenly, repeated),
     ]
+
+
+def lowered(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Sequence[float | None]]) -> pd.DataFrame:
+    """A row for each model: eps_uni by the paper's attack and by the ensemble, each the mean over searches; by how much
+    the ensemble's is lower, which of its attacks found it, and the largest eps that it was asked below and missed."""
+
+    def average(sizes: Sequence[float | None]) -> float | None:
+        known = [size for size in sizes if size is not None]
+        return statistics.mean(known) if known and len(known) == len(sizes) else None
+
+    rows = []
+    for model, searches in strongest.items():
+        own, other = average([record.metrics["eps_uni"] for record in searches]), average(paper[model])
+        less = "–" if own is None or not other else f"{100 * (1 - own / other):.0f} %"
+        by = ", ".join(dict.fromkeys(record.metrics["attack"] or "–" for record in searches))
+        missed = statistics.mean(record.metrics["missed"] for record in searches)
+        row = {"model": model, "paper's attack": size_text(other), "ensemble": size_text(own), "lower by": less}
+        rows.append(row | {"found by": by, "missed at": f"{missed:.1f}", "searches": len(searches)})
+    return pd.DataFrame(rows)
+
+
+def ablation(strongest: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
+    """A row for each model: success in % of each attack of the ensemble on unseen images at the same eps, of those that
+    were measured the one nearest to its eps_uni; and what the best loses without the attack that leads."""
+    rows = []
+    for model, searches in strongest.items():
+        points = [point for record in searches for point in record.metrics.get("curve", ())]
+        size = searches[0].metrics["eps_uni"] if searches else None
+        if not points or size is None:
+            continue
+        point = min(points, key=lambda each: abs(each["eps"] - size))
+        first, second, *_ = [*sorted(point["rates"].values(), reverse=True), 0.0]
+        row = {"model": model, "eps": f"{point['eps']:g}"}
+        row |= {name: f"{100 * rate:.1f}" for name, rate in point["rates"].items()}
+        rows.append(row | {"lost without the best": f"{100 * (first - second):.1f}"})
+    return pd.DataFrame(rows)
+
+
+def saturation_claim(strongest: Mapping[str, Sequence[Record]], doubled: Mapping[str, Record]) -> Claim:
+    """That the ensemble with twice as many steps finds nothing smaller by more than SATURATED, from equal seeds."""
+    claim = f"twice as many steps lower the ensemble's bound by under {100 * SATURATED:g} %"
+    pairs = {
+        name: (strongest[name][0].metrics, record.metrics) for name, record in doubled.items() if strongest.get(name)
+    }
+    if not pairs:
+        return Claim(claim, "not run")
+    holds = all(comparable(b["eps_uni"]) >= (1 - SATURATED) * comparable(a["eps_uni"]) for a, b in pairs.values())
+    sizes = (f"{name} {size_text(a['eps_uni'])} -> {size_text(b['eps_uni'])}" for name, (a, b) in pairs.items())
+    return Claim(claim, verdict(holds), ", ".join(sizes))
+
+
+def order_claim(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Sequence[float | None]]) -> Claim:
+    """That both attacks order the models alike: no two whose ranges over searches are apart swap places."""
+    claim = "the ensemble orders the models as the paper's attack does"
+    ours = {
+        name: [comparable(r.metrics["eps_uni"]) for r in searches] for name, searches in strongest.items() if searches
+    }
+    if len(ours) < 2:
+        return Claim(claim, "not run")
+    theirs = {name: [comparable(size) for size in paper[name]] for name in ours}
+    swapped = [
+        f"{one} and {other}"
+        for one, other in itertools.permutations(ours, 2)
+        if max(ours[one]) < min(ours[other]) and min(theirs[one]) > max(theirs[other])
+    ]
+    return Claim(claim, verdict(not swapped), f"swapped: {'; '.join(swapped)}" if swapped else f"{len(ours)} models")
 
 
 def verdicts(audits: Mapping[str, Sequence[Check]]) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Figures of notebook 09: audits, bounds by stronger attacks, transfer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from satlib.study.claims.evaluation_checks import Searches, Seeds
 from satlib.study.figures import EPS, finish, height_of, look, plain_ticks
+from satlib.study.records import Record
 
 
 def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
@@ -62,6 +63,30 @@ def bounds(searches: Searches, seeds: Seeds, *, delta: float, dataset: str) -> F
     axis.set_xticks(range(len(attacks)), [name.replace(" ", "\n") for name in attacks], fontsize=8)
     axis.set(ylabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", ylim=(0, None))
     return finish(figure, f"The bound by stronger attacks; bands: the paper's over seeds · {dataset}", legend=axis)
+
+
+def lowered(
+    strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Sequence[Record]], *, delta: float, dataset: str
+) -> Figure:
+    """eps_uni of each model by the paper's attack (hollow) and by the ensemble (filled), a point for each search.
+
+    strongest, paper: records of searches by a model's title.
+    """
+    figure, axis = plt.subplots(figsize=(8.6, 0.55 * len(strongest) + 2.2))
+    for place, (title, searches) in enumerate(strongest.items()):
+        style = {"linestyle": "none", "markersize": 8} | look(title)
+        for records, filled in ((paper[title], {"markerfacecolor": "none"}), (searches, {})):
+            sizes = [height_of(record.metrics["eps_uni"]) for record in records]
+            axis.plot(sizes, [place] * len(sizes), **style | filled)
+        ends = [np.mean([height_of(r.metrics["eps_uni"]) for r in each]) for each in (searches, paper[title])]
+        axis.plot(ends, [place] * 2, color=style["color"], linewidth=1, alpha=0.5, zorder=0)
+    axis.set_yticks(range(len(strongest)), list(strongest), fontsize=9)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", xlim=(0, None))
+    common = {"color": "0.3", "marker": "o", "linestyle": "none", "markersize": 8}
+    named = (("the ensemble", {}), ("the paper's attack", {"markerfacecolor": "none"}))
+    legend = [plt.Line2D([], [], label=label, **common | filled) for label, filled in named]
+    return finish(figure, f"What the paper's attack overstates · {dataset}", legend=legend)
 
 
 def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:

@@ -227,10 +227,11 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
     return universal_search(settings, model, title, attack_settings(settings, attack), seed=seed, **more)
 
 
-def strongest_run(settings: Classification, model: Run, *, seed: int = 0) -> Run:
+def strongest_run(settings: Classification, model: Run, *, seed: int = 0, **more: Any) -> Run:
     """eps_uni(delta) of a trained model by the ensemble."""
-    title = f"strongest eps_uni of {model.title}" + (f", seed {seed}" if seed else "")
-    return strongest_search(settings, model, title, seed=seed, **_roles(settings))
+    title = f"strongest eps_uni of {model.title}" + "".join(f", {name} {n}" for name, n in more.items())
+    title += f", seed {seed}" if seed else ""
+    return strongest_search(settings, model, title, seed=seed, **_roles(settings), **more)
 
 
 def _roles(settings: Classification) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.paper import Checks, Cifar10
 from satlib.study.measurement import Run, measurement
-from satlib.study.measurements.classification import Plan, cifar10, erm_run, robustness_run
+from satlib.study.measurements.classification import Plan, cifar10, erm_run, robustness_run, strongest_run
 from satlib.study.measurements.robustness import attack_options, stated
 from satlib.study.measurements.scenes import ScenesPlan, perturbation_of
 from satlib.study.records import Record
@@ -117,7 +117,9 @@ class ChecksPlan:
 
     models: what is audited, by title, the undefended one first. audits: of each; masked: of the undefended one behind a
     mask, which the audit must catch. attacks: eps_uni of each by several attacks. seeds: the paper's search from
-    several seeds. transfer: the perturbations of all models on all.
+    several seeds. strongest: by the ensemble, of all models of section 6.1 that it is asked about, and paper: by the
+    paper's attack as there; doubled: of the first audited ones by the ensemble with twice as many steps. transfer: the
+    perturbations of all models on all.
     """
 
     models: dict[str, Run]
@@ -125,6 +127,9 @@ class ChecksPlan:
     masked: dict[str, Run]
     attacks: dict[str, dict[str, Run]]
     seeds: dict[str, list[Run]]
+    strongest: dict[str, list[Run]]
+    paper: dict[str, list[Run]]
+    doubled: dict[str, Run]
     transfer: Run
 
     @property
@@ -132,6 +137,8 @@ class ChecksPlan:
         """In order of importance."""
         planned = [*self.models.values(), *self.audits.values(), *self.masked.values()]
         planned += [run for each in self.attacks.values() for run in each.values()]
+        planned += [run for name in self.strongest for run in (*self.strongest[name], *self.paper[name])]
+        planned += self.doubled.values()
         return [*planned, self.transfer, *(run for each in self.seeds.values() for run in each)]
 
 
@@ -164,6 +171,13 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
         masked={mask: _audit(settings, plan.erm, search[plan.erm], mask=mask) for mask in settings.masks},
         attacks={title: {name: attack_run(own, m, name) for name in settings.attacks} for title, m in models.items()},
         seeds={title: [robustness_run(own, model, seed=seed) for seed in seeds] for title, model in models.items()},
+        strongest={model.title: searches for model, searches in plan.strongest.items()},
+        paper={model.title: plan.robustness[model] for model in plan.strongest},
+        doubled={
+            title: strongest_run(cifar, model, effort=2)
+            for title, model in list(models.items())[: settings.doubled]
+            if plan.strongest.get(model)
+        },
         transfer=transfer.plan(settings, "transfer", cost, dataset=plan.erm.dataset, **given),
     )
 

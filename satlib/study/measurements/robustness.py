@@ -79,14 +79,15 @@ def strongest(
     sets: dict = SETS,
     target: str = "",
     epsilons: list | tuple = (),
+    effort: int = 1,
     seed: int = 0,
 ) -> dict:
     """eps_uni(delta) by the ensemble, `satlib.robustness.strongest`, and success at each of `epsilons` by its attacks.
 
-    Everything else as in `universal_robustness`.
+    effort: so many times as many steps. Everything else as in `universal_robustness`.
     """
     parts = _disjoint(data, sets, images)
-    given = {"targeted": bool(target), "generator": _seeded(seed)}
+    given = {"targeted": bool(target), "effort": effort, "generator": _seeded(seed)}
     labelled = _sets(data, parts, target)
     find = functools.partial(search_strongest, model, **labelled)
     metrics, result = _found(find, parts, work, progress, delta=delta, **given)
@@ -217,12 +218,12 @@ def universal_search(settings: Any, model: Run, title: str, attack: dict[str, An
     return universal_robustness.plan(settings, title, cost, model=model, attack=attack, **given)
 
 
-def strongest_search(settings: Any, model: Run, title: str, *, seed: int = 0, **more: Any) -> Run:
+def strongest_search(settings: Any, model: Run, title: str, *, seed: int = 0, effort: int = 1, **more: Any) -> Run:
     """A section's search for eps_uni of a model by the ensemble; the first one also measures success at fixed sizes."""
     images = {role: getattr(settings, f"{role}_images") for role in SETS}
-    sizes = () if seed else settings.strongest_epsilons
+    sizes, more = () if seed or effort > 1 else settings.strongest_epsilons, more | {"effort": effort}
     given = stated(settings, "delta") | {"images": images, "epsilons": sizes, "seed": seed} | more
-    return strongest.plan(settings, title, 60_000 + 10_000 * len(sizes), model=model, **given)
+    return strongest.plan(settings, title, effort * 60_000 + 10_000 * len(sizes), model=model, **given)
 
 
 def adversarial_search(
