@@ -69,6 +69,16 @@ def test_claims_of_section_6_3():
     assert [claim.verdict for claim in cityscapes_claims([ERM, ONE])] == ["not run"]
 
 
+def test_an_order_that_no_full_attack_has_tested_is_not_decided():
+    """The answer of a search lies between where its attack missed and what it found."""
+    one = replace(ONE, missed={"eps_uni": 55.0})
+    coarse, fine = (replace(MANY, missed={"eps_uni": missed}) for missed in (31.9, 102.0))
+    claims = [cityscapes_claims([ERM, one, many]) for many in (coarse, fine)]
+    found = [next(c for c in each if "larger targeted" in c.claim and "S-PGD" in c.claim) for each in claims]
+    assert [claim.verdict for claim in found] == ["not decided", "holds"]
+    assert "s = 5, 44 110.0 (missed at 31.9), s = 1, 45 60.0 (missed at 55.0)" in found[0].evidence
+
+
 def strongest(size, *rates):
     search = types.SimpleNamespace(id="e")
     return Strongest(size, dict(zip((8.0, 64.0, 255.0), rates, strict=False)), (search,))

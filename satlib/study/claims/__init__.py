@@ -40,6 +40,13 @@ def curve_of(searches: Iterable[Record]) -> dict[float, float]:
     return {point["eps"]: 100 * point["rate"] for point in next(curves, ())}
 
 
+def missed_at(search: Record) -> float:
+    """The largest eps below its eps_uni at which a search's full attack missed: in between, nobody knows."""
+    size = comparable(search.metrics["eps_uni"])
+    asked = (e for e in search.metrics["evaluations"] if e["how"] == "full" and not e["success"])
+    return max((e["eps"] for e in asked if e["eps"] < size), default=0.0)
+
+
 class Records:
     """Finds the records of planned runs by their settings and the name of their data, which nobody needs to have."""
 

@@ -4,10 +4,10 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from satlib.study.claims import Claim, Records, comparable, curve_of, size_text, verdict, worst
+from satlib.study.claims import Claim, Records, comparable, curve_of, missed_at, size_text, verdict, worst
 from satlib.study.measurements.scenes import ScenesPlan
 from satlib.study.records import Record
 from satlib.study.runs import Run
@@ -16,6 +16,7 @@ NEAR = 3.0  # points of mean IoU within which two models count as equally good o
 LOST = 5.0  # points of mean IoU that a defence may lose, as in the paper
 AHEAD = 1.0  # points of success that one curve must be above another
 UNIVERSAL = {"ensemble": ("strongest", "strongest_untargeted"), "S-PGD": ("eps_uni", "untargeted")}
+CLOSE = 0.02  # share by which the size that was missed may lie below the other model's, and still counts as there
 CLEAR = 0.1  # share by which one eps_uni must exceed another to count as larger: searches end up to 8 % too high
 
 
@@ -35,11 +36,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Strongest:
-    """What the ensemble finds: eps_uni in pixel units, None beyond 255, and its success in % by eps, if measured."""
+    """What the ensemble finds: eps_uni in pixel units, None beyond 255; its success in % by eps, if measured; and the
+    largest eps below eps_uni at which one of its attacks missed, if known."""
 
     size: float | None
     curve: Mapping[float, float]
     searches: tuple[Record, ...]
+    missed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class SceneModel(Checkpoint):
     iou is of test scenes, validation_iou of validation scenes. untargeted, untargeted_adv and untargeted_error: as
     eps_uni, eps_adv and error, without a target. curve: along its training, last epoch included. ensemble,
     untargeted_ensemble: what the ensemble finds for the target scene and without a target; None where it was not run.
+    missed: of eps_uni and untargeted, the largest eps below at which the full attack missed.
     """
 
     seeds: ClassVar[int] = 1
@@ -65,6 +69,7 @@ class SceneModel(Checkpoint):
     searches: tuple[Record, ...]
     ensemble: Strongest | None = None
     untargeted_ensemble: Strongest | None = None
+    missed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -121,6 +126,7 @@ def scene_models(plan: ScenesPlan, records: Records) -> list[SceneModel]:
                 searches=(*searches, *final[1:]),
                 ensemble=_strongest(records.found(plan.strongest[run])),
                 untargeted_ensemble=_strongest(records.found(plan.strongest_untargeted[run])),
+                missed={"eps_uni": missed_at(searches[-2]), "untargeted": missed_at(final[1])},
             )
         )
     return models
@@ -131,7 +137,8 @@ def _strongest(searches: Sequence[Record]) -> Strongest | None:
     if not searches:
         return None
     sizes = [record.metrics["eps_uni"] for record in searches]
-    return Strongest(None if None in sizes else statistics.mean(sizes), curve_of(searches), tuple(searches))
+    missed = statistics.mean(map(missed_at, searches))
+    return Strongest(None if None in sizes else statistics.mean(sizes), curve_of(searches), tuple(searches), missed)
 
 
 def matched(models: Sequence[SceneModel]) -> list[SceneModel]:
@@ -159,7 +166,8 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
     equal = abs(one.iou - many.iou) <= NEAR and erm.iou - min(one.iou, many.iou) <= LOST
 
     def compared(claim: str, better: SceneModel, worse: SceneModel, measure: str) -> Claim:
-        return Claim(claim, larger(better, worse, measure), _sizes((better, worse), measure))
+        found = larger(better, worse, measure)
+        return Claim(claim, found, "" if found == "not run" else _sizes((better, worse), measure))
 
     targeted = "larger targeted universal perturbations"
     claims = [
@@ -176,8 +184,8 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
             compared(f"it does so without a target, too (paper: 47.8, 25; {attack})", many, one, free),
             Claim(
                 f"both withstand {targeted} than ERM (paper: 19.92; {attack})",
-                worst(larger(m, erm, aimed) for m in (one, many)),
-                _sizes((one, many, erm), aimed),
+                both := worst(larger(m, erm, aimed) for m in (one, many)),
+                "" if both == "not run" else _sizes((one, many, erm), aimed),
             ),
         ]
     images = "standard training withstands larger image-dependent ones (paper: 11, 5.9)"
@@ -186,7 +194,8 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
 
 def _sizes(models: Sequence[SceneModel], measure: str) -> str:
     """In words, for each model; with its success at some sizes, where no size was enough for several of them."""
-    words = ", ".join(f"{m.title} {size_text(getattr(m, measure))}" for m in models) + " pixel units"
+    words = ", ".join(f"{m.title} {size_text(getattr(m, measure))}{_missed_text(m, measure)}" for m in models)
+    words += " pixel units"
     curves = {m.title: found.curve for m in models if (found := _ensemble(m, measure)) and found.size is None}
     if len(curves) < 2:
         return words
@@ -194,6 +203,17 @@ def _sizes(models: Sequence[SceneModel], measure: str) -> str:
         f"{title} {', '.join(f'{rate:.1f}' for rate in curve.values())}" for title, curve in curves.items()
     )
     return f"{words}; success in % at {', '.join(f'{eps:g}' for eps in next(iter(curves.values())))}: {shown}"
+
+
+def _missed(model: SceneModel, measure: str) -> float | None:
+    """The largest eps below a universal size at which the full attack missed; None where that is unknown."""
+    found = _ensemble(model, measure)
+    return found.missed if found else model.missed.get(measure)
+
+
+def _missed_text(model: SceneModel, measure: str) -> str:
+    missed, size = _missed(model, measure), getattr(model, measure)
+    return f" (missed at {missed:.1f})" if size is not None and missed else ""
 
 
 def _ensemble(model: SceneModel, measure: str) -> Strongest | None:
@@ -208,7 +228,8 @@ def known(model: SceneModel, measure: str) -> bool:
 def larger(better: SceneModel, worse: SceneModel, measure: str) -> str:
     """Whether one model needs clearly larger perturbations than another: a verdict. None is beyond 255.
 
-    Clearly: by a share CLEAR of the larger, or for eps_adv by two standard errors of the difference. Where neither is
+    Clearly: by a share CLEAR of the larger, or for eps_adv by two standard errors of the difference; and the full
+    attack must have missed the larger one's model at the smaller size, for else the order is unknown. Where neither is
     reached by the ensemble, its success at the same sizes decides: lower by more than AHEAD points on average, and
     higher by as much at none.
     """
@@ -225,4 +246,7 @@ def larger(better: SceneModel, worse: SceneModel, measure: str) -> str:
     margin = CLEAR * max(high, low)
     if measure == "eps_adv":
         margin = 2 * math.hypot(better.error or 0.0, worse.error or 0.0)
-    return "not decided" if abs(high - low) <= margin else verdict(high > low)
+    if abs(high - low) <= margin:
+        return "not decided"
+    missed = _missed(better if high > low else worse, measure)
+    return "not decided" if missed is not None and missed < min(high, low) * (1 - CLOSE) else verdict(high > low)
