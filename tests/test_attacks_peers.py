@@ -246,6 +246,8 @@ def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
     budget = spend(0) - before
     found = {}
     for peer, (attack, package) in PEERS.items():
+        if peer == "ART" and name != "resnet":
+            continue  # it takes the images one by one: minutes
         pytest.importorskip(package, reason=REASON)
         xi = attack(model, *craft, eps=eps, budget=budget).detach()
         assert xi.abs().max() <= eps + 0.01

@@ -59,6 +59,7 @@ SETTINGS = {
     "craft_images": 10,
     "choose_images": 10,
     "report_images": 10,
+    "strongest_seeds": 0,
     "deepfool_images": 10,
     "deepfool_passes": 1,
     "cost_images": 20,
@@ -273,6 +274,7 @@ def test_a_training_on_several_ranks_is_one_run(cluster, root, tmp_path):
         "craft_images": 16,
         "choose_images": 16,
         "report_images": 16,
+        "strongest_seeds": 0,
     }
     home, ranks = project(tmp_path / "home", "6.2", settings), 0
     node = cluster.add_node(num_cpus=2)

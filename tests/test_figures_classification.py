@@ -52,6 +52,35 @@ def test_a_model_that_no_search_could_break_is_named():
     assert "> 255: s = 1, 80" in labels_of(left)
 
 
+def test_the_ensemble_has_a_panel_of_its_own_on_the_same_scale():
+    models = [
+        model("ERM", 90.0, 15.0, eps=None, strongest=11.0),
+        model("s = 64", 88.0, 30.0, eps=14.0, strongest=18.0),
+        model("s = 64", 86.0, 40.0, eps=22.0),
+    ]
+    figure = classification.figure3(models, [(93.25, 14.9, "ERM")], delta=0.75, eps=20.0, dataset="made up")
+    figure.canvas.draw()
+    ensemble, paper, _ = figure.axes
+    assert ensemble.get_ylim() == paper.get_ylim() and "ensemble" in ensemble.get_title()
+    steps = {line.get_label(): line for line in ensemble.lines if line.get_drawstyle() == "steps-pre"}
+    assert list(steps["s = 64"].get_ydata()) == [18] and not any(line.get_marker() == "x" for line in ensemble.lines)
+    assert any(line.get_marker() == "x" for line in paper.lines) and "86" not in str(labels_of(ensemble))
+    figure = classification.figure4(models, [], delta=0.75, dataset="made up")
+    assert len(figure.axes) == 2
+
+
+def test_success_curves_have_a_line_for_each_model_and_a_stroke_at_its_size():
+    curves = {"ERM": {4.0: 10.0, 16.0: 90.0}, "s=64, eps=14": {4.0: 5.0, 16.0: 40.0}, "s=64, eps=26": {4.0: 4.0}}
+    sizes = {"ERM": 12.0, "s=64, eps=14": None, "s=64, eps=26": None}
+    figure = classification.success_curves(curves, sizes, delta=0.75, dataset="made up")
+    (axis,) = figure.axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert list(lines["ERM"].get_ydata()) == [10, 90] and "pixel units" in axis.get_xlabel()
+    strokes = [line for line in axis.lines if line.get_marker() == "|"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in strokes] == [(12.0, 75.0)]
+    assert len({lines[title].get_linestyle() for title in ("s=64, eps=14", "s=64, eps=26")}) == 2
+
+
 def test_the_spectrum_of_a_wave_is_two_points_at_its_frequency():
     x = np.arange(32)
     wave = np.cos(2 * np.pi * 4 * x / 32)[None, None, :].repeat(3, 0).repeat(32, 1)

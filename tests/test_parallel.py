@@ -159,6 +159,7 @@ SMALL = {
     "dataset": "shapes32",
     "points": [[8, 8.0, 0.5]],
     "baselines": [["fictitious play", 8.0]],
+    "strongest_seeds": 0,
 }
 
 

@@ -51,6 +51,7 @@ SMALL = {
     "craft_images": 32,
     "choose_images": 32,
     "report_images": 16,
+    "strongest_seeds": 0,
     "baselines": [["DeepFool UAD", 8.0], ["fictitious play", 8.0], ["universal adversarial training", 8.0]],
     "uad_pool": 2,
     "uad_epochs": 1,
@@ -371,6 +372,8 @@ IMAGENET_SMALL = {
     "search_steps": 5,
     "search_batch": 24,
     "choose_images": 16,
+    "strongest_seeds": 1,
+    "strongest_epsilons": [8.0],
 }
 
 

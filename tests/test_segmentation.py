@@ -186,6 +186,7 @@ SMALL = {
     "adversarial_steps": 3,
     "hidden": "middle",
     "hiding_epsilons": [10.0, 30.0],
+    "strongest_epsilons": [16.0],
 }
 
 
