@@ -365,9 +365,13 @@ def success_rates(
     total = torch.zeros((), device=images.device)
     count = min(batch_size, images_at_once(images))
     with evaluated(model), exact():
+        check_model(model, images, labels, gradient=False)
         for x, y in zip(images.split(count), labels.split(count), strict=True):
             for heap, xi in enumerate(perturbations.split(1)):
-                won, counted = decisions_won(logits_of(model, perturb(x.float(), xi)).argmax(1), y, targeted=targeted)
+                logits = logits_of(model, perturb(x.float(), xi))
+                nothing = logits.isnan().any(1)  # decides nothing, and so is won by nobody
+                decided = torch.where(nothing, -1 if targeted else y.long(), logits.argmax(1))
+                won, counted = decisions_won(decided, y, targeted=targeted)
                 wins[heap] += won.sum()
             total += counted.sum()
     return wins / total

@@ -68,6 +68,7 @@ RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same 
     **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims", "candidates", "effort"], WHOLE),
     **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through", "nesterov"], FLAG),
+    "scenes": ("a whole number of at least 0", lambda value: _is_whole(value, 0)),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),
     "micro_batch": ("None, or a whole number of at least 1", lambda value: value is None or _is_whole(value, 1)),
     "loss_threshold": ("a positive number, or None for no cap", lambda value: value is None or 0 < value < math.inf),
@@ -313,7 +314,7 @@ def check_model(model: Any, images: Any, labels: Tensor, *, gradient: bool = Tru
     the labels name (another shape, NaN or infinite values, probabilities); where no label counts; and, if a `gradient`
     is needed, where there is none.
     """
-    few = images[:TRIED].float().requires_grad_()
+    few = images[:TRIED].float().requires_grad_(gradient)
     try:
         logits = logits_of(model, few)
     except SatlibError:

@@ -20,7 +20,17 @@ from satlib.attacks import (
     spend,
     success_rates,
 )
-from satlib.checks import check_known, check_model, check_overlap, check_threshold, kernel, per_heap, told
+from satlib.checks import (
+    check_known,
+    check_model,
+    check_overlap,
+    check_threshold,
+    kernel,
+    per_heap,
+    told,
+    warn_of_unit,
+)
+from satlib.data.imageset import IGNORE
 from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
@@ -111,14 +121,19 @@ class Robustness:
 
     @property
     def monotone(self) -> bool:
-        """False where a larger eps missed delta by clearly more than a smaller one did: a sign of a weak attack.
+        """False where an attack won clearly less at a larger eps than at a smaller one, and no other made up for it.
 
-        The verdicts alone cannot tell: a binary search asks neither above a success nor below a miss.
+        A sign of a weak attack. The verdicts alone cannot tell: a binary search asks neither above a success nor below
+        a miss.
         """
-        rates: dict[float, float] = {}  # of the best attack at each eps, no more than delta
-        for e in sorted((e for e in self.evaluations if e.how == "full"), key=lambda e: e.eps):
-            rates[e.eps] = max(rates.get(e.eps, 0.0), min(e.rate, self.delta))
-        return all(larger >= smaller - CHANCE for smaller, larger in itertools.combinations(rates.values(), 2))
+        full = [e for e in self.evaluations if e.how == "full"]
+        best: dict[float, float] = {}  # of all attacks at each eps, no more than delta
+        for e in full:
+            best[e.eps] = max(best.get(e.eps, 0.0), min(e.rate, self.delta))
+        pairs = ((small, large) for small, large in itertools.permutations(full, 2) if small.attack == large.attack)
+        return all(
+            best[large.eps] >= min(small.rate, self.delta) - CHANCE for small, large in pairs if small.eps < large.eps
+        )
 
 
 @kernel
@@ -141,9 +156,9 @@ def universal_robustness(
     """eps_uni(delta) of section 5.2: the smallest perturbation found that wins a share delta of the `choose` images.
 
     It is crafted on the `craft` images by `attack`: one of `satlib.universal.ATTACKS`, any other `UniversalAttack`, or
-    several, of which each starts from its own smallest success, where it can. Where only a model is given, the paper's
-    attack is meant, with what is further given as its `settings`. Its rate on the `report` images, which neither
-    crafting nor search saw, is returned beside it. progress(text, done) follows every pass.
+    several, of which one that found the smallest success so far goes on from it, where it takes a `start`. Where only a
+    model is given, the paper's attack is meant, with what is further given as its `settings`. Its rate on the `report`
+    images, which neither crafting nor search saw, is returned beside it. progress(text, done) follows every pass.
 
     search "binary" is the paper's: `iterations` halvings of [0, 255]. "k-ary" is ours: several eps are heaps of one
     pass (`k_ary_search`), and clipping refines to the same resolution of 255 / 2^iterations. warm_start, beyond the
@@ -164,10 +179,11 @@ def universal_robustness(
         for wanted, name, argument in ((targeted, "targeted", "targeted"), (warm_start, "warm_start", "start")):
             if wanted and not takes(each, argument):
                 raise SatlibError(f"{name}=True: attack {name_of(each)!r} takes no {argument}; leave it out")
-        check_attack(each, model, *craft, eps=[LARGEST / 2], **({"targeted": True} if targeted else {}))
     sets = {"craft": craft, "choose": choose, "report": report}
     check_overlap(**sets)
     with attackable(model) as net:
+        for each in attacks:
+            check_attack(each, net, *craft, eps=[LARGEST / 2], **({"targeted": True} if targeted else {}))
         for name, pair in sets.items():
             check_model(net, *pair, name=f"{name} labels")
         gradients = usable_gradients(net, *craft)
@@ -231,17 +247,23 @@ def success_curve(
     """Success of the ensemble's attacks at full length at each of `epsilons`: the best of them on the crafting images,
     and its rate on the `report` images.
 
-    start (1, C, H, W): a perturbation such as `strongest` finds, from which, clipped or enlarged to each eps, the
-    attack that aims goes on. It orders models also where no search succeeds, and shows what a single number hides.
+    start (1, C, H, W): a perturbation such as `strongest` finds, from which, scaled to each eps, the attack that aims
+    goes on. It orders models also where no search succeeds, and shows what a single number hides.
     """
     bound = per_heap(epsilons, None, craft[0].device)
+    warn_of_unit(epsilons)
+    check_overlap(craft=craft, report=report)
+    if start is not None and start.shape != (expected := (1, *craft[0].shape[1:])):
+        raise SatlibError(f"start of shape {tuple(start.shape)}: expected {expected}")
     few = craft[0][:SCORED], craft[1][:SCORED]
     attacks = ensemble(len(craft[0]), segmentation=craft[1].ndim > 1, targeted=targeted, effort=effort)
     given: dict[str, Any] = {"eps": bound.flatten().tolist(), "generator": generator}
     given |= {"targeted": True} if targeted else {}
-    begun = None if start is None else start / start.abs().max().clamp(min=1e-30) * bound
+    begun = None if start is None else (start / start.abs().max().clamp(min=1e-30)).to(bound.device) * bound
     seen, unseen = {}, {}
     with attackable(model) as net:
+        for name, pair in (("craft", craft), ("report", report)):
+            check_model(net, *pair, name=f"{name} labels")
         for attack in attacks:
             own = {"start": begun} if begun is not None and name_of(attack) == "aimed" else {}
             xi = attack(net, *craft, **given, **own)
@@ -271,8 +293,12 @@ class Search:
     evaluations: list[Evaluation] = field(default_factory=list)
     best: Winner | None = None
     closest: Tensor | None = None
+    names: list[str] = field(default_factory=list)  # of the attacks; of several with one name the others are numbered
 
     def __post_init__(self) -> None:
+        for name in map(name_of, self.attacks):
+            again = sum(each.rpartition(" #")[0] == name or each == name for each in self.names)
+            self.names.append(f"{name} #{again + 1}" if again else name)
         self.evaluate(0.0, torch.zeros_like(self.images[0][:1], dtype=torch.float32), "full")
 
     @property
@@ -292,37 +318,34 @@ class Search:
             self.best = evaluation, xi
         return evaluation
 
-    def craft(self, attack: UniversalAttack, epsilons: Sequence[float], how: str = "full") -> Iterator[Winner]:
+    def craft(self, number: int, epsilons: Sequence[float], how: str = "full") -> Iterator[Winner]:
         """One pass of an attack for all `epsilons` at once; those that win, evaluated one by one.
 
-        A "coarse" pass has a fifth of the attack's steps and no snapshots, where it has such settings.
+        A "coarse" pass has a fifth of the attack's steps and no snapshots, where it has such settings. One of several
+        attacks goes on from the smallest success, where that is its own.
         """
-        name, given = name_of(attack), {"targeted": True} if self.targeted else {}
-        if self.best and (self.warm_start or self.goes_on(attack, name)):
+        attack, name = self.attacks[number], self.names[number]
+        given: dict[str, Any] = {"targeted": True} if self.targeted else {}
+        own = len(self.attacks) > 1 and takes(attack, "start") and self.best and self.best[0].attack == name
+        if self.best and (self.warm_start or own):
             given["start"] = torch.cat([self.best[1].clamp(-eps, eps) for eps in epsilons])
         if how == "coarse":
-            own = options(attack)
-            short = {"steps": max(1, own.get("steps", 0) // 5), "snapshots": 1}
-            given |= {name: value for name, value in short.items() if name in own}
+            known = options(attack)
+            short = {"steps": max(1, known.get("steps", 0) // 5), "snapshots": 1}
+            given |= {setting: value for setting, value in short.items() if setting in known}
         xis = attack(self.net, *self.images, eps=list(epsilons), generator=self.generator, **given)
         if xis.shape != (expected := (len(epsilons), *self.images[0].shape[1:])):
             raise SatlibError(f"attack {name!r} returns shape {tuple(xis.shape)}: expected {tuple(expected)}")
+        if not bool(xis.isfinite().all()):
+            warnings.warn(f"attack {name!r} returns NaN or infinite values: they count as 0", stacklevel=4)
+            xis = xis.nan_to_num(0.0, 0.0, 0.0)
         asked = ((self.evaluate(eps, xi, how, name), xi) for eps, xi in zip(epsilons, xis.split(1), strict=True))
         return (winner for winner in asked if winner[0].success)
-
-    def goes_on(self, attack: UniversalAttack, name: str) -> bool:
-        """Whether an attack, one of several, starts from the smallest success: where that is its own."""
-        own = self.best is not None and self.best[0].attack == name
-        return own and len(self.attacks) > 1 and takes(attack, "start")
-
-    def craft_all(self, epsilons: Sequence[float]) -> list[Winner]:
-        """A full pass of every attack; those that win."""
-        return [winner for attack in self.attacks for winner in self.craft(attack, epsilons)]
 
     def rescale(self, winner: Winner, below: float, resolution: float) -> None:
         """Bisect how far a winner can be clipped and still win; only if it undercuts the best.
 
-        At most to the largest eps under `below` at which no attack at full length reached delta.
+        At most to the largest eps under `below` at which the same attack at full length missed delta.
         """
         evaluation, xi = winner
         own = (e for e in self.evaluations if e.attack in ("", evaluation.attack))  # what others missed says nothing
@@ -353,7 +376,8 @@ def binary_search(search: Search, iterations: int) -> None:
     low, high = 0.0, LARGEST
     for step in range(iterations):
         eps = (low + high) / 2
-        low, high = (low, eps) if search.craft_all([eps]) else (eps, high)
+        won = [winner for number in range(len(search.attacks)) for winner in search.craft(number, [eps])]
+        low, high = (low, eps) if won else (eps, high)
         search.report((step + 1) / iterations)
 
 
@@ -367,9 +391,9 @@ def k_ary_search(search: Search, iterations: int) -> None:
     most asks once more, close by.
     """
 
-    def settle(attack: UniversalAttack, asked: list[float]) -> float | None:
+    def settle(number: int, asked: list[float]) -> float | None:
         """Ask an attack, and clip what wins at the smallest eps, which is returned; None where nothing wins."""
-        winners = list(search.craft(attack, asked))
+        winners = list(search.craft(number, asked))
         lowest = min((evaluation.eps for evaluation, _ in winners), default=None)
         for evaluation, xi in winners:
             if evaluation.eps == lowest:
@@ -377,23 +401,22 @@ def k_ary_search(search: Search, iterations: int) -> None:
         return lowest
 
     resolution = LARGEST / 2**iterations
-    coarse = search.craft(search.attacks[0], [share * LARGEST for share in COARSE], "coarse")
+    coarse = search.craft(0, [share * LARGEST for share in COARSE], "coarse")
     for evaluation, xi in itertools.islice(coarse, 2):
         search.rescale((evaluation, xi), evaluation.eps, max(resolution, TOLERANCE * evaluation.eps))
-    for turn, attack in enumerate(search.attacks):
+    for turn in range(len(search.attacks)):
         search.report((turn + 0.3) / len(search.attacks))
         for _ in range(iterations):
             known = search.best is not None
             asked = [share * min(search.smallest, LARGEST) for share in (BELOW if known else ANYWHERE)]
-            lowest = settle(attack, asked)
+            lowest = settle(turn, asked)
             search.report((turn + 1) / len(search.attacks))
             if lowest is None or (known and lowest != asked[0]):
                 break
         if search.best and lowest is None:
             search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
     if search.best and len(search.attacks) > 1:
-        winner = next(attack for attack in search.attacks if name_of(attack) == search.best[0].attack)
-        settle(winner, [share * search.smallest for share in CLOSER])
+        settle(search.names.index(search.best[0].attack), [share * search.smallest for share in CLOSER])
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
@@ -462,6 +485,7 @@ def adversarial_robustness(
     smallest = []
     with attackable(model) as net:
         check_model(net, images, labels)
+        images, labels = _labelled(images, labels)
         gradients = usable_gradients(net, images, labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x = x.float()
@@ -485,6 +509,15 @@ def adversarial_robustness(
     return ImageRobustness(delta, None if math.isinf(at_delta) else at_delta, epsilons.cpu(), gradients)
 
 
+def _labelled(images: Tensor, labels: Tensor) -> Labelled:
+    """Those of the images with a label that counts: in segmentation all pixels may be ignored. Warns of others."""
+    counted = (labels != IGNORE).flatten(1).any(1) if labels.ndim > 1 else torch.ones(len(labels), dtype=torch.bool)
+    if bool(counted.all()):
+        return images, labels
+    warnings.warn(f"{int((~counted).sum())} of {len(labels)} images have no labelled pixel: left out", stacklevel=4)
+    return images[counted], labels[counted]
+
+
 @torch.no_grad()
 def _fooled(model: nn.Module, images: Tensor, labels: Tensor, targeted: bool, delta: float) -> Tensor:
     """Which of the images are fooled: their decision, or in segmentation a share delta of their labelled pixels."""
@@ -502,7 +535,8 @@ def usable_gradients(net: Any, images: Tensor, labels: Tensor) -> float:
     """
     size = min(PROBED, max(1, AT_ONCE // images[:1].shape.numel()))
     usable = []
-    for x, y in zip(images[:PROBED].split(size), labels[:PROBED].split(size), strict=True):
+    counted = (labels != IGNORE).flatten(1).any(1).nonzero()[:PROBED, 0] if labels.ndim > 1 else slice(PROBED)
+    for x, y in zip(images[counted].split(size), labels[counted].split(size), strict=True):
         nothing = torch.zeros_like(x, dtype=torch.float32)
         largest = heap_gradients(net, x.float(), y, nothing, sharedness=1)[0].abs().flatten(1).amax(1)
         usable.append((largest > VANISHING) & largest.isfinite())

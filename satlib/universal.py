@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import (
+    AT_ONCE,
     annealed_step_sizes,
     attack_loss,
     heap_gradients,
@@ -219,10 +220,14 @@ def extended_pgd(
 
 
 @torch.no_grad()
+def _outputs(net: nn.Module, images: Tensor, xi: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `of` makes of the logits of the images under xi (1, C, H, W), a few at a time: a row for each image."""
+    return torch.cat([of(logits_of(net, perturb(x.float(), xi))) for x in images.split(images_at_once(images))])
+
+
 def _dominant_class(net: nn.Module, images: Tensor, labels: Tensor, xi: Tensor) -> Tensor:
     """The class () into which xi (1, C, H, W) sends most of the images that it fools; of all, where it fools none."""
-    parts = images.split(images_at_once(images))
-    classes = torch.cat([logits_of(net, perturb(x.float(), xi)).argmax(1) for x in parts])
+    classes = _outputs(net, images, xi, lambda logits: logits.argmax(1))
     fooled = classes[classes != labels]
     return (fooled if len(fooled) else classes).mode().values
 
@@ -274,13 +279,23 @@ def aimed_pgd(
         check_model(net, images, labels)
         chosen = torch.randperm(len(images), generator=generator)[:score_images].to(images.device)
         few = images[chosen], labels[chosen]
-        aimed_at = _targets(net, images, labels, targets, scenes)
+        aimed_at = _targets(net, images, labels, targets)
+        if targets is None and len(aimed_at) > candidates:
+            ascent = universal_pgd(net, images, labels, **given | {"eps": bound.max(), "steps": scan, "snapshots": 1})
+            aimed_at = _likely(net, few[0], ascent, candidates)
+        if targets is None and labels.ndim > 1:
+            painted = aimed_at.view(-1, 1, 1).expand(-1, *labels.shape[1:])
+            aimed_at = torch.cat([painted, labels[:scenes].long()])
+        at_once = max(1, AT_ONCE // images[:1].shape.numel())  # heaps
 
-        def aiming(rows: Tensor, **options: Any) -> Tensor:
+        def aiming(rows: Tensor, *, eps: Tensor, start: Tensor | None, **options: Any) -> Tensor:
             """Perturbations (heaps, C, H, W) that aim at these of the targets (heaps,)."""
+            if len(rows) > at_once:
+                begun = [None] * len(rows) if start is None else start.split(at_once)
+                parts = zip(rows.split(at_once), eps.split(at_once), begun, strict=False)
+                return torch.cat([aiming(some, eps=each, start=xi, **options) for some, each, xi in parts])
             aim = aimed_at[rows.to(aimed_at.device)]
-            aim = aim.view(len(aim), 1, *aim.shape[1:], *[1] * (labels.ndim - aim.ndim))
-            wanted = aim.expand(-1, *labels.shape)
+            wanted = aim.view(len(aim), 1, *aim.shape[1:], *[1] * (labels.ndim - aim.ndim)).expand(-1, *labels.shape)
 
             def path(
                 net: nn.Module, x: Tensor, _: Tensor, *run: Tensor, targeted: bool, **own: Any
@@ -288,7 +303,7 @@ def aimed_pgd(
                 own = {name: own[name] for name in ("eps", "micro_batch", "straight_through") if name in own}
                 return stochastic_pgd(net, x, wanted, *run, targeted=True, inner=inner, **own)
 
-            return universal_pgd(net, images, labels, path=path, **given | options)
+            return universal_pgd(net, images, labels, path=path, eps=eps, start=start, **given | options)
 
         def best_of(rows: Tensor, xi: Tensor, kept: int) -> tuple[Tensor, Tensor]:
             """Of targets (eps, targets) those whose perturbations win most, and these (eps * kept, C, H, W)."""
@@ -297,11 +312,9 @@ def aimed_pgd(
             return rows.gather(1, best.cpu()), chosen.flatten(0, 1)
 
         if start is not None:
+            start = start.to(images.device)
             nearest = torch.stack([_won(net, few[0], xi, aimed_at).argmax() for xi in start.split(1)])
             return aiming(nearest, eps=bound, start=start, steps=steps, snapshots=snapshots)
-        if len(aimed_at) > candidates and targets is None:
-            ascent = universal_pgd(net, images, labels, **given | {"eps": bound.max(), "steps": scan, "snapshots": 1})
-            aimed_at = _likely(net, few[0], ascent, candidates)
         count = len(aimed_at)
         rows, xi = torch.arange(count).repeat(len(bound), 1), None
         for kept, length, scored in (
@@ -315,38 +328,36 @@ def aimed_pgd(
         return best_of(rows, xi, 1)[1]
 
 
-def _targets(net: nn.Module, images: Tensor, labels: Tensor, targets: Any, scenes: int) -> Tensor:
-    """What may be aimed at, as int64 (targets,) or (targets, H, W). Raises SatlibError where it is none."""
+def _targets(net: nn.Module, images: Tensor, labels: Tensor, targets: Any) -> Tensor:
+    """The classes (targets,), or maps of them (targets, H, W), that may be aimed at; None: all classes.
+
+    Raises SatlibError where they are none.
+    """
     with torch.no_grad():
         classes = logits_of(net, images[:1].float()).shape[1]
     if targets is None:
-        every = torch.arange(classes, device=labels.device)
-        if labels.ndim == 1:
-            return every
-        return torch.cat([every.view(-1, 1, 1).expand(-1, *labels.shape[1:]), labels[:scenes].long()])
-    given = numbers(targets, "targets").long().to(images.device)
+        return torch.arange(classes, device=labels.device)
+    values = numbers(targets, "targets").to(labels.device)
+    given = values.long() if values.ndim else values.long().view(1)
     known = given[given != IGNORE] if given.ndim > 1 else given
-    if given.shape[1:] not in ((), labels.shape[1:]) or not len(known) or not 0 <= known.min() <= known.max() < classes:
+    whole = torch.equal(given.float(), values.view(given.shape)) and given.shape[1:] in ((), labels.shape[1:])
+    if not whole or not len(known) or not 0 <= known.min() <= known.max() < classes:
         raise SatlibError(f"targets={told(targets)}: expected classes from 0 to {classes - 1}, or maps of them")
     return given
 
 
-@torch.no_grad()
 def _won(net: nn.Module, images: Tensor, xi: Tensor, targets: Tensor) -> Tensor:
     """Share of the decisions under xi (1, C, H, W) that are each target's: (targets,)."""
-    parts = images.split(images_at_once(images))
-    classes = torch.cat([logits_of(net, perturb(x.float(), xi)).argmax(1) for x in parts])
+    classes = _outputs(net, images, xi, lambda logits: logits.argmax(1))
     return torch.stack([(classes == target).float().mean() for target in targets])
 
 
-@torch.no_grad()
 def _likely(net: nn.Module, images: Tensor, xi: Tensor, count: int) -> Tensor:
     """The classes (count,) of highest mean probability: first of clean images, then of those under xi (1, C, H, W)."""
-    parts = images.split(images_at_once(images))
 
     def ranked(xi: Tensor) -> Tensor:
-        shares = torch.cat([logits_of(net, perturb(x.float(), xi)).softmax(1) for x in parts])
-        return shares.movedim(1, -1).flatten(0, -2).mean(0).argsort(descending=True)
+        shares = _outputs(net, images, xi, lambda logits: logits.softmax(1).view(*logits.shape[:2], -1).mean(2))
+        return shares.mean(0).argsort(descending=True)
 
     clean, attacked = ranked(torch.zeros_like(xi)), ranked(xi)
     half = clean[: count // 2]

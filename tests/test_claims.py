@@ -29,7 +29,8 @@ def model(family, accuracy, eps_uni, *, deepfool=None, strongest=None, spread=0.
     record = types.SimpleNamespace(id=title)
     searches = () if strongest is None else (record,)
     found = Model(title, family, sharedness, eps, 0.5, accuracy, eps_uni, deepfool, spreads, strongest)
-    return replace(found, trainings=(record,) * trained, strongest_searches=searches)
+    asked = {"eps_uni": trained, "strongest": trained * len(searches), "deepfool": trained * (deepfool is not None)}
+    return replace(found, trainings=(record,) * trained, strongest_searches=searches, measured=asked)
 
 
 def test_a_size_beyond_what_is_searched_is_told_as_such_and_counts_as_larger():
@@ -50,7 +51,8 @@ def test_the_front_is_what_nobody_beats():
     points = {(90, 10), (88, 20), (88, 18), (87, 19), (85, 30), (80, 30), (79, 31)}
     best = front([model("s = 1", a, r) for a, r in points])
     assert [(m.accuracy, value) for m, value in best] == [(79, 31), (85, 30), (88, 20), (90, 10)]
-    assert front([model("s = 1", 90.0, None)]) == []
+    beyond = model("s = 1", 90.0, None)
+    assert front([beyond]) == [(beyond, 256.0)] and front([beyond], "strongest") == []
     both = [model("s = 1", 90.0, 5.0, deepfool=10.0), model("s = 1", 89.0, 9.0, deepfool=8.0)]
     assert len(front(both)) == 2 and len(front(both, "deepfool")) == 1
     assert front([*both, ERM], family="s = 1") == front(both) and front(both, family="ERM") == []
@@ -76,7 +78,10 @@ def test_the_most_robust_of_each_family_smallest_first():
         ([(86, 40)], [(85.4, 20)], 0.5, "not decided", ""),  # the more robust one must not be more accurate, either
         ([(88, 40), (85, 55)], [(87, 30), (86, 5)], 0.5, "holds", "+15.0 (at 87.0 %)"),  # the latter is on no front
         ([], [(87, 30)], None, "not run", ""),
-        ([(87, None)], [(87, 30)], None, "not run", ""),
+        ([(87, None)], [(87, 30)], 0.5, "holds", "+226.0 (at 87.0 %)"),  # nothing up to 255 was enough
+        ([(90, 50), (92, 30)], [(90, None), (92, 20)], 0.5, "does not hold", "-206.0 (at 90.0 %), +10.0 (at 92.0 %)"),
+        ([(60, 100), (95, 10)], [(80, 40)], 0.5, "not decided", ""),  # too far apart to be interpolated
+        ([(86.4, 40), (85.8, 50)], [(86, 30)], 0.5, "holds", "+16.7 (at 86.0 %)"),
     ],
 )
 def test_domination_compares_at_equal_accuracy(strong, weak, spread, expected, gaps):
@@ -100,6 +105,8 @@ def test_domination_rests_on_more_than_one_training_of_each():
     assert verdict([(86, 2)], [(86.2, 2)]) == "holds"
     assert verdict([(86, 1), (84, 1)], [(86.2, 1)]) == "not decided"
     assert verdict([(86, 1), (84, 1)], [(86.2, 1), (84.1, 1)]) == "holds"
+    once = [replace(model(f"s = {s}", 86.0, 40.0 + s, strongest=30.0 + s), measured={"strongest": 1}) for s in (1, 64)]
+    assert domination(once, "s = 64", "s = 1", "ensemble").evidence.endswith("a single training")
 
 
 def test_domination_under_deepfool_looks_at_that_accuracy():
@@ -198,11 +205,16 @@ def test_rows_of_sections_6_1_and_6_2_are_judged_beside_erm():
     free, accepted, gain = (found[f"cifar10/{key}"] for key in ("no-loss/eps_uni", "90/eps_uni", "gain"))
     assert (free.text, free.verdict) == ("no such model", "not reproduced")
     assert (accepted.text, accepted.verdict) == ("40.0 ± 0.5", "same direction")
-    assert (gain.ours, gain.verdict, gain.runs) == (10.0, "same direction", ("t",))
+    assert (gain.ours, gain.verdict, set(gain.runs)) == (10.0, "same direction", {"t"})
+    assert gain.ensemble_text == "–"
     assert (gain.ensemble, gain.ensemble_verdict, gain.verdicts) == (None, "not run", "same direction")
     assert found["cifar10/90/loss"].ours == 2.0 and found["cifar10/cost/uad"].verdict == "not run"
-    searched = {"strongest_searches": (record,), "strongest": 14.0}
+    asked = {"eps_uni": 2, "strongest": 2}
+    searched = {"strongest_searches": (record,), "strongest": 14.0, "measured": asked}
+    half = rows("6.1", replace(ERM, **searched), replace(shared, **searched), model("s = 64", 87.5, 42.0))
+    assert half["cifar10/90/eps_uni"].ensemble_text == "–"  # of those that it could be, one was not asked
     both = rows("6.1", replace(ERM, **searched), replace(shared, **searched | {"strongest": 13.0}))
+    assert both["cifar10/no-loss/eps_uni"].ensemble_text == "no such model" == both["cifar10/no-loss/eps_uni"].text
     accepted = both["cifar10/90/eps_uni"]
     assert (accepted.ours, accepted.verdict, accepted.ensemble) == (40.0, "same direction", 13.0)
     assert accepted.verdicts == "not reproduced (by the paper's attack: same direction)"

@@ -115,7 +115,7 @@ def test_the_ensembles_numbers_stand_beside_those_of_the_papers_attack():
     assert (many.ours, many.verdict, many.ensemble) == (110.0, "same direction", 40.0)
     assert many.verdicts == "not reproduced (by the paper's attack: same direction)"
     assert (free.ensemble_verdict, free.ensemble_text, free.verdicts) == ("not run", "–", free.verdict)
-    assert rows["cityscapes/s1/eps_adv"].ensemble_verdict == "not run" and "e" in many.runs
+    assert rows["cityscapes/s1/eps_adv"].ensemble_verdict == "not run" and "e" in many.ensemble_runs
     table = results.segmenters(paper.CITYSCAPES, models)
     assert table["targeted eps_uni(0.95), ensemble"].tolist() == ["10.0", "50.0", "40.0"]
     assert "untargeted eps_uni(0.95), ensemble" not in table
@@ -153,7 +153,7 @@ def test_rows_of_section_6_3_are_judged_as_the_paper_says():
     found = rows(ERM, ONE, MANY, settings=replace(paper.CITYSCAPES, delta=0.5))
     assert found["cityscapes/erm/iou"].dataset == "Made up"
     assert found["cityscapes/s1/eps_uni"].dataset == "Made up, but delta = 0.5"
-    assert found["cityscapes/s1/eps_uni"].runs == ("t", "u") and found["cityscapes/s1/eps_uni"].seeds == 1
+    assert found["cityscapes/s1/eps_uni"].runs == ("t", "u", "t", "u") and found["cityscapes/s1/eps_uni"].seeds == 1
     assert judged(ERM, ONE, model("s = 4", 45.0, 90.0))["cityscapes/s5/eps_uni"] == (None, "not run")
     assert {row.verdict for row in rows(ONE, MANY).values()} == {"not run"}  # without ERM nothing is compared
 

@@ -222,21 +222,62 @@ def test_of_many_classes_those_that_seem_near_are_scanned(linear):
 
 
 def test_aiming_paints_one_class_or_a_map_over_every_scene():
-    """Pixels of class 0 or 1 each; class 2 is nowhere, and an ascent from the labels ends before it reaches it."""
-    weight = torch.tensor([[-1.0], [1.0], [0.0]]).expand(3, 3) / 30
+    """Dark pixels are of class 0, bright ones of 1, and the scenes' halves are either; the map of another scene, in
+    which the halves are swapped, wins all pixels, where one class everywhere wins half of them."""
+    weight = torch.tensor([[-1.0], [1.0], [-9.0]]).expand(3, 3) / 30
     model = nn.Conv2d(3, 3, 1)
     model.load_state_dict({"weight": weight.view(3, 3, 1, 1), "bias": torch.tensor([12.8, -12.8, 0.0])})
     labels = torch.zeros(6, 4, 4, dtype=torch.long)
     labels[:, :2] = 1
     labels[0, 0, 0] = IGNORE
     x = torch.where(labels == 1, 150.0, 106.0)[:, None].expand(-1, 3, -1, -1)
-    found = aimed_pgd(model, x, labels, eps=[40.0], steps=20, batch_size=3, generator=seeded())
-    assert success_rates(model, x, labels, found).item() >= 0.5
+    given = {"eps": [40.0], "steps": 20, "batch_size": 3}
+    painted = aimed_pgd(model, x, labels, scenes=0, generator=seeded(), **given)
+    assert 0.4 < success_rates(model, x, labels, painted).item() < 0.6
     turned = 1 - labels[1:2]
+    other = torch.cat([turned, labels[1:]])  # the first scene is the other way round, and is aimed at by all
+    mapped = aimed_pgd(model, torch.cat([256 - x[:1], x[1:]]), other, scenes=1, generator=seeded(), **given)
+    assert success_rates(model, x, labels, mapped).item() > 0.9
     swapped = aimed_pgd(model, x, labels, eps=[60.0], targets=turned, steps=20, batch_size=3, generator=seeded())
     assert success_rates(model, x, labels, swapped).item() == 1
     with pytest.raises(SatlibError, match=r"targets=Tensor of shape .*: expected classes from 0 to 2, or maps"):
         aimed_pgd(model, x, labels, eps=[40.0], targets=turned[:, :3], steps=2, batch_size=3)
+
+
+def test_maps_of_scenes_are_aimed_at_beside_however_many_classes():
+    """Of 24 classes six are scanned, and four maps; in groups of heaps, where they are too many pixels at once."""
+    model, sizes = nn.Conv2d(3, 24, 1), []
+    x, labels = images_like(6), torch.arange(96).view(6, 4, 4) % 24
+    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    given = {"eps": [8.0], "steps": 2, "scan": 1, "batch_size": 4, "candidates": 6, "generator": seeded()}
+    before = spend(0)
+    whole = aimed_pgd(model, x, labels, **given)
+    assert spend(0) - before == 4 * (1 + 10 * 1 + 4 * 3 + 2) and max(sizes) == 10  # heaps, an image of each
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("satlib.universal.AT_ONCE", 3 * 48)
+        patch.setattr("satlib.attacks.AT_ONCE", 3 * 48)
+        sizes.clear()
+        parts = aimed_pgd(model, x, labels, **given | {"generator": seeded()})
+    handle.remove()
+    assert max(sizes) <= 6 and parts.shape == whole.shape and parts.abs().max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": [0.7]}, r"targets=\[0.7\]: expected classes from 0 to 2, or maps of them"),
+        ({"targets": 3}, "targets=3: expected classes"),
+        ({"scenes": -1}, "scenes=-1: expected a whole number of at least 0"),
+        ({"candidates": 0}, "candidates=0: expected a whole number of at least 1"),
+        ({"start": torch.zeros(2, *SHAPE)}, "start of shape"),
+    ],
+)
+def test_aiming_names_what_is_wrong(three_class, changes, message):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    with pytest.raises(SatlibError, match=message):
+        aimed_pgd(three_class, x, y, eps=[60.0], steps=2, batch_size=4, **changes)
+    found = aimed_pgd(three_class, x, y, targets=2, eps=[60.0], steps=10, batch_size=4, generator=seeded())
+    assert classes_under(three_class, found) == [2]
 
 
 def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_effort():

@@ -44,7 +44,8 @@ BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts
 class Row:
     """One number of the paper and ours for it; None where there is none.
 
-    ours is by the paper's attack, ensemble by `satlib.robustness.strongest`, with a spread and a verdict of its own.
+    ours is by the paper's attack, ensemble by `satlib.robustness.strongest`, with spread, runs and verdict of its own;
+    where the most robust of several models is meant, each has its own.
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
     `ours` follows from. verdict: "reproduced within spread" under the paper's settings within two spreads of its
     number; else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models,
@@ -65,24 +66,31 @@ class Row:
     verdict: str = "not run"
     ensemble: float | None = None
     ensemble_spread: float | None = None
+    ensemble_runs: tuple[str, ...] = ()
     ensemble_verdict: str = "not run"
 
     @property
     def text(self) -> str:
         """Our number with its spread; where there is none, why."""
-        return "no such model" if self.ours is None and not self.runs else size_text(self.ours, self.spread)
+        return _found(self.ours, self.spread, self.runs, self.verdict)
 
     @property
     def ensemble_text(self) -> str:
         """The ensemble's number with its spread; "–" where it was not run."""
-        run = self.ensemble_verdict != "not run"
-        return size_text(self.ensemble, self.ensemble_spread) if run else "–"
+        return _found(self.ensemble, self.ensemble_spread, self.ensemble_runs, self.ensemble_verdict)
 
     @property
     def verdicts(self) -> str:
         """The verdict, and the ensemble's where it is another one."""
         same = self.ensemble_verdict in ("not run", self.verdict)
         return self.verdict if same else f"{self.ensemble_verdict} (by the paper's attack: {self.verdict})"
+
+
+def _found(value: float | None, spread: float | None, runs: Sequence[str], verdict: str) -> str:
+    """A number in words; where there is none, why."""
+    if verdict == "not run" or (value is None and not runs):
+        return "no such model" if verdict == "not reproduced" else "–"
+    return size_text(value, spread)
 
 
 Numbers = dict[str, dict[str, Any]]  # what the rows of reported numbers say of ours, by the numbers' keys
@@ -165,7 +173,7 @@ def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
         {
             "model": m.title,
             "accuracy (%)": _measured(m, "accuracy"),
-            f"eps_uni({settings.delta:g}), ensemble": _measured(m, "strongest") if m.strongest_searches else None,
+            f"eps_uni({settings.delta:g}), ensemble": _measured(m, "strongest") if _has(m, "strongest") else None,
             f"eps_uni({settings.delta:g}), paper's attack": _measured(m, "eps_uni"),
             deepfool: None if m.deepfool is None else _measured(m, "deepfool"),
             "entropy where fooled (bits)": None if m.entropy_bits is None else f"{m.entropy_bits:.2f}",
@@ -247,13 +255,13 @@ def _twice(of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 
 def _beside(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Our number by the paper's attack with the ensemble's beside it."""
-    both = {"ensemble": other["ours"], "ensemble_spread": other["spread"], "ensemble_verdict": other["verdict"]}
-    return ours | both | {"runs": tuple(dict.fromkeys((*ours["runs"], *other["runs"])))}
+    both = {"ensemble": other["ours"]} | {f"ensemble_{name}": other[name] for name in ("spread", "runs", "verdict")}
+    return ours | both
 
 
-def _beside_erm(model: Model | None, erm: Model, measure: str) -> dict[str, Any]:
-    """The robustness of a model beside that of ERM, as `_ours`."""
-    if not _has(erm, measure):
+def _beside_erm(model: Model | None, erm: Model, measure: str, asked: Sequence[Model]) -> dict[str, Any]:
+    """The robustness of a model beside that of ERM, as `_ours`; asked: the models among which it was chosen."""
+    if not all(_has(each, measure) for each in (erm, *asked)):
         return _ours(None, "not run", [])
     if model is None:
         return _ours(None, "not reproduced", [])
@@ -263,12 +271,12 @@ def _beside_erm(model: Model | None, erm: Model, measure: str) -> dict[str, Any]
 
 def _has(model: Model, measure: str) -> bool:
     """Whether a model was searched by the attack of this measure."""
-    return bool(model.strongest_searches) or measure != "strongest"
+    return model.size(measure) is not None
 
 
-def _best(models: list[Model], family: str, accuracy: float, measure: str) -> Model | None:
-    """The most robust model of a family that keeps at least `accuracy` %."""
-    return next((m for m, _ in claims.front(models, measure, family=family) if m.accuracy >= accuracy), None)
+def _best(models: Sequence[Model], measure: str) -> Model | None:
+    """The most robust of the models, of those that were asked."""
+    return next((m for m, _ in claims.front(models, measure)), None)
 
 
 def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: Mapping[str, float]) -> Numbers:
@@ -280,9 +288,9 @@ def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: M
     )
     if any(m.family == family for m in models):
         for name, points in accepted.items():
-            least = erm.accuracy - points
+            kept = [m for m in models if m.family == family and m.accuracy >= erm.accuracy - points]
             numbers[f"{key}/{name}/eps_uni"] = _twice(
-                lambda measure, least=least: _beside_erm(_best(models, family, least, measure), erm, measure)
+                lambda measure, kept=kept: _beside_erm(_best(kept, measure), erm, measure, kept)
             )
     return numbers
 
@@ -290,7 +298,8 @@ def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: M
 def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
     erm, points = models[0], 93.25 - 90.0
     numbers = _classifiers_numbers("cifar10", models, "s = 64", {"no-loss": 0.0, "90": points})
-    if accepted := _best(models, "s = 64", erm.accuracy - points, "eps_uni"):
+    kept = [m for m in models if m.family == "s = 64" and m.accuracy >= erm.accuracy - points]
+    if accepted := _best(kept, "eps_uni"):
         numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", [erm, accepted])
 
     def gain(measure: str) -> dict[str, Any]:
@@ -315,9 +324,7 @@ def _imagenet_numbers(models: list[Model], cost: None = None) -> Numbers:
     if good := next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None):
         lower = DIRECTION[claims.verdict(good.accuracy < erm.accuracy)]
         numbers["imagenet/good/accuracy"] = _measure_of(good, "accuracy", lower, [erm, good])
-        numbers["imagenet/good/eps_uni"] = _twice(
-            lambda measure: _beside_erm(good if _has(good, measure) else None, erm, measure)
-        )
+        numbers["imagenet/good/eps_uni"] = _twice(lambda measure: _beside_erm(good, erm, measure, [good]))
     return numbers
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 from satlib.robustness import LARGEST
@@ -20,6 +20,7 @@ UNIVERSAL = ("ensemble", "S-PGD")  # those that eps_uni is searched by: what to 
 FEW = ("one seed each", "a single training")  # why a comparison decides nothing
 BEYOND = f"> {LARGEST:g}"  # of a size in pixel units: no perturbation of the interval that is searched was enough
 Gain = tuple[float, float, str]  # so many times the robustness of ERM, at less than so many points, who says so
+APART = 5.0  # points of accuracy between two models on a front that may be interpolated
 NEAR = 0.5  # points of accuracy that two models may differ by, and count as equally accurate
 MORE_EVENLY = 1.1  # times the bits of the undefended model that count as substantially more
 
@@ -101,8 +102,8 @@ class Model:
     training, eps for ERM. accuracy, eps_uni (by the paper's attack), strongest (eps_uni by the ensemble) and deepfool
     (accuracy in % under that universal perturbation) are means over the trainings that were evaluated, sizes of each
     over its searches, None where one did not succeed or none was run. spreads: the standard deviation of each of the
-    four over trainings where there are several, else over searches, by name. run: the first training; predictions:
-    those of it.
+    four over trainings where there are several, else over searches, by name. measured: by a measure, on how many of the
+    trainings it was. run: the first training; predictions: those of it.
     """
 
     title: str
@@ -115,6 +116,7 @@ class Model:
     deepfool: float | None
     spreads: Mapping[str, float]
     strongest: float | None = None
+    measured: Mapping[str, int] = field(default_factory=dict)
     run: Run | None = None
     trainings: tuple[Record, ...] = ()
     searches: tuple[Record, ...] = ()
@@ -137,10 +139,10 @@ class Model:
         """Success of the ensemble in % by eps in pixel units, on images that report; empty where not measured."""
         return curve_of(self.strongest_searches)
 
-    @property
-    def times_trained(self) -> int:
-        """From how many seeds it was trained."""
-        return max(1, len(self.trainings))
+    def size(self, measure: str) -> float | None:
+        """Its robustness by a measure of ATTACKS as a number that can be compared; None where that was not asked."""
+        value = getattr(self, measure)
+        return comparable(value) if value is not None or self.measured.get(measure) else None
 
     @property
     def entropy_bits(self) -> float | None:
@@ -177,6 +179,7 @@ def trained_models(plan: Plan, records: Records) -> list[Model]:
                 eps,
                 sigma,
                 **{name: mean(map(mean, each)) if each else None for name, each in values.items()},
+                measured={"eps_uni": len(searches), "strongest": len(strong), "deepfool": len(deepfools)},
                 spreads={name: spread for name, each in values.items() if (spread := _spread(each)) is not None},
                 run=runs[0],
                 trainings=tuple(trainings),
@@ -202,12 +205,12 @@ def _spread(values: Sequence[Sequence[float]]) -> float | None:
 
 
 def front(models: Iterable[Model], measure: str = "eps_uni", *, family: str | None = None) -> list[tuple[Model, float]]:
-    """The Pareto front with each model's robustness: those that no other beats in accuracy and robustness.
+    """The Pareto front with each model's robustness, as `Model.size` gives it: those that no other beats in both.
 
     measure: "eps_uni", "strongest" or "deepfool"; models without it are left out, as are those that are not of the
     `family`, if one is given. The most accurate one is the last.
     """
-    those = ((model, getattr(model, measure)) for model in models if family in (None, model.family))
+    those = ((model, model.size(measure)) for model in models if family in (None, model.family))
     known = [(model, value) for model, value in those if value is not None]
     best: list[tuple[Model, float]] = []
     for model, value in sorted(known, key=lambda pair: (-pair[0].accuracy, -pair[1])):
@@ -235,20 +238,24 @@ class Compared:
 def at_equal_accuracy(models: Sequence[Model], better: str, worse: str, measure: str = "eps_uni") -> list[Compared]:
     """Each model on the front of `worse` beside the front of `better` at the same accuracy.
 
-    That is interpolated between two neighbours on the front, or the robustness of its nearest model, if that is within
-    NEAR points of accuracy; models without either cannot be compared, and are left out.
+    That is interpolated between two neighbours on the front that are at most APART points of accuracy apart, or the
+    robustness of its nearest model, if that is within NEAR points; models without either cannot be compared, and are
+    left out. What is beyond 255 counts as 256.
     """
     strong, weak = (front(models, measure, family=family) for family in (better, worse))
     compared = []
     for model, value in weak:
         above = next((each for each in strong if each[0].accuracy >= model.accuracy), None)
         below = next((each for each in strong[::-1] if each[0].accuracy <= model.accuracy), None)
-        if above and below and above is not below:
+        if above and below and above is not below and above[0].accuracy - below[0].accuracy <= APART:
             (right, high), (left, low) = above, below
             share = (model.accuracy - left.accuracy) / (right.accuracy - left.accuracy)
             compared.append(Compared(model, low + share * (high - low) - value, (left, right)))
-        elif near := [each for each in (above, below) if each and abs(each[0].accuracy - model.accuracy) <= NEAR]:
-            compared.append(Compared(model, near[0][1] - value, (near[0][0],)))
+            continue
+        near = [each for each in (above, below) if each and abs(each[0].accuracy - model.accuracy) <= NEAR]
+        if near:
+            nearest, other = min(near, key=lambda each: abs(each[0].accuracy - model.accuracy))
+            compared.append(Compared(model, other - value, (nearest,)))
     return compared
 
 
@@ -257,7 +264,7 @@ def domination(models: Sequence[Model], better: str, worse: str, attack: str = "
 
     It holds if all that can be compared (`at_equal_accuracy`) are beaten by more than the largest spread over seeds of
     the models compared; it does not hold if one of them is more robust by as much. Not decided are smaller differences,
-    and what rests on a single training of either family, or on models with one seed each.
+    and what rests on a single training of either family under this attack, or on models with one seed each.
     """
     claim, measure = f"{better} dominates {worse} ({attack})", ATTACKS[attack]
     weak = front(models, measure, family=worse)
@@ -275,7 +282,7 @@ def domination(models: Sequence[Model], better: str, worse: str, attack: str = "
     evidence = f"{len(compared)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
     if not spreads:
         return Claim(claim, "not decided", f"{evidence}; {FEW[0]}")
-    if any(sum(m.times_trained for m in side) < 2 for side in sides):
+    if any(sum(m.measured.get(measure, 1) for m in side) < 2 for side in sides):
         return Claim(claim, "not decided", f"{evidence}; {FEW[1]}")
     gaps = [each.gap for each in compared]
     beaten, lost = min(gaps) > max(spreads), min(gaps) < -max(spreads)

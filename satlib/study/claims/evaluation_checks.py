@@ -84,6 +84,8 @@ def lowered(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Seque
 
     rows = []
     for model, searches in strongest.items():
+        if not searches or not paper[model]:
+            continue
         own, other = average([record.metrics["eps_uni"] for record in searches]), average(paper[model])
         less = "–" if own is None or not other else f"{100 * (1 - own / other):.0f} %"
         by = ", ".join(dict.fromkeys(record.metrics["attack"] or "–" for record in searches))
@@ -126,18 +128,22 @@ def saturation_claim(strongest: Mapping[str, Sequence[Record]], doubled: Mapping
 def order_claim(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Sequence[float | None]]) -> Claim:
     """That both attacks order the models alike: no two whose ranges over searches are apart swap places."""
     claim = "the ensemble orders the models as the paper's attack does"
-    ours = {
-        name: [comparable(r.metrics["eps_uni"]) for r in searches] for name, searches in strongest.items() if searches
-    }
-    if len(ours) < 2:
+    both = [name for name, searches in strongest.items() if searches and paper[name]]
+    ours = {name: [comparable(r.metrics["eps_uni"]) for r in strongest[name]] for name in both}
+    theirs = {name: [comparable(size) for size in paper[name]] for name in both}
+    if len(both) < 2:
         return Claim(claim, "not run")
-    theirs = {name: [comparable(size) for size in paper[name]] for name in ours}
-    swapped = [
-        f"{one} and {other}"
-        for one, other in itertools.permutations(ours, 2)
-        if max(ours[one]) < min(ours[other]) and min(theirs[one]) > max(theirs[other])
-    ]
-    return Claim(claim, verdict(not swapped), f"swapped: {'; '.join(swapped)}" if swapped else f"{len(ours)} models")
+
+    def below(sizes: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
+        return max(sizes[one]) < min(sizes[other])
+
+    pairs = [pair for pair in itertools.permutations(both, 2) if below(ours, *pair)]
+    swapped = [f"{one} and {other}" for one, other in pairs if below(theirs, other, one)]
+    decided = len(swapped) + sum(below(theirs, *pair) for pair in pairs)
+    evidence = f"{decided} of {len(both) * (len(both) - 1) // 2} pairs are apart under both"
+    if not decided:
+        return Claim(claim, "not decided", evidence)
+    return Claim(claim, verdict(not swapped), evidence + (f"; swapped: {'; '.join(swapped)}" if swapped else ""))
 
 
 def verdicts(audits: Mapping[str, Sequence[Check]]) -> pd.DataFrame:

@@ -72,6 +72,7 @@ def lowered(
 
     strongest, paper: records of searches by a model's title.
     """
+    strongest = {title: searches for title, searches in strongest.items() if searches and paper[title]}
     figure, axis = plt.subplots(figsize=(8.6, 0.55 * len(strongest) + 2.2))
     for place, (title, searches) in enumerate(strongest.items()):
         style = {"linestyle": "none", "markersize": 8} | look(title)

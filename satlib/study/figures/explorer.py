@@ -138,7 +138,7 @@ def trade_figure(
             if m.strongest is not None and m.eps_uni is not None:
                 axis.plot([m.accuracy] * 2, [m.strongest, m.eps_uni], color=style["color"], linewidth=0.8, alpha=0.6)
     measure = "strongest" if searched else "eps_uni"
-    if best := [(m.accuracy, size) for m, size in front(models, measure)]:
+    if best := [(m.accuracy, size) for m, size in front(models, measure) if getattr(m, measure) is not None]:
         axis.plot(*np.array(best).T, color="0.6", linewidth=1, zorder=0, label="Pareto front")
     sizes = [size for size in (chosen.strongest, chosen.eps_uni) if size is not None]
     if sizes:

@@ -143,9 +143,10 @@ def _searched(settings: Classification, erm: Run, baselines: dict[Baseline, Run]
     for model in plan.trained:
         plan.robustness[model] = [robustness_run(settings, model, seed=i) for i in range(settings.search_seeds)]
     titles = {model.title: model for model in plan.trained}
-    if unknown := set(settings.strongest_models) - titles.keys():
-        raise SatlibError(f"strongest_models: {sorted(unknown)} are no titles; expected some of {', '.join(titles)}")
-    for title in settings.strongest_models or titles:
+    asked = [title for title in settings.strongest_models or titles if title in titles]  # points may leave some out
+    if not asked:
+        raise SatlibError(f"strongest_models={settings.strongest_models}: expected some of {', '.join(titles)}")
+    for title in asked:
         seeds = range(settings.strongest_seeds)
         plan.strongest[titles[title]] = [strongest_run(settings, titles[title], seed=i) for i in seeds]
     return plan
