@@ -65,8 +65,8 @@ POSITIVE = ("a positive number", lambda value: 0 < value < math.inf)
 FLAG = ("True or False", lambda value: isinstance(value, bool | np.bool_))
 RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # a name means the same wherever it occurs
     **dict.fromkeys(["steps", "batch_size", "snapshots", "score_images", "iterations"], WHOLE),
-    **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims", "candidates", "effort"], WHOLE),
-    **dict.fromkeys(["beta", "gamma", "relative_step_size"], POSITIVE),
+    **dict.fromkeys(["restarts", "larger", "passes", "inner", "scan", "aims", "candidates"], WHOLE),
+    **dict.fromkeys(["beta", "gamma", "relative_step_size", "effort"], POSITIVE),
     **dict.fromkeys(["targeted", "keep_best", "warm_start", "dominant", "straight_through", "nesterov"], FLAG),
     "scenes": ("a whole number of at least 0", lambda value: _is_whole(value, 0)),
     "classes": ("a whole number of at least 2", lambda value: _is_whole(value, 2)),

@@ -20,7 +20,7 @@ class Classification:
     # Names of the settings that the paper does not state; their defaults are our choice.
     unstated: ClassVar[str] = (
         "seed erm_batch_size erm_weight_decay label_smoothing repeated train_seeds choose_images search_seeds "
-        "straight_through strongest_models strongest_seeds strongest_epsilons"
+        "straight_through strongest_models strongest_seeds strongest_effort strongest_epsilons"
     )
 
     dataset: str = "cifar10"
@@ -71,6 +71,7 @@ class Classification:
     # Beyond the paper: the same by the ensemble of `satlib.robustness.strongest`, and its success at some sizes.
     strongest_models: tuple[str, ...] = ()  # titles of the models; (): all
     strongest_seeds: int = 3
+    strongest_effort: float = 1.0  # so many times as many steps
     strongest_epsilons: tuple[float, ...] = (4, 8, 16, 24, 32, 48)  # pixel units
 
 
@@ -189,7 +190,8 @@ class Cityscapes:
     unstated: ClassVar[str] = (
         "width seed label_smoothing erm_epochs erm_learning_rate erm_schedule erm_milestones "
         "craft_images choose_images adversarial_images adversarial_iterations adversarial_steps "
-        "straight_through adversarial_capped strongest_seeds strongest_epsilons structure_eps hidden hiding_epsilons"
+        "straight_through adversarial_capped strongest_seeds strongest_effort strongest_epsilons structure_eps "
+        "hidden hiding_epsilons"
     )
 
     dataset: str = "cityscapes"
@@ -230,6 +232,7 @@ class Cityscapes:
     adversarial_steps: int = 200
     adversarial_capped: bool = False  # whether untargeted image-dependent attacks have threshold and soft targets, too
     strongest_seeds: int = 1  # beyond the paper: searches by the ensemble of `satlib.robustness.strongest`
+    strongest_effort: float = 1.0  # so many times as many steps
     strongest_epsilons: tuple[float, ...] = (8, 16, 32, 64, 128, 255)  # pixel units, at which its success is measured
     structure_eps: float = 40.0  # of the perturbations whose structure is measured (Figure 6)
     hidden: str = "person"  # the class that a dynamic target hides (Metzen et al. 2017)

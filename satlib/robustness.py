@@ -216,7 +216,7 @@ def strongest(
     report: Labelled,
     delta: float = 0.75,
     targeted: bool = False,
-    effort: int = 1,
+    effort: float = 1,
     generator: torch.Generator | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Robustness:
@@ -241,7 +241,7 @@ def success_curve(
     epsilons: Sequence[float],
     start: Tensor | None = None,
     targeted: bool = False,
-    effort: int = 1,
+    effort: float = 1,
     generator: torch.Generator | None = None,
 ) -> list[Success]:
     """Success of the ensemble's attacks at full length at each of `epsilons`: the best of them on the crafting images,

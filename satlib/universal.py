@@ -430,7 +430,7 @@ _UNIT: dict[str, Any] = {"larger": 1}  # a mini-batch is as large as it is said 
 
 
 def ensemble(
-    images: int, *, segmentation: bool = False, targeted: bool = False, effort: int = 1
+    images: int, *, segmentation: bool = False, targeted: bool = False, effort: float = 1
 ) -> list[UniversalAttack]:
     """The attacks of `satlib.robustness.strongest` for so many crafting images, in their order.
 
@@ -439,9 +439,13 @@ def ensemble(
     look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin, which does
     not go on where a decision is won by far. effort: so many times as many steps.
     """
+
+    def taken(steps: int) -> int:
+        return max(2, round(steps * effort))
+
     common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4, "score_images": 256}
-    aim = [named("aimed", steps=80 * effort, scan=8 * effort, **common)]
-    plain, margin = (named(name, steps=50 * effort, **_UNIT | common) for name in ("SGA", "margin"))
+    aim = [named("aimed", steps=taken(80), scan=taken(8), **common)]
+    plain, margin = (named(name, steps=taken(50), **_UNIT | common) for name in ("SGA", "margin"))
     return [plain, *([] if targeted else aim), margin]
 
 

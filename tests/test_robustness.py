@@ -394,7 +394,7 @@ def test_the_strongest_finds_a_known_threshold(brightness):
         one = (four[0], torch.ones(4, dtype=torch.long))
         aimed = strongest(brightness, targeted=True, craft=one, choose=one, report=one, generator=seeded())
     assert 30 <= aimed.epsilon <= 30 + GRID
-    with pytest.raises(SatlibError, match="effort=0: expected a whole number of at least 1"):
+    with pytest.raises(SatlibError, match="effort=0: expected a positive number"):
         strongest(brightness, craft=four, choose=four, report=four, effort=0)
 
 

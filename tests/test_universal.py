@@ -290,6 +290,7 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
     assert options(margin)["loss"] == "margin" and options(plain)["loss"] == "cross-entropy"
     assert [name_of(each) for each in ensemble(20, segmentation=True, targeted=True)] == ["SGA", "margin"]
     assert {options(each)["batch_size"] for each in ensemble(20)} == {20}
+    assert [options(each)["steps"] for each in ensemble(5000, effort=0.1)] == [5, 8, 5]
     twice = [options(each)["steps"] for each in ensemble(5000, effort=2)]
     assert twice == [2 * options(each)["steps"] for each in (plain, aimed, margin)]
 

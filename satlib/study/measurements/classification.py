@@ -228,11 +228,11 @@ def robustness_run(settings: Classification, model: Run, *, attack: str = "paper
     return universal_search(settings, model, title, attack_settings(settings, attack), seed=seed, **more)
 
 
-def strongest_run(settings: Classification, model: Run, *, seed: int = 0, **more: Any) -> Run:
-    """eps_uni(delta) of a trained model by the ensemble."""
-    title = f"strongest eps_uni of {model.title}" + "".join(f", {name} {n}" for name, n in more.items())
+def strongest_run(settings: Classification, model: Run, *, seed: int = 0, times: int = 1) -> Run:
+    """eps_uni(delta) of a trained model by the ensemble; times: with so many times the steps that the settings say."""
+    title = f"strongest eps_uni of {model.title}" + (f", {times} times the steps" if times > 1 else "")
     title += f", seed {seed}" if seed else ""
-    return strongest_search(settings, model, title, seed=seed, **_roles(settings), **more)
+    return strongest_search(settings, model, title, seed=seed, times=times, **_roles(settings))
 
 
 def _roles(settings: Classification) -> dict[str, Any]:

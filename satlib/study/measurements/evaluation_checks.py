@@ -174,7 +174,7 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
         strongest={model.title: searches for model, searches in plan.strongest.items()},
         paper={model.title: plan.robustness[model] for model in plan.strongest},
         doubled={
-            title: strongest_run(cifar, model, effort=2)
+            title: strongest_run(cifar, model, times=2)
             for title, model in list(models.items())[: settings.doubled]
             if plan.strongest.get(model)
         },

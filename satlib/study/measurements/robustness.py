@@ -15,6 +15,7 @@ from satlib.data import ImageSet, Splits
 from satlib.deepfool import universal_deepfool as deepfool
 from satlib.device import exact
 from satlib.network import logits_of
+from satlib.paper import Classification
 from satlib.robustness import Robustness, success_curve
 from satlib.robustness import adversarial_robustness as search_each
 from satlib.robustness import strongest as search_strongest
@@ -79,7 +80,7 @@ def strongest(
     sets: dict = SETS,
     target: str = "",
     epsilons: list | tuple = (),
-    effort: int = 1,
+    effort: float = 1,
     seed: int = 0,
 ) -> dict:
     """eps_uni(delta) by the ensemble, `satlib.robustness.strongest`, and success at each of `epsilons` by its attacks.
@@ -218,12 +219,13 @@ def universal_search(settings: Any, model: Run, title: str, attack: dict[str, An
     return universal_robustness.plan(settings, title, cost, model=model, attack=attack, **given)
 
 
-def strongest_search(settings: Any, model: Run, title: str, *, seed: int = 0, effort: int = 1, **more: Any) -> Run:
+def strongest_search(settings: Any, model: Run, title: str, *, seed: int = 0, times: int = 1, **more: Any) -> Run:
     """A section's search for eps_uni of a model by the ensemble; the first one also measures success at fixed sizes."""
     images = {role: getattr(settings, f"{role}_images") for role in SETS}
-    sizes, more = () if seed or effort > 1 else settings.strongest_epsilons, more | {"effort": effort}
-    given = stated(settings, "delta") | {"images": images, "epsilons": sizes, "seed": seed} | more
-    return strongest.plan(settings, title, effort * 60_000 + 10_000 * len(sizes), model=model, **given)
+    sizes, effort = () if seed or times > 1 else settings.strongest_epsilons, settings.strongest_effort * times
+    given = stated(settings, "delta") | {"images": images, "epsilons": sizes, "seed": seed, "effort": effort} | more
+    passes = effort * (64 if isinstance(settings, Classification) else 8) * (900 + 160 * len(sizes))
+    return strongest.plan(settings, title, passes, model=model, **given)
 
 
 def adversarial_search(
