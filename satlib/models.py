@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from satlib.checks import check, check_known
 from satlib.errors import SatlibError
-from satlib.network import logits_in, weights_dtype
+from satlib.network import OwnNetwork, logits_in, weights_dtype
 
 Channels: TypeAlias = Sequence[float]  # one value a channel, in pixel units
 MEAN, STD = (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)
@@ -77,14 +77,12 @@ class Statistics(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
 
-class Normalised(Statistics):
+class Normalised(Statistics, OwnNetwork):
     """A network that takes images (n, channels, H, W), float32 in 0..255, and normalises them by its statistics.
 
     It returns logits (n, classes), or for every pixel (n, classes, H, W). Raises SatlibError where one of its settings
     is not as its class says, or mean and std do not fit.
     """
-
-    memory_format = torch.channels_last  # of the images that it wants; it never writes into them
 
     def initialise(self) -> None:
         """Convolutions as in He et al. (2015); channels last, as all images are."""

@@ -217,7 +217,7 @@ def train(
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
         adversary.start_epoch(model, epoch, generator)
-        model.train()
+        _train_mode(model)
         total = 0.0
         batches = ranks.batches(data, settings.batch_size, images=size, heap=heap, generator=generator)
         for step, (images, labels, weight) in enumerate(batches):
@@ -239,6 +239,14 @@ def train(
             ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), history))
     model.eval()
     return history
+
+
+def _train_mode(model: Module) -> None:
+    """Raises SatlibError where a part of the model knows no such mode."""
+    try:
+        model.train()
+    except NotImplementedError:
+        raise SatlibError("the model has no training mode: expected the network that it was exported from") from None
 
 
 def new_optimizer(model: Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
