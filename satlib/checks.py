@@ -5,6 +5,7 @@ Where another type has a plain meaning (a list, a NumPy array, float64 pixels), 
 
 import contextvars
 import functools
+import hashlib
 import inspect
 import math
 import warnings
@@ -24,7 +25,10 @@ from satlib.network import logits_of
 P = ParamSpec("P")
 R = TypeVar("R")
 TRIED = 4  # images that a model is tried on
+DIGESTED = 256  # images at a time
 SLACK = 0.01  # how far a pixel may lie outside of 0 to 255: a float's way to another unit and back
+UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # which PyTorch hardly computes with
+NORMALISED = 5  # by mean and standard deviation, images have no larger values
 
 
 def check(expected: str, right: Callable[[Any], Any], **values: Any) -> None:
@@ -90,7 +94,7 @@ def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, 
     any_range: images may lie outside of 0..255.
     """
     signature = inspect.signature(function)
-    optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+    optional = {name for name, parameter in signature.parameters.items() if parameter.default is None} | {"start"}
     further = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
 
     @functools.wraps(function)
@@ -113,6 +117,20 @@ def kernel(function: Callable[P, R], *, any_range: bool = False) -> Callable[P, 
             _nested.reset(token)
 
     return checked
+
+
+def outside(callback: Callable[P, R]) -> Callable[P, R]:
+    """A user's function as it is called from within one of ours: what it asks of others of ours is checked anew."""
+
+    @functools.wraps(callback)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _nested.set(False)
+        try:
+            return callback(*args, **kwargs)
+        finally:
+            _nested.reset(token)
+
+    return called
 
 
 def _settled(given: dict[str, Any], any_range: bool) -> dict[str, Any]:
@@ -151,6 +169,7 @@ def _as_tensor(value: Any, name: str, shape: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise SatlibError(f"{name}: expected a tensor {shape}; {str(error).splitlines()[0]}") from None
     tensor = tensor.detach() if tensor.requires_grad else tensor
+    tensor = tensor.long() if tensor.dtype in UNSIGNED else tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -163,8 +182,7 @@ def as_images(images: Any, name: str = "images", *, any_range: bool = False) -> 
         raise SatlibError(f"{name} of type {tensor.dtype}: expected uint8 or float32, pixels from 0 to 255")
     if tensor.ndim != 4 or not tensor.numel():
         raise SatlibError(f"{name} of shape {tuple(tensor.shape)}: expected (d, C, H, W) with d at least 1")
-    if not any_range:
-        check_range(tensor, name)
+    check_range(tensor, name, any_range=any_range)
     return tensor if tensor.dtype is torch.uint8 else tensor.float()
 
 
@@ -203,27 +221,30 @@ def check_pair(images: Tensor, labels: Tensor, name: str = "labels") -> None:
         )
 
 
-def check_range(images: Tensor, name: str = "images") -> None:
+def check_range(images: Tensor, name: str = "images", *, any_range: bool = False) -> None:
     """Raises SatlibError where pixels are not finite, or lie outside of 0 to 255, or between 0 and 1 only.
 
-    Images of nothing but 0 and 1 could be black: they get a warning.
+    Images of nothing but 0 and 1 could be black: they get a warning. any_range: a perturbation may have been added,
+    and outside are only those that are all as small as normalised ones, some of them negative.
     """
     low, high = (float(value) for value in images.aminmax())
     seen, expected = (f"{name} from {low:g} to {high:g}", "expected pixel units, 0 to 255")
-    if not -SLACK <= low <= high <= 255 + SLACK:
+    added = any_range and math.isfinite(high - low) and (low >= 0 or max(-low, high) > NORMALISED)
+    if not (added or -SLACK <= low <= high <= 255 + SLACK):
         raise SatlibError(f"{seen}: {expected}; normalise inside the model")
-    if 0 < high <= 1:
+    if low >= -SLACK and 0 < high <= 1:
         if images.dtype.is_floating_point and not torch.equal(images, images.round()):
             raise SatlibError(f"{seen}: {expected}; multiply them by 255")
         warnings.warn(f"{seen}: {expected}; if 1 is white, multiply them by 255", stacklevel=4)
 
 
-def check_data(data: Any, model: Any, **options: Any) -> None:
-    """Raises SatlibError where data is no ImageSet, nor like one, or the model does not fit it: see `check_model`."""
-    if not hasattr(data, "batches"):
+def check_data(data: Any, model: Any = None, *, has: str = "batches", **options: Any) -> None:
+    """Raises SatlibError where data is no ImageSet, nor like one, in what it `has`, or a model does not fit it: see
+    `check_model`."""
+    if not hasattr(data, has):
         made = "satlib.data.ImageSet(images, labels, classes, name, title, split)"
         raise SatlibError(f"data is a {type(data).__name__}: expected an ImageSet; make one by {made}")
-    if hasattr(data, "images") and hasattr(data, "labels"):
+    if model is not None and hasattr(data, "images") and hasattr(data, "labels"):
         check_model(model, data.images, data.labels, **options)
 
 
@@ -269,13 +290,15 @@ def check_threshold(loss_threshold: float | None, targeted: bool) -> None:
         raise SatlibError(f"loss_threshold={loss_threshold!r} in a targeted attack: it knows no cap; pass None")
 
 
+def _digests(images: Tensor) -> set[bytes]:
+    """What tells images apart, whatever type their pixels have."""
+    few = (image for part in images.split(DIGESTED) for image in part.cpu().float().numpy())
+    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in few}
+
+
 def check_overlap(**sets: tuple[Any, Tensor]) -> None:
     """Warn where two of the sets of images have some in common, as far as they lie in memory."""
-    known = {
-        name: {image.tobytes() for image in images.cpu().float().numpy()}
-        for name, (images, _) in sets.items()
-        if isinstance(images, Tensor)
-    }
+    known = {name: _digests(images) for name, (images, _) in sets.items() if isinstance(images, Tensor)}
     for (one, first), (other, second) in combinations(known.items(), 2):
         if common := len(first & second):
             warnings.warn(f"{common} of {len(second)} `{other}` images are also `{one}` images", stacklevel=4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import perturb, perturb_straight_through, spend
-from satlib.checks import check_model, kernel, per_heap
+from satlib.checks import check_model, kernel, outside, per_heap
 from satlib.device import exact
 from satlib.network import attackable, logits_of
 
@@ -27,7 +27,7 @@ def deepfool(
     Each iteration linearises the logits at the perturbed image and goes to the nearest of the hyperplanes that part the
     predicted class from its strongest rivals, `classes` in all; the way so far, times 1 + overshoot, is what is added.
     An image stops as soon as its prediction changes. images (d, C, H, W) float32 may lie outside of 0..255, as x + v
-    does; they are clamped only before the model sees them.
+    does; they are clamped only before the model sees them. In other units, 0..1 or normalised, they are an error.
 
     Returns the perturbations (d, C, H, W) in pixel units, and which of them changed the prediction (d,). Runs in
     float32: the way hangs on small differences of logits. Raises SatlibError on classes < 2, steps < 1, overshoot < 0.
@@ -91,6 +91,7 @@ def universal_deepfool(
     (n, C, H, W), uint8 or float32 in 0..255; eps in pixel units. progress(text, done) follows every pass.
     Raises SatlibError on what is out of range.
     """
+    progress = progress and outside(progress)
     bounds = per_heap(eps, None, images.device).flatten().tolist()
     found = []
     with attackable(model) as net, exact():
@@ -104,7 +105,7 @@ def universal_deepfool(
                 for chosen in order.split(batch_size):
                     going = chosen[_predicted(net, images[chosen], v) == clean[chosen]]
                     if len(going):
-                        x = images[going] + v
+                        x = images[going].float() + v
                         steps_found, changed = _deepfool(net, x, classes, steps, overshoot, straight_through)
                         v = (v + steps_found[changed].sum(0, keepdim=True)).clamp(-bound, bound)
                 rate = (_predicted(net, images, v) != clean).float().mean().item()
@@ -121,7 +122,7 @@ def universal_deepfool(
 def _predicted(net: nn.Module, images: Tensor, v: Tensor, batch_size: int = 512) -> Tensor:
     """Predicted classes (n,) of images + v, where v is one for all of them or one for each."""
     pairs = zip(images.split(batch_size), v.expand(len(images), -1, -1, -1).split(batch_size), strict=True)
-    return torch.cat([logits_of(net, perturb(x, xi, 1)).argmax(1) for x, xi in pairs])
+    return torch.cat([logits_of(net, perturb(x.float(), xi, 1)).argmax(1) for x, xi in pairs])
 
 
 @torch.enable_grad()

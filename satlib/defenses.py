@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from satlib.attacks import heap_pgd, perturb
-from satlib.checks import check, check_eps, check_whole
+from satlib.checks import check, check_data, check_eps, check_whole, outside
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.training import Adversary, Training, clean_loss, mixed_loss
@@ -32,7 +32,8 @@ class Pool(Adversary):
         **settings: Any,
     ) -> None:
         check_eps(eps)
-        self.data, self.progress = data, progress or (lambda text: None)
+        check_data(data, has="images")
+        self.data, self.progress = data, outside(progress or (lambda text: None))
         through = {"straight_through": False} if takes(attack, "straight_through") else {}  # as published
         self.attack: Callable[..., Tensor] = functools.partial(attack, eps=[eps], **through | settings)
         self.pool = torch.zeros(0, *data.images.shape[1:], device=data.device)
@@ -114,6 +115,7 @@ class UniversalAdversarialTraining(Adversary):
 
     def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
         check_eps(eps)
+        check_data(data, has="images")
         check("a positive number", lambda value: value > 0, relative_step_size=relative_step_size)
         self.step = {"eps": eps, "steps": 1, "step_size": relative_step_size * eps}
         self.xi = torch.zeros(1, *data.images.shape[1:], device=data.device)

@@ -16,16 +16,18 @@ import pickle
 import platform
 import re
 import statistics
+import threading
 import time
 import types
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, backends, nn
 
 from satlib.errors import SatlibError
 
@@ -49,7 +51,7 @@ def fastest_dtype(device_type: str) -> torch.dtype:
         return PRECISIONS[wanted]
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device_type != "cpu" or not backends.mkldnn.is_available():
         return torch.float32
     net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
     net.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -91,16 +93,51 @@ def used_dtype() -> torch.dtype | None:
 _forced: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("forced", default=None)
 
 
+# Whose products and convolutions PyTorch may round, each by its own switch; the older switches set several of these.
+_ROUNDING = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+_ROUNDING += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+_exact_users: list[tuple] = []  # the switches as the first user found them, once for each user
+_exact_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """In this context matrix products and convolutions stay in float32 (on CUDA not in TF32), whatever is faster."""
-    token, rounded = _forced.set(torch.float32), torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # the matrix products' own switch is off by default
+    """In this context matrix products and convolutions stay in float32, whatever is faster: on CUDA not in TF32, and
+    not in what `torch.set_float32_matmul_precision` allows. PyTorch's switches are the whole process's: they go back
+    when the last of several threads leaves."""
+    token = _forced.set(torch.float32)
+    with _exact_lock:
+        _exact_users.append(_exact_users[0] if _exact_users else _switches())
+        precision, tf32, _ = _exact_users[0]
+        _switch(precision and "highest", tf32 and False, ["ieee"] * len(_ROUNDING))
     try:
         yield
     finally:
         _forced.reset(token)
-        torch.backends.cudnn.allow_tf32 = rounded
+        with _exact_lock:
+            before = _exact_users.pop()
+            if not _exact_users:
+                _switch(*before)
+
+
+def _switches() -> tuple[str | None, bool | None, list[str]]:
+    """The older switches, None for those that PyTorch does not tell beside newer ones, and the newer ones."""
+    older: list[Any] = []
+    for read in (torch.get_float32_matmul_precision, lambda: backends.cudnn.allow_tf32):
+        try:
+            older.append(read())
+        except RuntimeError:
+            older.append(None)
+    return older[0], older[1], [each.fp32_precision for each in _ROUNDING]
+
+
+def _switch(precision: str | None, tf32: bool | None, newer: Sequence[str]) -> None:
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+    if tf32 is not None:
+        backends.cudnn.allow_tf32 = tf32
+    for each, value in zip(_ROUNDING, newer, strict=True):
+        each.fp32_precision = value
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -129,6 +166,7 @@ def on_cuda(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Output
 
 RECORDERS: dict[str, Recorder] = {"cuda": on_cuda}  # by type of device; elsewhere nothing is recorded
 _recordings: OrderedDict[tuple, "Recording | None"] = OrderedDict()  # None: recording failed before
+_lock = threading.Lock()  # of that table, and of what is being recorded
 
 
 def prepared(
@@ -137,9 +175,9 @@ def prepared(
     """`lambda *tensors: function(net, *tensors, **options)`, by a recording where the tensors' device has a recorder.
 
     The tensors are examples: those of the calls have the same shapes, and are not changed in place between them. The
-    network's are as they are now; one recording serves all networks that differ in the values of their tensors alone.
-    A plain function is not recorded, for nobody knows what it computes with. SATLIB_GRAPHS=0 switches
-    recording off (environment).
+    network's are as they are at the first call; one recording serves all networks that differ in the values of their
+    tensors alone, in turns and in threads. A plain function is not recorded, for nobody knows what it computes with.
+    SATLIB_GRAPHS=0 switches recording off (environment).
     """
     plain = functools.partial(function, net, **options)
     device = tensors[0].device
@@ -149,35 +187,42 @@ def prepared(
     shapes = tuple((tensor.shape, tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in tensors)
     try:
         blueprint = Blueprint(net, device)
-        key = (function, blueprint.content, shapes, _dtype(device), _forced.get(), *options.items())
-        if key not in _recordings:
-            _recordings[key] = None  # should the next line fail, it is not tried again
-            _recordings[key] = Recording(functools.partial(function, **options), net, tensors, record)
+        with _exact_lock:
+            rounding = (_dtype(device), _forced.get(), str(_switches()))
+        key = (function, blueprint.content, shapes, rounding, *options.items())
+        with _lock:
+            if key not in _recordings:
+                _recordings[key] = None  # should the next line fail, it is not tried again
+                _recordings[key] = Recording(functools.partial(function, **options), net, tensors, record, blueprint)
+            _recordings.move_to_end(key)
+            if len(_recordings) > KEPT:
+                _recordings.popitem(last=False)
+            found = _recordings.get(key)
     except Exception as error:  # an operation that graphs do not know, too little memory, a network beyond pickle
         reason = (str(error).splitlines() or [""])[0]
         warnings.warn(f"not recorded as a graph, each iteration is launched by itself: {reason}", stacklevel=2)
         return plain
-    _recordings.move_to_end(key)
-    if len(_recordings) > KEPT:
-        _recordings.popitem(last=False)
-    if (recording := _recordings[key]) is not None:
-        recording.take(blueprint.tensors)
-    return recording or plain
+    return plain if found is None else Step(found, blueprint.tensors)
 
 
 class Blueprint(pickle.Pickler):
     """What makes a network compute what it does, but for the values of its tensors on `device`.
 
     `content` (bytes) is equal for two networks only where they have the same attributes, hooks among them, and the same
-    classes and functions, which are known by identity; `tensors` are its parameters, buffers and others.
-    Raises what pickle raises for attributes that it does not know.
+    classes and functions. These are known by identity, `known` keeps them; of functions the defaults and what they
+    close over count, too, and of classes that are neither PyTorch's nor ours the attributes. What functions read from
+    their modules does not. `tensors` are the network's parameters, buffers and others. Raises what pickle raises for
+    attributes that it does not know.
+
+    around: the blueprint of the network whose surroundings this is, where copies of a network share all tensors.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device) -> None:
+    def __init__(self, net: Any, device: torch.device, *, around: "Blueprint | None" = None) -> None:
         file = io.BytesIO()
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.device = device
+        self.device, self.around = device, around
         self.tensors: list[Tensor] = []
+        self.known: dict[int, Any] = around.known if around else {}
         self.dump(net)
         self.content = file.getvalue()
 
@@ -187,13 +232,41 @@ class Blueprint(pickle.Pickler):
             attributes = vars(value).items()
             return _known, (type(value),), {k: v for k, v in attributes if type(v) is not OrderedDict or v}
         if isinstance(value, Tensor):
-            self.tensors.append(value)
             layout = str((type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
             # A graph holds the value of what is on another device, a number as CUDA sees it.
-            return _known, (layout, None if value.device == self.device else value.tolist())
-        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and value is not _known:
-            return _known, (id(value),)
+            held = None if value.device == self.device else value.tolist()
+            if self.around:
+                self.known[id(value)] = value
+                return _known, (layout, held, id(value))
+            self.tensors.append(value)
+            return _known, (layout, held)
+        if isinstance(value, types.MethodType):
+            return _known, (value.__func__, value.__self__)
+        if isinstance(value, IDENTIFIED) and value is not _known:
+            first = id(value) not in self.known
+            self.known[id(value)] = value
+            return _known, (id(value), self._surroundings(value) if first else b"")
         return NotImplemented
+
+    def _surroundings(self, value: Any) -> bytes:
+        """What a function or a class computes with besides its code."""
+        parts: Any = ()
+        if isinstance(value, types.FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+        elif isinstance(value, type):
+            foreign = [each for each in value.__mro__ if each.__module__.partition(".")[0] not in NOT_FOREIGN]
+            parts = [(name, data) for each in foreign for name, data in vars(each).items() if _is_data(name, data)]
+        return Blueprint(parts, self.device, around=self).content if parts else b""
+
+
+IDENTIFIED = (type, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.ModuleType)
+NOT_FOREIGN = {"builtins", "collections", "torch", "satlib"}  # whose classes do not change
+
+
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an attribute of a class is neither a method nor Python's own."""
+    return not (name.startswith(("__", "_abc_")) or callable(value) or hasattr(value, "__get__"))
 
 
 def _known(*_: Any) -> None:
@@ -203,25 +276,44 @@ def _known(*_: Any) -> None:
 class Recording:
     """A function of (net, *tensors), recorded with buffers of its own for the network's tensors and for the others."""
 
-    def __init__(self, function: Callable[..., Outputs], net: nn.Module, tensors: Sequence[Tensor], record: Recorder):
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        net: nn.Module,
+        tensors: Sequence[Tensor],
+        record: Recorder,
+        blueprint: Blueprint,
+    ) -> None:
         self.net = copy.deepcopy(net)
+        self.known = blueprint.known  # kept, so that nothing else gets one of these identities
         self.weights = Blueprint(self.net, tensors[0].device).tensors
         self.buffers = [tensor.detach().clone() for tensor in tensors]
+        self.user: Callable[[], Step | None] = lambda: None  # whose weights it has now
         self.given: list[Tensor | None] = [None] * len(tensors)
+        self.lock = threading.Lock()
         self.replay, self.outputs = record(lambda: function(self.net, *self.buffers))
 
     @torch.no_grad()
-    def take(self, weights: list[Tensor]) -> None:
-        """Go on with the tensors of another such network, and with other tensors that were not seen before."""
-        torch._foreach_copy_(self.weights, weights)
-        self.given = [None] * len(self.buffers)
+    def run(self, user: "Step", tensors: Sequence[Tensor]) -> Outputs:
+        """The outputs for a user's weights and `tensors`, as new tensors. What is as in the last call is not copied."""
+        with self.lock:
+            if self.user() is not user:
+                if self.weights:
+                    torch._foreach_copy_(self.weights, user.weights)
+                self.user, self.given = weakref.ref(user), [None] * len(self.buffers)
+            for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
+                if tensor is not last:
+                    buffer.copy_(tensor)
+            self.given = list(tensors)
+            self.replay()
+            return tuple(output.clone() for output in self.outputs)
 
-    @torch.no_grad()
+
+class Step:
+    """A recording as one network uses it, whose weights these are: others may use it in between, or at once."""
+
+    def __init__(self, recording: Recording, weights: list[Tensor]) -> None:
+        self.recording, self.weights = recording, weights
+
     def __call__(self, *tensors: Tensor) -> Outputs:
-        """The outputs for `tensors`, as new tensors. What is the same object as in the last call is not copied."""
-        for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
-            if tensor is not last:
-                buffer.copy_(tensor)
-        self.given = list(tensors)
-        self.replay()
-        return tuple(output.clone() for output in self.outputs)
+        return self.recording.run(self, tensors)

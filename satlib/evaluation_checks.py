@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from satlib import device
-from satlib.attacks import heap_gradients, heap_pgd, perturb, random_start, success_rates
+from satlib.attacks import decisions_won, heap_gradients, heap_pgd, images_at_once, perturb, random_start, success_rates
+from satlib.checks import as_labelled
 from satlib.errors import SatlibError
-from satlib.network import attackable, logits_of
+from satlib.network import Network, attackable, logits_of
 from satlib.robustness import Labelled
 from satlib.universal import extended_pgd
 
@@ -60,7 +61,7 @@ MASKS: dict[str, Callable[[nn.Module], nn.Module]] = {"rounded": Rounded, "satur
 
 
 def measure(
-    model: nn.Module,
+    model: Network,
     *,
     craft: Labelled,
     test: Labelled,
@@ -78,8 +79,10 @@ def measure(
     batch_size at least) at `eps` in pixel units. epsilons: where the curve asks, rising. image_steps: of the attacks on
     the test images themselves, one by one or in heaps of `sharedness`.
 
-    Raises SatlibError where the model's logits on the test images are not finite.
+    A plain function is taken to be in eval mode always. Raises SatlibError where the model's logits on the test images
+    are not finite.
     """
+    craft, test = as_labelled(craft, "craft"), as_labelled(test, "test")
     done, parts = itertools.count(1), 6 + len(STRONGER) + len(OTHER_LOSSES)
 
     def report(text: str) -> None:
@@ -132,11 +135,24 @@ def measure(
             numbers["crafted in float32"] = rate(crafted())
         numbers["noise"] = {name: rate(noise) for name, noise in noises(xi, eps, seed).items()}
         report("half the crafting images, float32 and noise")
-    with device.exact(), torch.no_grad():
-        plain = copy.deepcopy(model)
-        for mode in ("eval", "train"):
-            numbers[f"{mode} mode, float32"] = success_rates(getattr(plain, mode)(), x, y, xi).item()
+    plain = copy.deepcopy(model) if isinstance(model, nn.Module) else model
+    numbers["eval mode, float32"] = success_rates(plain, x, y, xi).item()
+    if isinstance(plain, nn.Module):
+        plain.train()
+    numbers["train mode, float32"] = _rate_as_it_is(plain, x, y, xi)
     return numbers
+
+
+@torch.no_grad()
+def _rate_as_it_is(model: Network, images: Tensor, labels: Tensor, xi: Tensor, batch_size: int = 512) -> float:
+    """As `success_rates`, of one perturbation, but in the mode that the model is in."""
+    won = counted = 0
+    with device.exact():
+        count = min(batch_size, images_at_once(images))
+        for x, y in zip(images.split(count), labels.split(count), strict=True):
+            wins, counts = decisions_won(logits_of(model, perturb(x.float(), xi)).argmax(1), y)
+            won, counted = won + int(wins.sum()), counted + int(counts.sum())
+    return won / counted
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import inspect
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -17,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from satlib.checks import check, check_known
 from satlib.errors import SatlibError
-from satlib.network import logits_in, weights_dtype
+from satlib.network import OwnNetwork, logits_in, weights_dtype
 
 Channels: TypeAlias = Sequence[float]  # one value a channel, in pixel units
 MEAN, STD = (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)
@@ -77,14 +78,19 @@ class Statistics(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
 
-class Normalised(Statistics):
+class Normalised(Statistics, OwnNetwork):
     """A network that takes images (n, channels, H, W), float32 in 0..255, and normalises them by its statistics.
 
     It returns logits (n, classes), or for every pixel (n, classes, H, W). Raises SatlibError where one of its settings
-    is not as its class says, or mean and std do not fit.
+    is not as its class says, mean and std do not fit, or both are in units of 0 to 1.
     """
 
-    memory_format = torch.channels_last  # of the images that it wants; it never writes into them
+    def __init__(self, mean: Channels, std: Channels) -> None:
+        super().__init__(mean, std)
+        if 0 < max(mean) <= 1 and max(std) <= 1:
+            raise SatlibError(
+                f"mean={tuple(mean)}, std={tuple(std)}: expected numbers in pixel units, 0 to 255; multiply them by 255"
+            )
 
     def initialise(self) -> None:
         """Convolutions as in He et al. (2015); channels last, as all images are."""
@@ -105,7 +111,8 @@ class UnitInputs(Statistics):
 
     network: takes (n, C, H, W) and returns logits (n, classes), or for every pixel (n, classes, H, W); if it
     returns several things, those called `logits` or `out`, or the `output` by name or index. mean, std: one value a
-    channel, in [0, 1], by which its inputs are to be normalised; leave them out where the network does that itself.
+    channel, or one number for all, in [0, 1], by which its inputs are to be normalised; leave them out where the
+    network does that itself.
     """
 
     pixel_dtype = torch.float32  # also where the network's weights have another format
@@ -114,10 +121,12 @@ class UnitInputs(Statistics):
         self,
         network: nn.Module,
         *,
-        mean: Sequence[float] = (0.0,),
-        std: Sequence[float] = (1.0,),
+        mean: float | Sequence[float] = (0.0,),
+        std: float | Sequence[float] = (1.0,),
         output: str | int | None = None,
     ) -> None:
+        channels = max((len(each) for each in (mean, std) if not isinstance(each, Real)), default=1)
+        mean, std = ([each] * channels if isinstance(each, Real) else each for each in (mean, std))
         super().__init__(mean, std)
         if max(mean) > 1 or max(std) > 1:
             raise SatlibError(

@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ def logits_of(model: Network, images: Tensor) -> Tensor:
     Our own networks get them in their memory format. Any other gets a contiguous copy, which it may overwrite, in its
     weights' format, if that is not float32; of what it returns, `logits_in` takes the logits.
     """
-    if layout := getattr(model, "memory_format", None):
+    if isinstance(model, OwnNetwork):
         with autocast(images.device):
-            return model(images.contiguous(memory_format=layout))
+            return model(images.contiguous(memory_format=model.memory_format))
     weights = weights_dtype(model)
     wanted = getattr(model, "pixel_dtype", weights)
     with autocast(images.device) if weights is torch.float32 else contextlib.nullcontext():
@@ -48,9 +48,10 @@ def weights_dtype(model: Network) -> torch.dtype:
 def logits_in(returned: Any, output: str | int | None = None) -> Tensor:
     """The logits in what a network returns: the tensor, `output` of several, or the one that is called as in OUTPUTS.
 
+    A tensor alone is taken whatever `output` says, for a network may return several things in training mode only.
     Raises SatlibError where there are none, or it is unclear which of several are meant.
     """
-    if output is None and isinstance(returned, Tensor):
+    if isinstance(returned, Tensor):
         return returned
     named = returned if isinstance(returned, Mapping) else getattr(returned, "_asdict", dict)()
     known = OUTPUTS if output is None else (output,)
@@ -70,27 +71,35 @@ def logits_in(returned: Any, output: str | int | None = None) -> Tensor:
     raise SatlibError(f"the network returns {what}{given}: expected logits; choose by UnitInputs(network, output=...)")
 
 
+class OwnNetwork(nn.Module):
+    """A network of this package: it wants images in its memory format, never writes into them, and returns logits."""
+
+    memory_format = torch.channels_last
+
+    def folded(self) -> Self:
+        """A frozen evaluation copy with batch norm folded into the convolutions: the model that is attacked."""
+        raise NotImplementedError
+
+
 @dataclass
 class _Loan:
-    """What a network was before it was lent to attacks, and to how many it is lent now."""
+    """How a module or a weight is to be as it was before it was lent to attacks, and to how many it is lent now."""
 
-    modes: list[tuple[nn.Module, bool]]
-    flags: list[tuple[nn.Parameter, bool]]
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]  # where, its name, itself, and a copy
+    restore: Callable[[], None]
     users: int = 0
 
 
-_loans: weakref.WeakKeyDictionary[nn.Module, _Loan] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_loans: dict[int, _Loan] = {}  # by the id of what is lent, which its loan keeps alive
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def attackable(model: Network) -> Iterator[Any]:
-    """The model as attacks see it: eval mode, weights frozen, batch norm folded where the model can do so.
+    """The model as attacks see it: eval mode, weights frozen, batch norm folded where the model is one of our own.
 
-    A model with a `folded()` method yields that copy; any other is used as it is, and `evaluated`.
+    Any other is used as it is, and `evaluated`.
     """
-    if hasattr(model, "folded"):
+    if isinstance(model, OwnNetwork):
         yield model.folded()
     elif isinstance(model, nn.Module) and any(weight.is_inference() for weight in model.parameters()):
         yield copy.deepcopy(model).eval().requires_grad_(False)  # made in inference mode, its weights know no gradients
@@ -103,49 +112,81 @@ def attackable(model: Network) -> Iterator[Any]:
 def evaluated(model: Network) -> Iterator[None]:
     """In this context a module is in eval mode and its weights are frozen, in however many threads it is used.
 
-    Its modes, `requires_grad` and buffers are then as before. A plain function is left alone.
+    Its modes, `requires_grad` and buffers are then as before; those of a part that others use, too, after the last of
+    them. A plain function is left alone.
     """
     if not isinstance(model, nn.Module):
         yield
         return
-    _lend(model)
+    lent = _lend(model)
     try:
         yield
     finally:
-        _take_back(model)
+        _take_back(lent)
 
 
-def _lend(model: nn.Module) -> None:
+def _lend(model: nn.Module) -> list[int]:
+    """Set a network to eval mode and freeze it. Returns what was lent, for `_take_back`."""
     with _lock:
-        if model not in _loans:
-            modules = list(model.modules())
-            held = [(module, *named) for module in modules for named in module.named_buffers(recurse=False)]
-            _loans[model] = _Loan(
-                modes=[(module, module.training) for module in modules],
-                flags=[(weight, weight.requires_grad) for weight in model.parameters() if not weight.is_inference()],
-                buffers=[(module, name, buffer, buffer.clone()) for module, name, buffer in held],
-            )
-            with contextlib.suppress(NotImplementedError):  # an exported graph has one mode only
-                model.eval()
-            for weight, _ in _loans[model].flags:
+        modules, weights = list(model.modules()), [weight for weight in model.parameters() if not weight.is_inference()]
+        fresh = {id(module): _Loan(_module_as_it_is(module)) for module in modules if id(module) not in _loans}
+        for weight in weights:
+            if id(weight) not in _loans:
+                fresh[id(weight)] = _Loan(functools.partial(weight.requires_grad_, weight.requires_grad))
+        _loans.update(fresh)
+        lent = [id(each) for each in (*modules, *weights)]
+        for each in lent:
+            _loans[each].users += 1
+        try:
+            if fresh:
+                _set_eval(model)
+            for weight in weights:
                 weight.requires_grad_(False)
-        _loans[model].users += 1
+        except BaseException:
+            _take_back(lent)
+            raise
+    return lent
 
 
-@torch.no_grad()
-def _take_back(model: nn.Module) -> None:
-    with _lock:
-        loan = _loans[model]
-        loan.users -= 1
-        if loan.users:
+def _set_eval(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError:  # an exported graph has one mode only: the other parts have two
+        for module in model.modules():
+            module.training = False
+
+
+def _take_back(lent: list[int]) -> None:
+    with _lock, contextlib.ExitStack() as restoring:  # which goes on where one of them fails
+        for each in lent:
+            _loans[each].users -= 1
+            if not _loans[each].users:
+                restoring.callback(_loans.pop(each).restore)
+
+
+def _module_as_it_is(module: nn.Module) -> Callable[[], None]:
+    """What gives a module, but not its parts, the mode and the buffers back that it has now."""
+    training, held = module.training, dict(module._buffers.items())
+    temporary = set(getattr(module, "_non_persistent_buffers_set", ()))
+    values = {name: buffer.clone() for name, buffer in held.items() if buffer is not None}
+
+    @torch.no_grad()
+    def restore() -> None:
+        module.training = training
+        for name, value in values.items():
+            if not torch.equal(held[name], value):
+                held[name].copy_(value)
+        now = dict(module._buffers.items())
+        if [*now] == [*held] and all(now[name] is held[name] for name in held):
             return
-        for module, training in loan.modes:
-            module.training = training
-        for weight, flag in loan.flags:
-            weight.requires_grad_(flag)
-        for module, name, buffer, value in loan.buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-        del _loans[model]
+        if isinstance(module, torch.jit.ScriptModule):  # its buffers are none of Python's, and have fixed names
+            for name in held:
+                setattr(module, name, held[name])
+            return
+        for name in held:
+            vars(module).pop(name, None)
+        module._buffers.clear()
+        module._buffers.update(held)
+        module._non_persistent_buffers_set = temporary
+
+    return restore

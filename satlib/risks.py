@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from satlib.attacks import attack_loss, broadcast, decisions_won, heap_pgd, perturb, universal_pgd
-from satlib.checks import check_model, kernel
+from satlib.checks import check_model, check_overlap, kernel
 from satlib.device import exact
 from satlib.network import attackable, logits_of
 
@@ -25,7 +25,7 @@ class Risk:
 
 @kernel
 def expected_risk(model: nn.Module, images: Tensor, labels: Tensor) -> Risk:
-    """rho_exp = E[L(theta, x, y)] over images (n, C, H, W) in 0..255 and labels (n,)."""
+    """rho_exp = E[L(theta, x, y)] over images (n, C, H, W) in 0..255 and labels (n,) or (n, H, W)."""
     return risk_under(model, images, labels, torch.zeros_like(images[:1], dtype=torch.float32), len(images))
 
 
@@ -52,8 +52,9 @@ def universal_risk(
     """rho_uni = sup_xi E[L(theta, x + xi, y)]: one perturbation, found on the `craft` images, scored on these.
 
     `attack`: eps, steps and the other arguments of `universal_pgd`. That the images differ is what separates
-    it from the heap risk of a heap that holds all of them.
+    it from the heap risk of a heap that holds all of them; a warning counts those that do not.
     """
+    check_overlap(craft=craft, images=(images, labels))
     xi = universal_pgd(model, *craft, **attack)
     return risk_under(model, images, labels, xi, len(images))
 
@@ -63,13 +64,18 @@ def universal_risk(
 def risk_under(
     model: nn.Module, images: Tensor, labels: Tensor, perturbations: Tensor, sharedness: int, *, batch_size: int = 512
 ) -> Risk:
-    """Risk under given perturbations (heaps, C, H, W), each added to `sharedness` consecutive images."""
+    """Risk under given perturbations (heaps, C, H, W), each added to `sharedness` consecutive images.
+
+    Means are over decisions: images, or in segmentation pixels whose label is not 255.
+    """
     loss = error = 0.0
+    counted = 0
     added = broadcast(perturbations, sharedness, len(images))
     with attackable(model) as net, exact():
         check_model(net, images, labels)
         for x, y, xi in zip(images.split(batch_size), labels.split(batch_size), added.split(batch_size), strict=True):
-            logits = logits_of(net, perturb(x, xi, 1))
+            logits = logits_of(net, perturb(x.float(), xi, 1))
+            wins, counts = decisions_won(logits.argmax(1), y)
             loss += attack_loss(logits, y).sum().item()
-            error += decisions_won(logits.argmax(1), y)[0].sum().item()
-    return Risk(loss / len(images), error / len(images))
+            error, counted = error + wins.sum().item(), counted + int(counts.sum())
+    return Risk(loss / counted, error / counted)

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb
-from satlib.checks import check_data, kernel
+from satlib.checks import check_data, kernel, outside
 from satlib.data.imageset import IGNORE
 from satlib.device import exact
 from satlib.errors import SatlibError
@@ -200,8 +200,10 @@ def train(
     mini-batch, and where the loss is not finite after an epoch.
     """
     checks.check("a network", lambda value: isinstance(value, Module), model=model)
+    checks.check("a Training, such as Training(epochs=1)", lambda value: isinstance(value, Training), settings=settings)
     with evaluated(model):
         check_data(data, model)
+    progress, after_epoch = (each and outside(each) for each in (progress, after_epoch))
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
     ranks.check(settings.batch_size, heap, adversary)
@@ -217,7 +219,7 @@ def train(
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
         adversary.start_epoch(model, epoch, generator)
-        model.train()
+        _train_mode(model)
         total = 0.0
         batches = ranks.batches(data, settings.batch_size, images=size, heap=heap, generator=generator)
         for step, (images, labels, weight) in enumerate(batches):
@@ -239,6 +241,14 @@ def train(
             ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), history))
     model.eval()
     return history
+
+
+def _train_mode(model: Module) -> None:
+    """Raises SatlibError where a part of the model knows no such mode."""
+    try:
+        model.train()
+    except NotImplementedError:
+        raise SatlibError("the model has no training mode: expected the network that it was exported from") from None
 
 
 def new_optimizer(model: Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from satlib.attacks import success_rates
+from satlib.data.imagetree import ImageFile
+from satlib.data.streamed import StreamedImages
 from satlib.deepfool import deepfool, universal_deepfool
 from satlib.errors import SatlibError
+from satlib.risks import expected_risk, heap_risk
 
 pytestmark = pytest.mark.usefixtures("float32")
 SHAPE = (3, 4, 4)
@@ -199,3 +203,33 @@ def test_it_names_what_is_wrong(trained, tiny, changes, message):
     if set(changes) <= {"classes", "steps", "overshoot"}:
         with pytest.raises(SatlibError, match=message):
             deepfool(trained, tiny.val.images[:4], **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x / 255, "images from .*: expected pixel units, 0 to 255; multiply them by 255"),
+        (lambda x: x / 64 - 2, "expected pixel units, 0 to 255; normalise inside the model"),
+        (lambda x: x * math.nan, "images from nan to nan: expected pixel units"),
+        (lambda x: x + math.inf, "images from inf to inf: expected pixel units"),
+    ],
+    ids=["unit", "normalised", "nan", "infinite"],
+)
+def test_images_beyond_the_range_are_taken_but_not_in_other_units(trained, tiny, change, message):
+    x = tiny.test.images[:4].float()
+    with pytest.raises(SatlibError, match=message):
+        deepfool(trained, change(x))
+    deepfool(trained, x - 20, steps=1)
+
+
+def test_streamed_images_are_taken(trained, tiny, tmp_path):
+    for index, image in enumerate(tiny.test.images[:6]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    images = StreamedImages(tmp_path, [ImageFile(f"{index}.png", 0, 0, 0) for index in range(6)], 8)
+    labels, options = tiny.test.labels[:6], {"eps": 8.0, "steps": 1}
+    found = universal_deepfool(trained, images, passes=1, generator=seeded(), **options)
+    assert torch.equal(found, universal_deepfool(trained, images[:], passes=1, generator=seeded(), **options))
+    assert expected_risk(trained, images, labels) == expected_risk(trained, images[:], labels)
+    options |= {"sharedness": 2, "step_size": 8.0, "start": None}
+    heaps = [heap_risk(trained, x, labels, generator=seeded(), **options) for x in (images, images[:])]
+    assert heaps[0] == heaps[1]

@@ -3,9 +3,11 @@
 Of recordings: what is copied in, kept apart and given back. A stand-in records where there is no CUDA.
 """
 
+import contextvars
 import copy
 import threading
 import time
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -96,6 +98,37 @@ def test_autocast_runs_products_in_the_chosen_format(choose, value, dtype):
     with autocast(x.device):
         assert (x @ x).dtype is dtype
     assert (x @ x).dtype is torch.float32
+
+
+def test_exact_overlaps_in_threads_and_overrules_what_the_user_allowed():
+    def switches():
+        precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        return precision, tf32, torch.backends.mkldnn.matmul.fp32_precision
+
+    before = switches()
+    torch.set_float32_matmul_precision("medium")
+    allowed = switches()
+    first, second = exact(), contextvars.copy_context()
+    other = exact()
+    first.__enter__()
+    second.run(other.__enter__)
+    first.__exit__(None, None, None)
+    assert switches() == ("highest", False, "ieee")
+    second.run(other.__exit__, None, None, None)
+    assert switches() == allowed != before
+    torch.set_float32_matmul_precision(before[0])
+
+
+def test_exact_works_where_the_newer_switches_are_set():
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision, matmul.fp32_precision = "ieee", "bf16"  # the older switches cannot tell the former
+    try:
+        with exact():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 def test_measurement_leaves_the_clock_alone():
@@ -284,6 +317,89 @@ def test_a_recording_serves_no_network_that_computes_something_else(tiny, record
     for net, found in zip(networks, recorded, strict=True):
         assert torch.equal(found, attack(net, tiny, loss_threshold=1.6))
     assert not torch.equal(recorded[0], recorded[1]) and torch.equal(recorded[0], recorded[2])
+
+
+def product(net, x):
+    return (net(x),)
+
+
+def test_prepared_steps_in_use_at_once_keep_their_own_weights(recorder):
+    networks, x = [nn.Linear(3, 3) for _ in range(2)], torch.ones(2, 3)
+    steps = [device.prepared(product, net, x) for net in networks]
+    for _ in range(2):
+        for net, step in zip(networks, steps, strict=True):
+            assert torch.equal(step(x)[0], net(x))
+    assert len(recorder) == 1
+
+
+def test_threads_with_networks_of_their_own_do_not_disturb_each_other(recorder):
+    x, wrong = torch.ones(2, 3), []
+
+    def use(seed):
+        net = nn.Linear(3, 3)
+        nn.init.constant_(net.weight, seed)
+        for _ in range(100):
+            if not torch.equal(device.prepared(product, net, x)(x)[0], net(x)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(recorder) == 1
+
+
+class Rescaled(nn.Module):
+    """Scales by an attribute of its class."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def patched(scale):
+    net = nn.Identity()
+    net.forward = types.MethodType(lambda self, x: x * scale, net)
+    return net
+
+
+def test_methods_closures_and_attributes_of_classes_are_parts_of_a_network(recorder, monkeypatch):
+    x, scale = torch.ones(2, 3), [2.0]
+
+    def scaled(net):
+        return device.prepared(product, net, x)(x)[0][0, 0].item()
+
+    assert [scaled(patched(2.0)), scaled(patched(3.0))] == [2, 3]
+    closed = patched(scale)
+    closed.forward = lambda x: x * scale[0]
+    assert scaled(closed) == 2
+    scale[0] = 4.0
+    assert scaled(closed) == 4
+    factor = torch.tensor(2.0)
+    closed.forward = lambda x: x * factor
+    assert scaled(closed) == 2
+    kept, factor = factor, torch.tensor(5.0)
+    assert scaled(closed) == 5 and kept == 2  # the caller's own tensors are not written to
+    assert scaled(Rescaled()) == 1
+    monkeypatch.setattr(Rescaled, "scale", 7.0)
+    assert scaled(Rescaled()) == 7 and len(recorder) == 8
+
+
+def test_a_function_that_closes_over_its_network_or_itself_is_no_endless_way(recorder):
+    net = nn.Linear(3, 3)
+
+    def forward(x, again=False):
+        return nn.functional.linear(x, net.weight) if again else forward(x, True)
+
+    net.forward = forward
+    x = torch.ones(2, 3)
+    for _ in range(2):
+        assert torch.equal(device.prepared(product, net, x)(x)[0], net(x))
+        with torch.no_grad():
+            net.weight.mul_(2)
+    assert len(recorder) == 1
 
 
 def test_a_plain_function_is_not_recorded(trained, tiny, recorder):

@@ -91,6 +91,23 @@ def test_a_trained_model_is_attacked_soundly_and_the_same_model_masked_is_caught
     assert any("have gradients" in check for check in saturated)
 
 
+def test_train_mode_is_train_mode_and_other_types_with_a_plain_meaning_are_taken(tiny):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 4))
+    net[1].running_var.fill_(1e9)  # in eval mode it says one class for all
+    short = {"eps": 8.0, "epsilons": [4.0, 8.0], "image_steps": 1, "attack": {"steps": 1, "batch_size": 2}}
+    sets = {
+        "craft": (tiny.val.images[:16], tiny.val.labels[:16]),
+        "test": (tiny.test.images[:16], tiny.test.labels[:16]),
+    }
+    numbers = audit.measure(net, **sets, **short)
+    assert numbers["eval mode, float32"] != numbers["train mode, float32"]
+    arrays = {name: (images.numpy(), labels.numpy()) for name, (images, labels) in sets.items()}
+    assert audit.measure(net, **arrays, **short) == numbers
+    plain = audit.measure(lambda x: net.eval()(x), **sets, **short)
+    assert plain["train mode, float32"] == plain["eval mode, float32"] == numbers["eval mode, float32"]
+
+
 def test_noise_has_its_size_and_repeats():
     like = torch.zeros(1, 3, 20, 24)
     found, again = audit.noises(like, 7.0, 3), audit.noises(like, 7.0, 3)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -11,13 +12,15 @@ import torchvision
 from torch import nn
 from torchvision.models import segmentation
 
-from satlib import risks
+from satlib import network, risks
 from satlib.attacks import heap_pgd, success_rates, universal_pgd
+from satlib.checks import check_overlap
 from satlib.data import ImageSet
+from satlib.defenses import DEFENSES
 from satlib.device import autocast, fastest_dtype
 from satlib.errors import SatlibError
 from satlib.models import UnitInputs
-from satlib.network import attackable, logits_of
+from satlib.network import attackable, evaluated, logits_of
 from satlib.robustness import adversarial_robustness, universal_robustness
 from satlib.training import Training, accuracy, confusion, train
 from satlib.universal import named
@@ -212,6 +215,72 @@ def test_threads_leave_the_network_as_it_was():
     assert all(torch.equal(value, after[2][name]) for name, value in before[2].items())
 
 
+def test_wrappers_of_one_network_share_its_state():
+    base = Counting().train()
+    base.net[0].weight.requires_grad_(False)
+    one, other, before = UnitInputs(base), UnitInputs(base), state_of(base)
+    first, second = evaluated(one), evaluated(other)
+    first.__enter__()
+    second.__enter__()
+    other(pixels(2))
+    first.__exit__(None, None, None)
+    assert not base.training and not any(weight.requires_grad for weight in base.parameters())
+    second.__exit__(None, None, None)
+    after = state_of(base)
+    assert before[:2] == after[:2] and all(torch.equal(value, after[2][name]) for name, value in before[2].items())
+    assert one.training and other.training and not network._loans
+
+
+class Rebuilds(nn.Module):
+    """Fills, adds and deletes buffers in its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = classifier()
+        self.register_buffer("empty", None)
+        self.register_buffer("dropped", torch.ones(()), persistent=False)
+
+    def forward(self, x):
+        self.empty = x.mean().detach()
+        self.register_buffer("added", torch.zeros(()), persistent=False)
+        if hasattr(self, "dropped"):
+            del self.dropped
+        return self.net(x)
+
+
+def test_buffers_that_come_and_go_are_as_before():
+    model, labels = Rebuilds().train(), torch.arange(12) % 10
+    dropped = model.dropped
+    for _ in range(2):
+        universal_pgd(UnitInputs(model), pixels(), labels, eps=8.0, steps=1, batch_size=4)
+        assert [*model._buffers] == ["empty", "dropped"] and model.empty is None and model.dropped is dropped
+        assert model._non_persistent_buffers_set == {"dropped"} and model.training and not network._loans
+
+
+class Alike(Overwrites):
+    """Has attributes that are called as those of our own networks, writes into its inputs, and returns a mapping."""
+
+    memory_format, folded = torch.channels_last, lambda self: None
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_a_network_whose_attributes_are_called_like_ours_is_none_of_ours():
+    images = pixels().contiguous(memory_format=torch.channels_last)
+    given = images.clone()
+    success_rates(Alike(), images, torch.arange(12) % 10, torch.zeros(1, 3, 32, 32))
+    universal_pgd(Alike(), images, torch.arange(12) % 10, eps=8.0, steps=1, batch_size=4)
+    assert torch.equal(images, given)
+
+
+def test_the_other_parts_beside_an_exported_graph_are_in_eval_mode():
+    model = nn.Sequential(exported(), nn.Dropout(0.5))
+    with attackable(model) as net:
+        assert torch.equal(net(pixels(4)), net(pixels(4)))
+    assert model.training and model[1].training
+
+
 def test_the_callers_images_are_never_written_to(tiny):
     images, labels = pixels(), torch.arange(12) % 10
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -261,6 +330,13 @@ def test_statistics_in_pixel_units_are_an_error(statistics):
         UnitInputs(View(), **statistics)
 
 
+def test_one_number_is_every_channel_s():
+    net, x = View(), pixels(2)
+    expected = UnitInputs(net, mean=(0.5,) * 3, std=(0.2, 0.2, 0.2))(x)
+    assert torch.equal(UnitInputs(net, mean=0.5, std=0.2)(x), expected)
+    assert torch.equal(UnitInputs(net, mean=(0.5, 0.5, 0.5), std=0.2)(x), expected)
+
+
 # ------------------------------------------------------------------ training
 
 
@@ -270,6 +346,32 @@ def test_networks_that_return_more_are_trained(tiny):
     before = accuracy(model, tiny.val)
     train(model, tiny.train, Training(epochs=2, batch_size=64, learning_rate=0.1, sigma=0.5, eps=4.0, steps=1))
     assert accuracy(model, tiny.val) > before + 0.2
+
+
+class Auxiliary(nn.Module):
+    """Returns two things in training mode, and logits alone in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = classifier(size=8, classes=4)
+
+    def forward(self, x):
+        z = self.net(x)
+        return (z, z.mean()) if self.training else z
+
+
+def test_a_network_that_returns_more_in_training_mode_is_trained(tiny):
+    torch.manual_seed(0)
+    model = UnitInputs(Auxiliary(), output=0)
+    before = accuracy(model, tiny.val)
+    train(model, tiny.train, Training(epochs=2, batch_size=64, learning_rate=0.1, sigma=0.5, eps=4.0, steps=1))
+    assert accuracy(model, tiny.val) > before + 0.1
+
+
+def test_an_exported_network_cannot_be_trained(tiny):
+    with pytest.raises(SatlibError, match="the model has no training mode: expected the network that it was exported"):
+        net = torch.export.export(classifier(size=8, classes=4), (tiny.train.images[:4].float(),)).module()
+        train(UnitInputs(net), tiny.train, Training(epochs=1, batch_size=4))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +404,30 @@ def test_data_that_is_no_image_set_is_named(data):
             use()
 
 
+@pytest.mark.parametrize("data", [torch.utils.data.DataLoader([1]), [1, 2]])
+@pytest.mark.parametrize("make", DEFENSES.values(), ids=DEFENSES)
+def test_defences_name_what_is_no_image_set(make, data):
+    with pytest.raises(SatlibError, match=f"data is a {type(data).__name__}: expected an ImageSet"):
+        make(data, eps=8.0)
+
+
+def test_settings_that_are_none_are_named(tiny):
+    with pytest.raises(SatlibError, match=r"settings={'epochs': 1}: expected a Training, such as Training\(epochs=1\)"):
+        train(classifier(size=8, classes=4), tiny.train, {"epochs": 1})
+
+
+def test_what_a_callback_asks_is_checked(tiny):
+    def after(*_):
+        raw(images=pixels() / 255)
+
+    def raw(images):
+        success_rates(classifier(), images, torch.arange(12) % 10, torch.zeros(1, 3, 32, 32))
+
+    for callback in ({"after_epoch": after}, {"progress": after}):
+        with pytest.raises(SatlibError, match="images from 0 to 1: expected pixel units"):
+            train(classifier(size=8, classes=4), tiny.train, Training(epochs=1, batch_size=256), **callback)
+
+
 # ------------------------------------------------------------------ arguments as people give them
 
 
@@ -320,6 +446,7 @@ def attacked(images=None, labels=None, **changes):
         {"images": pixels().double()},
         {"images": pixels().to(torch.uint8)},
         {"images": pixels().long()},
+        *({"images": pixels().numpy().astype(kind)} for kind in ("uint16", "uint32", "uint64")),
         {"images": pixels().numpy()},
         {"images": pixels().tolist()},
         {"images": pixels().contiguous(memory_format=torch.channels_last)},
@@ -425,6 +552,16 @@ def test_all_three_sets_are_checked_alike(name, spoil, message):
     sets = three(pixels(), torch.arange(12) % 10)
     with pytest.raises(SatlibError, match=message.format(name)):
         search(**{name: spoil(*sets[name])})
+
+
+def test_images_are_told_apart_by_little():
+    """By 16 bytes each, in whatever type they are."""
+    images = torch.arange(1000).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="500 of 500 `other` images are also `one` images"):
+        check_overlap(one=(images.float(), None), other=(images[500:].float(), None))
+    assert tracemalloc.get_traced_memory()[1] < images.numel()
+    tracemalloc.stop()
 
 
 def test_sets_that_share_images_are_noticed():

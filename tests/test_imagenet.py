@@ -160,6 +160,19 @@ def test_every_mixture_of_layouts_gives_the_same_sets(root, train, val, leftover
     assert load(root).fingerprint == plain.fingerprint and not recwarn.list
 
 
+@pytest.mark.parametrize("table", [True, False])
+def test_validation_images_sorted_below_images_are_read(root, recwarn, table):
+    plain, folder = load(root), as_shipped(root)
+    sort_val(folder)
+    for wnid in FEW:
+        (folder / "val" / wnid).rename(folder / "val" / "images" / wnid)
+    for path in (folder / "val").glob("n*"):
+        shutil.rmtree(path)
+    if not table:
+        (folder / "val" / "val_annotations.txt").unlink()
+    assert load(root).fingerprint == plain.fingerprint and not recwarn.list
+
+
 def test_what_is_wrong_with_a_layout_is_blamed_on_its_cause(root):
     folder = as_shipped(root)
     val, table, images = folder / "val", folder / "val" / "val_annotations.txt", folder / "val" / "images"

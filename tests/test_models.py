@@ -135,6 +135,7 @@ def test_weights_and_activations_are_channels_last(resnet, images):
         ({"width": 0}, r"width=0: expected a positive whole number"),
         ({"classes": -1}, r"classes=-1: expected a positive whole number"),
         ({"mean": (), "std": ()}, r"mean=\(\), std=\(\): expected one of each a channel"),
+        ({"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}, "in pixel units, 0 to 255; multiply them by 255"),
         ({"mean": (1.0, 2.0)}, r"mean=\(1\.0, 2\.0\), std=\(64\.0, 64\.0, 64\.0\)"),
         ({"std": (64.0, 0.0, 64.0)}, r"std=\(64\.0, 0\.0, 64\.0\)"),
     ],

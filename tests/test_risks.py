@@ -159,3 +159,23 @@ def test_errors_of_the_attack_come_through(trained, tiny, changes, message):
     attack = {"eps": 8.0, "steps": 1, "step_size": 1.0, "sharedness": 4} | changes
     with pytest.raises(SatlibError, match=message):
         heap_risk(trained, tiny.test.images[:16], tiny.test.labels[:16], **attack)
+
+
+def test_in_segmentation_the_risk_is_a_mean_over_the_pixels_that_count():
+    torch.manual_seed(0)
+    model, images = torch.nn.Conv2d(3, 4, 1), torch.rand(6, 3, 8, 8) * 255
+    labels = torch.randint(0, 4, (6, 8, 8))
+    labels[:, :3] = 255
+    with torch.no_grad():
+        logits = model(images)
+        wrong = (logits.argmax(1) != labels)[labels != 255].float().mean().item()
+        loss = F.cross_entropy(logits, labels, ignore_index=255).item()
+    for risk in (expected_risk(model, images, labels), risk_under(model, images, labels, torch.zeros(3, 3, 8, 8), 2)):
+        assert risk.error == pytest.approx(wrong) and risk.loss == pytest.approx(loss, rel=1e-4)
+    assert heap_risk(model, images, labels, sharedness=2, eps=8.0, steps=1, step_size=8.0).error <= 1
+
+
+def test_crafting_on_the_images_themselves_is_noticed(trained, tiny):
+    x, y = tiny.test.images[:8], tiny.test.labels[:8]
+    with pytest.warns(UserWarning, match="8 of 8 `images` images are also `craft` images"):
+        universal_risk(trained, x, y, craft=(x, y), eps=8.0, steps=1, batch_size=4)

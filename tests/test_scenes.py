@@ -1,5 +1,7 @@
 """Driving scenes: drawn alike everywhere, and read from small trees that the tests write in each layout."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,28 @@ def test_linked_cities_are_read_loops_end_and_companions_need_no_word(root, recw
     (folder / "leftImg8bit" / "train" / "ulm").symlink_to("gone")
     with pytest.raises(SatlibError, match=r"cannot read .*train/ulm: a link to nothing; remove or restore it"):
         load("cityscapes:64x32", root)
+
+
+def test_images_without_the_tail_are_named(root):
+    folder = cityscapes(root)
+    plain = load("cityscapes:64x32", root)
+    city = folder / "leftImg8bit" / "train" / "aachen"
+    names = ("aachen_000000_000019_leftImg8bit copy.png", "picture.jpg")
+    for name in names:
+        write(city / name, np.zeros((32, 64, 3), np.uint8))
+    with pytest.warns(UserWarning, match=rf"2 files or folders, .*/{names[0]}, .*/picture\.jpg"):
+        assert load("cityscapes:64x32", root).fingerprint == plain.fingerprint
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_empty_folder_hides_no_complete_one_and_no_iterator_stays_open(root):
+    camvid(root).rename(root / "CamVid")
+    (root / "camvid").mkdir()
+    assert len(load("camvid:32x24", root).train) == 3
+    (root / "cityscapes").mkdir()
+    with pytest.raises(SatlibError, match=rf"no folder {root}/cityscapes/leftImg8bit, {root}/cityscapes is empty"):
+        load("cityscapes", root)
+    gc.collect()
 
 
 def test_camvid_of_segnets_tutorial_gives_the_same_sets(root):

@@ -53,8 +53,8 @@ FOLDERS = {
     "cifar10": {"cifar-10-batches-py": "", "cifar10/cifar-10-batches-py": "", "cifar10": "train"},
     "imagenet200": {"imagenet200": "train", "tiny-imagenet-200": "train"},
     "imagenet200-224": {"imagenet": "train"},
-    "camvid": {"camvid": "", "CamVid": ""},
-    "cityscapes": {"cityscapes": ""},
+    "camvid": {"camvid": "train", "CamVid": "train"},
+    "cityscapes": {"cityscapes": "leftImg8bit"},
 }
 LOOKED_FOR = {  # the same in words, with what is expected in them
     "cifar10": "cifar-10-batches-py/, cifar10/cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg,jpeg}",

@@ -21,9 +21,9 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     """ImageNet in `folder`: of each class nine tenths of its train/ images as train, the others as val, and its val/
     images as test. The dataset's option says which classes, as `wnids` takes it; only these are looked at.
 
-    Both splits: <wnid>/*.JPEG or <wnid>/images/*.JPEG; or, for val/, as Tiny ImageNet's authors ship it, images/*.JPEG
-    and val_annotations.txt. All give the same sets. Tiny ImageNet is decoded once and then cached, as 3x64x64; the
-    images of ImageNet stay on disk, and come as 3x224x224.
+    Both splits: <wnid>/*.JPEG or <wnid>/images/*.JPEG; or, for val/, images/<wnid>/*.JPEG, or as Tiny ImageNet's
+    authors ship it, images/*.JPEG and val_annotations.txt. All give the same sets. Tiny ImageNet is decoded once and
+    then cached, as 3x64x64; the images of ImageNet stay on disk, and come as 3x224x224.
 
     A damaged image ends it, named (where images stay on disk, when its turn comes); with SATLIB_SKIP_DAMAGED=1 in the
     environment every image is read once, before all else, and damaged ones are left out, with a warning. Raises
@@ -78,8 +78,14 @@ def _scan(folder: Path, classes: tuple[str, ...]) -> Tree:
     for split in ("train", "val"):
         listing.entries(split, f"expected train/, val/ in {folder}")
     train = listing.by_class("train", classes, others=True, nested=("images",))
-    in_folders = any(os.path.isdir(val / wnid) for wnid in classes)
+    in_folders, in_place = (any(os.path.isdir(place / wnid) for wnid in classes) for place in (val, val / "images"))
+    known = len(listing.left_out)
     loose = listing.images("val/images", needed=False) if os.path.isdir(val / "images") else []
+    if in_place and not loose and not in_folders:
+        del listing.left_out[known:]  # the class folders
+        test = listing.by_class("val/images", classes, others=True, nested=("images",))
+        listing.warn()
+        return {"train": tuple(train), "val": tuple(test)}
     signs = [bool(loose), (val / ANNOTATIONS).is_file(), not in_folders]  # of val/ as it is shipped
     if sum(signs) >= 2:
         test = _as_shipped(listing, loose, classes, in_folders)

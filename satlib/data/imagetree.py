@@ -59,7 +59,7 @@ def labels_of(files: Iterable[ImageFile]) -> Tensor:
 class Listing:
     """Finds the images below `folder`, and keeps what it leaves out. One rule for every layout: links to files and
     folders are followed, suffixes are taken in any case, and hidden and system files are passed over; so are names that
-    end in one of `companions`, which belong to the data set."""
+    end, with or without the suffix, in one of `companions`, which belong to the data set."""
 
     def __init__(self, folder: Path, *, companions: tuple[str, ...] = ()) -> None:
         self.folder, self.companions = folder, companions
@@ -69,7 +69,8 @@ class Listing:
         """What lies in `folder`/`path`, by name. Raises `SatlibError`, with `mend`, unless that is a folder to read."""
         if problem := folder_problem(self.folder / path, mend):
             raise SatlibError(problem)
-        shown = (e for e in os.scandir(self.folder / path) if not (e.name[0] == "." or e.name.lower() in SYSTEM_FILES))
+        with os.scandir(self.folder / path) as found:
+            shown = [e for e in found if not (e.name[0] == "." or e.name.lower() in SYSTEM_FILES)]
         return sorted(shown, key=lambda entry: entry.name)
 
     def images(
@@ -96,6 +97,8 @@ class Listing:
                 elif kind in SUFFIXES | UNREADABLE_SUFFIXES:
                     if stem.endswith(tail):
                         files.append(_image_file(entry, name, kind, label))
+                    elif not stem.endswith(self.companions):
+                        self.left_out.append(name)
                 elif not entry.name.endswith(self.companions):
                     self.left_out.append(name)
         if needed and not files:
@@ -134,13 +137,18 @@ class Listing:
     def nothing(self, path: str, what: str, mend: str) -> SatlibError:
         """That there is none of `what` in a folder, or nothing at all."""
         place = self.folder / path
-        return SatlibError(f"no {what} in {place}; {mend}" if any(os.scandir(place)) else f"{place} is empty; {mend}")
+        return SatlibError(f"{place} is empty; {mend}" if _is_empty(place) else f"no {what} in {place}; {mend}")
 
     def warn(self) -> None:
         """Name what was left out, if anything was."""
         if self.left_out:
             what = f"left out of {self.folder}, for their names or places: {len(self.left_out)} files or folders"
             warnings.warn(f"{what}, {_first(self.left_out)}", stacklevel=2)
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as found:
+        return not any(found)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -173,7 +181,7 @@ def folder_problem(path: Path, mend: str) -> str:
             raise PermissionError
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not os.path.islink(first):
-            bare = os.access(first.parent, os.R_OK) and not any(os.scandir(first.parent))
+            bare = os.access(first.parent, os.R_OK) and _is_empty(first.parent)
             return f"no folder {first}, {first.parent} is empty; {mend}" if bare else f"no folder {first}; {mend}"
         return f"cannot read {first}: {reason(error)}"
     return ""

@@ -18,6 +18,8 @@ from satlib.errors import SatlibError
 
 Scene = tuple[str, ImageFile, ImageFile]  # its name, its image and its labels
 
+# What Cityscapes ships and makes beside its images and labels.
+COMPANIONS = (".json", "_color", "_instanceIds", "_instanceTrainIds", "_labelTrainIds")
 UNKNOWN = 254  # for what is no label at all
 VALUES = {"camvid": "0..11", "cityscapes": "0..33, 255"}  # those of `label_values`, in words
 
@@ -77,7 +79,7 @@ def load(dataset: Dataset, folder: Path, *, progress: bool = True) -> Splits:
     data set does not know.
     """
     (_, height, width), classes = dataset.shape, tuple(filter(None, label_values(dataset.name).values()))
-    listing = Listing(folder, companions=(".json",))  # Cityscapes' polygons
+    listing = Listing(folder, companions=COMPANIONS)
     scenes = {
         split: [ordered[i] for i in shuffled(len(ordered), 1).tolist()]
         for split, ordered in SCENES[dataset.name](listing).items()
