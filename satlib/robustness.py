@@ -26,6 +26,7 @@ from satlib.checks import (
     check_overlap,
     check_threshold,
     kernel,
+    outside,
     per_heap,
     told,
     warn_of_unit,
@@ -260,13 +261,14 @@ def success_curve(
     given: dict[str, Any] = {"eps": bound.flatten().tolist(), "generator": generator}
     given |= {"targeted": True} if targeted else {}
     begun = None if start is None else (start / start.abs().max().clamp(min=1e-30)).to(bound.device) * bound
-    seen, unseen = {}, {}
+    seen: dict[str, list[float]] = {}
+    unseen: dict[str, list[float]] = {}
     with attackable(model) as net:
         for name, pair in (("craft", craft), ("report", report)):
             check_model(net, *pair, name=f"{name} labels")
         for attack in attacks:
-            own = {"start": begun} if begun is not None and name_of(attack) == "aimed" else {}
-            xi = attack(net, *craft, **given, **own)
+            goes_on = begun is not None and name_of(attack) == "aimed"
+            xi = attack(net, *craft, **given | ({"start": begun} if goes_on else {}))
             seen[name_of(attack)] = success_rates(net, *few, xi, targeted=targeted).tolist()
             unseen[name_of(attack)] = success_rates(net, *report, xi, targeted=targeted).tolist()
     curve = []
@@ -368,7 +370,7 @@ class Search:
             eps = self.evaluations[-1].eps
             best = max((e for e in self.evaluations if e.eps == eps), key=lambda e: e.rate)
             verdict = "reached" if best.success else "missed"
-            self.progress(f"eps {eps:.1f} -> success {best.rate:.1%}, {self.delta:.0%} {verdict}", done)
+            outside(self.progress)(f"eps {eps:.1f} -> success {best.rate:.1%}, {self.delta:.0%} {verdict}", done)
 
 
 def binary_search(search: Search, iterations: int) -> None:

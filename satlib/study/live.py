@@ -20,7 +20,7 @@ from satlib.attacks import heap_pgd, perturb, success_rates
 from satlib.data import Splits
 from satlib.device import exact
 from satlib.errors import SatlibError
-from satlib.network import logits_of
+from satlib.network import OwnNetwork, logits_of
 from satlib.risks import adversarial_risk, expected_risk, universal_risk
 from satlib.segmentation import repeated
 
@@ -66,7 +66,7 @@ class Target:
     def net(self) -> nn.Module:
         """The frozen model with batch norm folded, made once."""
         model = self.model
-        return model.folded() if hasattr(model, "folded") else model.eval().requires_grad_(False)
+        return model.folded() if isinstance(model, OwnNetwork) else model.eval().requires_grad_(False)
 
     @property
     def batch_size(self) -> int:

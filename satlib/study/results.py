@@ -1,5 +1,6 @@
 """The paper's numbers beside ours, from records alone: no data set is needed, and no number is typed by hand."""
 
+import functools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,7 +201,7 @@ def segmenters(settings: Any, models: list[SceneModel]) -> pd.DataFrame:
     def shown(m: SceneModel, measure: str) -> str | None:
         return _measured(m, measure) if measure not in run or getattr(m, run[measure]) else None
 
-    rows = [{"model": m.title} | {title: shown(m, each) for title, each in columns.items()} for m in models]
+    rows = [{"model": m.title, **{title: shown(m, each) for title, each in columns.items()}} for m in models]
     return pd.DataFrame(rows).dropna(axis="columns", how="all").fillna("-")
 
 
@@ -269,6 +270,11 @@ def _beside_erm(model: Model | None, erm: Model, measure: str, asked: Sequence[M
     return _measure_of(model, measure, DIRECTION[claims.verdict(larger)], [erm, model])
 
 
+def _best_beside_erm(asked: Sequence[Model], erm: Model, measure: str) -> dict[str, Any]:
+    """The most robust of the models, as `_beside_erm`."""
+    return _beside_erm(_best(asked, measure), erm, measure, asked)
+
+
 def _has(model: Model, measure: str) -> bool:
     """Whether a model was searched by the attack of this measure."""
     return model.size(measure) is not None
@@ -289,9 +295,8 @@ def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: M
     if any(m.family == family for m in models):
         for name, points in accepted.items():
             kept = [m for m in models if m.family == family and m.accuracy >= erm.accuracy - points]
-            numbers[f"{key}/{name}/eps_uni"] = _twice(
-                lambda measure, kept=kept: _beside_erm(_best(kept, measure), erm, measure, kept)
-            )
+            best = functools.partial(_best_beside_erm, kept, erm)
+            numbers[f"{key}/{name}/eps_uni"] = _twice(best)
     return numbers
 
 

@@ -76,10 +76,10 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
                 place = 1.06 * last if m.family != "ERM" else 1.11 * last
                 axis.plot(place, height_of(drawn[-1]), **look(m.family), **HOLLOW)
             if name == "eps_uni":
-                found = (m.ensemble, {}), (m.untargeted_ensemble, {"markerfacecolor": "none"})
-                for each, filled in [pair for pair in found if pair[0]]:
-                    drawn.append(each.size)
-                    axis.plot(place, height_of(each.size), **look(m.family) | PLUS | filled)
+                for each, filled in ((m.ensemble, {}), (m.untargeted_ensemble, {"markerfacecolor": "none"})):
+                    if each:
+                        drawn.append(each.size)
+                        axis.plot(place, height_of(each.size), **look(m.family) | PLUS | filled)
         if None in drawn:
             axis.axhline(LARGEST, color="0.6", linestyle=":", linewidth=1.0)
             axis.annotate(f"{size_text(None)}: never reached", (0.02 * last, LARGEST), xytext=(0, 3), **SMALL)
