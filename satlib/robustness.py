@@ -39,7 +39,7 @@ from satlib.universal import UniversalAttack, check_attack, ensemble, name_of, n
 
 LARGEST = 255.0  # the search interval of section 5.2 is [0, 255]
 BELOW = (0.82, 0.92)  # of the smallest success: where the k-ary search asks next
-CLOSER = (0.95, 0.975)  # and where the best of several attacks does at last
+CLOSER = (0.95, 0.975)  # and where the best of several attacks do at last
 ANYWHERE = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of LARGEST, while there is none: a larger eps is not always easier to fill
 COARSE = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of LARGEST: where its short attack asks
 TOLERANCE = 0.04  # how far, as a share of its eps, a winner of the short attack is clipped
@@ -364,6 +364,14 @@ class Search:
             eps = (low + high) / 2
             low, high = (low, eps) if wins(eps) else (eps, high)
 
+    def nearly(self) -> list[int]:
+        """The attack that found the smallest success, then those that at a smaller eps came within CHANCE of one."""
+        missed = [e for e in self.evaluations if e.how == "full" and e.eps < self.smallest]
+        near = {e.attack for e in missed if e.rate >= self.delta - CHANCE}
+        first = self.best[0].attack if self.best else ""
+        numbers = [number for number, name in enumerate(self.names) if name == first or name in near]
+        return sorted(numbers, key=lambda number: self.names[number] != first)
+
     def report(self, done: float) -> None:
         """Report the last question, by the attack that did best."""
         if self.progress:
@@ -390,7 +398,7 @@ def k_ary_search(search: Search, iterations: int) -> None:
     short attack is weak, but what it finds within a large eps, clipped, wins within a smaller one, too. The full
     attack then asks below that; as long as it wins even at the smallest eps asked, it asks again below. Of several
     attacks the first one looks, and then each in turn asks below what those before it have found; the one that found
-    most asks once more, close by.
+    most, and those that nearly did, ask once more, close by.
     """
 
     def settle(number: int, asked: list[float]) -> float | None:
@@ -418,7 +426,8 @@ def k_ary_search(search: Search, iterations: int) -> None:
         if search.best and lowest is None:
             search.rescale(search.best, search.smallest, resolution)  # so far only coarsely
     if search.best and len(search.attacks) > 1:
-        settle(search.names.index(search.best[0].attack), [share * search.smallest for share in CLOSER])
+        for number in search.nearly():
+            settle(number, [share * search.smallest for share in CLOSER])
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}

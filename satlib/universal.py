@@ -443,8 +443,8 @@ def ensemble(
     def taken(steps: int) -> int:
         return max(2, round(steps * effort))
 
-    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4, "score_images": 256}
-    aim = [named("aimed", steps=taken(80), scan=taken(8), **common)]
+    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4, "score_images": 512}
+    aim = [named("aimed", steps=taken(80), scan=taken(8), aims=2, **common)]
     plain, margin = (named(name, steps=taken(50), **_UNIT | common) for name in ("SGA", "margin"))
     return [plain, *([] if targeted else aim), margin]
 
