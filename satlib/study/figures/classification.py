@@ -87,7 +87,7 @@ def _draw_universal(
         own.plot([], [], label=paper, **REFERENCE)
     for axis in axes:
         axis.margins(*margins)
-    limits = 0, max(axis.get_ylim()[1] for axis in axes[: 1 + both])
+    limits = 0, 1.08 * max(axis.get_ylim()[1] for axis in axes[: 1 + both])  # room for what is written beside crosses
     for axis in axes[: 1 + both]:
         axis.set_ylim(*limits)
     return figure, axes
