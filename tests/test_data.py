@@ -728,6 +728,8 @@ def test_training_images_are_known_without_reading_any(name, images):
 def test_a_data_set_is_found_whatever_option_follows_its_name(tmp_path):
     assert data.find("camvid:240x180", root=tmp_path) is None and data.find("mnist", root=tmp_path) is None
     (tmp_path / "camvid").mkdir()
+    assert data.find("camvid", root=tmp_path) is None  # nothing is in it
+    (tmp_path / "camvid" / "train").mkdir()
     (tmp_path / "imagenet200" / "train").mkdir(parents=True)
     assert data.find("camvid:240x180", root=tmp_path) == data.find("camvid", root=tmp_path) == tmp_path / "camvid"
     assert data.find("imagenet200:20", root=tmp_path) == tmp_path / "imagenet200"
