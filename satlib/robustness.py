@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,10 +115,7 @@ class Robustness:
     @property
     def missed(self) -> float:
         """The largest eps below `epsilon` at which an attack at full length missed delta: the answer's resolution."""
-        bound = math.inf if self.epsilon is None else self.epsilon
-        return max(
-            (e.eps for e in self.evaluations if e.how == "full" and not e.success and e.eps < bound), default=0.0
-        )
+        return largest_miss(self.evaluations, self.epsilon)
 
     @property
     def monotone(self) -> bool:
@@ -135,6 +132,12 @@ class Robustness:
         return all(
             best[large.eps] >= min(small.rate, self.delta) - CHANCE for small, large in pairs if small.eps < large.eps
         )
+
+
+def largest_miss(evaluations: Iterable[Evaluation], epsilon: float | None) -> float:
+    """The largest eps below epsilon, None for infinity, at which an attack at full length missed; 0 where none did."""
+    bound = math.inf if epsilon is None else epsilon
+    return max((e.eps for e in evaluations if e.how == "full" and not e.success and e.eps < bound), default=0.0)
 
 
 @kernel

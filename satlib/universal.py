@@ -242,8 +242,8 @@ def aimed_pgd(
     steps: int = 80,
     batch_size: int = 64,
     inner: int = 4,
-    beta: float = 20.0,
-    gamma: float = 0.975,
+    beta: float = 40.0,
+    gamma: float = 0.95,
     targets: Sequence[int] | Tensor | None = None,
     scenes: int = 4,
     candidates: int = 20,
@@ -260,9 +260,9 @@ def aimed_pgd(
 
     Each eps gets a perturbation for every one of the `targets`, by `scan` targeted steps; the third of them that win
     most of the crafting images, whatever class they take them to, go on for three times as many, and `aims` of these
-    for `steps`: successive halving, for a few steps do not tell the best yet. They are heaps of one pass each, whose
-    mini-batches have at most all images. With a `start` (len(eps), C, H, W), each goes on towards the target that it is
-    nearest to, and none is scanned.
+    for `steps`: successive halving, for a few steps do not tell the best yet. Fewer steps are annealed between the same
+    sizes. They are heaps of one pass each, whose mini-batches have at most all images. With a `start`
+    (len(eps), C, H, W), each goes on towards the target that it is nearest to, and none is scanned.
 
     targets: classes (targets,), of which in segmentation every pixel is to be, or there also label maps (targets, H, W)
     with 255 = ignore; None: all classes, and the maps of the first `scenes` crafting images. Of more than `candidates`
@@ -272,16 +272,17 @@ def aimed_pgd(
     Raises SatlibError as `universal_pgd` does, and on targets that are no classes, or maps of another size.
     """
     bound = per_heap(eps, None, torch.device("cpu")).flatten()
-    given: dict[str, Any] = {"beta": beta, "gamma": gamma, "generator": generator, "micro_batch": micro_batch}
-    given |= {"batch_size": min(batch_size, len(images)), "score_images": score_images}
-    given |= {"straight_through": straight_through}
+    given: dict[str, Any] = {"generator": generator, "micro_batch": micro_batch, "score_images": score_images}
+    given |= {"batch_size": min(batch_size, len(images)), "straight_through": straight_through}
+
+    annealed = functools.partial(_stretched, steps=steps, beta=beta, gamma=gamma)
     with attackable(model) as net:
         check_model(net, images, labels)
         chosen = torch.randperm(len(images), generator=generator)[:score_images].to(images.device)
         few = images[chosen], labels[chosen]
         aimed_at = _targets(net, images, labels, targets)
         if targets is None and len(aimed_at) > candidates:
-            ascent = universal_pgd(net, images, labels, **given | {"eps": bound.max(), "steps": scan, "snapshots": 1})
+            ascent = universal_pgd(net, images, labels, eps=bound.max(), snapshots=1, **given | annealed(scan))
             aimed_at = _likely(net, few[0], ascent, candidates)
         if targets is None and labels.ndim > 1:
             painted = aimed_at.view(-1, 1, 1).expand(-1, *labels.shape[1:])
@@ -314,7 +315,7 @@ def aimed_pgd(
         if start is not None:
             start = start.to(images.device)
             nearest = torch.stack([_won(net, few[0], xi, aimed_at).argmax() for xi in start.split(1)])
-            return aiming(nearest, eps=bound, start=start, steps=steps, snapshots=snapshots)
+            return aiming(nearest, eps=bound, start=start, snapshots=snapshots, **annealed(steps))
         count = len(aimed_at)
         rows, xi = torch.arange(count).repeat(len(bound), 1), None
         for kept, length, scored in (
@@ -324,8 +325,13 @@ def aimed_pgd(
         ):
             rows, xi = (rows, xi) if xi is None else best_of(rows, xi, kept)
             each = bound.repeat_interleave(rows.shape[1])
-            xi = aiming(rows.flatten(), eps=each, start=xi, steps=length, snapshots=scored)
+            xi = aiming(rows.flatten(), eps=each, start=xi, snapshots=scored, **annealed(length))
         return best_of(rows, xi, 1)[1]
+
+
+def _stretched(length: int, *, steps: int, beta: float, gamma: float) -> dict[str, Any]:
+    """Settings of `length` steps that are annealed between the same sizes as `steps` with beta and gamma."""
+    return {"steps": length, "beta": beta * length / steps, "gamma": gamma ** (steps / length)}
 
 
 def _targets(net: nn.Module, images: Tensor, labels: Tensor, targets: Any) -> Tensor:
@@ -434,18 +440,18 @@ def ensemble(
 ) -> list[UniversalAttack]:
     """The attacks of `satlib.robustness.strongest` for so many crafting images, in their order.
 
-    All pass the gradient straight through the clamp, have no loss threshold, walk far (beta = 20), and aggregate
-    gradients over the four parts of a mini-batch: of 64 images, or 8 scenes. First plain ascent, which finds where to
-    look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin, which does
-    not go on where a decision is won by far. effort: so many times as many steps.
+    All pass the gradient straight through the clamp, have no loss threshold, walk far (beta of 20 and 40), and
+    aggregate gradients over the four parts of a mini-batch: of 64 images, or 8 scenes. First plain ascent, which finds
+    where to look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin,
+    which does not go on where a decision is won by far. effort: so many times as many steps, between the same sizes.
     """
 
-    def taken(steps: int) -> int:
-        return max(2, round(steps * effort))
+    def taken(steps: int, beta: float, gamma: float) -> dict[str, Any]:
+        return _stretched(max(2, round(steps * effort)), steps=steps, beta=beta, gamma=gamma)
 
-    common = {"batch_size": min(8 if segmentation else 64, images), "beta": 20.0, "inner": 4, "score_images": 512}
-    aim = [named("aimed", steps=taken(80), scan=taken(8), aims=2, **common)]
-    plain, margin = (named(name, steps=taken(50), **_UNIT | common) for name in ("SGA", "margin"))
+    common = {"batch_size": min(8 if segmentation else 64, images), "inner": 4, "score_images": 512}
+    aim = [named("aimed", scan=max(2, round(8 * effort)), aims=2, **common, **taken(80, 40.0, 0.95))]
+    plain, margin = (named(name, **_UNIT | common | taken(50, 20.0, 0.975)) for name in ("SGA", "margin"))
     return [plain, *([] if targeted else aim), margin]
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from satlib.attacks import (
+    annealed_step_sizes,
     attackable,
     heap_gradients,
     perturb,
@@ -285,7 +286,8 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
     assert [name_of(each) for each in (plain, aimed, margin)] == ["SGA", "aimed", "margin"]
     for each in (plain, aimed, margin):
         own = options(each)
-        assert own["batch_size"] == 64 and own["inner"] == 4 and own["straight_through"] and own["beta"] == 20
+        assert own["batch_size"] == 64 and own["inner"] == 4 and own["straight_through"]
+        assert (own["beta"], own["gamma"]) == ((40, 0.95) if each is aimed else (20, 0.975))
         assert own.get("loss_threshold") is None and own.get("larger", 1) == 1
     assert options(margin)["loss"] == "margin" and options(plain)["loss"] == "cross-entropy"
     assert [name_of(each) for each in ensemble(20, segmentation=True, targeted=True)] == ["SGA", "margin"]
@@ -293,6 +295,12 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
     assert [options(each)["steps"] for each in ensemble(5000, effort=0.1)] == [5, 8, 5]
     twice = [options(each)["steps"] for each in ensemble(5000, effort=2)]
     assert twice == [2 * options(each)["steps"] for each in (plain, aimed, margin)]
+    for each, stretched in zip((plain, aimed, margin), ensemble(5000, effort=2), strict=True):  # between the same sizes
+        short, long = (
+            annealed_step_sizes(1.0, **{n: options(a)[n] for n in ("steps", "beta", "gamma")})
+            for a in (each, stretched)
+        )
+        assert long[0] == pytest.approx(short[0], rel=0.03) and long[-1] == pytest.approx(short[-1], rel=0.06)
 
 
 def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
-from satlib.robustness import LARGEST
+from satlib.robustness import LARGEST, Evaluation, largest_miss
 from satlib.study.ledger import Ledger
 from satlib.study.measurement import Run
 from satlib.study.measurements import Plan
@@ -43,9 +43,13 @@ def curve_of(searches: Iterable[Record]) -> dict[float, float]:
 
 def missed_at(search: Record) -> float:
     """The largest eps below its eps_uni at which a search's full attack missed: in between, nobody knows."""
-    size = comparable(search.metrics["eps_uni"])
-    asked = (e for e in search.metrics["evaluations"] if e["how"] == "full" and not e["success"])
-    return max((e["eps"] for e in asked if e["eps"] < size), default=0.0)
+    return largest_miss((Evaluation(**each) for each in search.metrics["evaluations"]), search.metrics["eps_uni"])
+
+
+def average(sizes: Iterable[float | None]) -> float | None:
+    """The mean of sizes; None, which is beyond what is searched, where one of them is, and of none."""
+    known = list(sizes)
+    return mean(known) if known and None not in known else None
 
 
 class Records:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from satlib.data import Splits
 from satlib.evaluation_checks import FALLS, Check
-from satlib.study.claims import Claim, comparable, size_text, verdict
+from satlib.study.claims import Claim, average, comparable, size_text, verdict
 from satlib.study.ledger import Record
 
 Searches = Mapping[str, Mapping[str, Record]]  # by model and attack
@@ -25,13 +25,13 @@ def eps_uni(searches: Mapping[str, Record]) -> dict[str, float | None]:
 
 
 def smallest(sizes: Mapping[Name, float | None]) -> tuple[float | None, Name | str]:
-    """The ensemble: the smallest eps_uni of several attacks, and whose it is; (None, "") where none won."""
+    """The smallest eps_uni of several attacks, and whose it is; (None, "") where none won."""
     return min(((size, name) for name, size in sizes.items() if size is not None), default=(None, ""))
 
 
 def bounds(searches: Searches, seeds: Seeds) -> pd.DataFrame:
-    """A column for each model: eps_uni by every attack, the ensemble's, whose it is, and how far that is below the
-    paper's attack, and below the smallest that the paper's finds from several seeds: an ensemble of one attack."""
+    """A column for each model: eps_uni by every attack, the smallest, whose it is, and how far that is below the
+    paper's attack, and below the smallest that the paper's finds from several seeds."""
 
     def below(size: float | None, other: float | None) -> str:
         return "–" if size is None or other is None else f"{100 * (1 - size / other):.0f} %"
@@ -78,15 +78,11 @@ def lowered(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Seque
     """A row for each model: eps_uni by the paper's attack and by the ensemble, each the mean over searches; by how much
     the ensemble's is lower, which of its attacks found it, and the largest eps that it was asked below and missed."""
 
-    def average(sizes: Sequence[float | None]) -> float | None:
-        known = [size for size in sizes if size is not None]
-        return statistics.mean(known) if known and len(known) == len(sizes) else None
-
     rows = []
     for model, searches in strongest.items():
         if not searches or not paper[model]:
             continue
-        own, other = average([record.metrics["eps_uni"] for record in searches]), average(paper[model])
+        own, other = average(record.metrics["eps_uni"] for record in searches), average(paper[model])
         less = "–" if own is None or not other else f"{100 * (1 - own / other):.0f} %"
         by = ", ".join(dict.fromkeys(record.metrics["attack"] or "–" for record in searches))
         missed = statistics.mean(record.metrics["missed"] for record in searches)

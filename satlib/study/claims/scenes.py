@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from satlib.study.claims import Claim, Records, comparable, curve_of, missed_at, size_text, verdict, worst
+from satlib.study.claims import Claim, Records, average, comparable, curve_of, missed_at, size_text, verdict, worst
 from satlib.study.measurements.scenes import ScenesPlan
 from satlib.study.records import Record
 from satlib.study.runs import Run
@@ -136,9 +136,8 @@ def _strongest(searches: Sequence[Record]) -> Strongest | None:
     """What searches by the ensemble found: the mean of their sizes, and the curve of the first."""
     if not searches:
         return None
-    sizes = [record.metrics["eps_uni"] for record in searches]
-    missed = statistics.mean(map(missed_at, searches))
-    return Strongest(None if None in sizes else statistics.mean(sizes), curve_of(searches), tuple(searches), missed)
+    size, missed = average(record.metrics["eps_uni"] for record in searches), statistics.mean(map(missed_at, searches))
+    return Strongest(size, curve_of(searches), tuple(searches), missed)
 
 
 def matched(models: Sequence[SceneModel]) -> list[SceneModel]:
