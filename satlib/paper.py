@@ -253,8 +253,9 @@ class Checks:
     audited: tuple[tuple[int, float, float], ...] = ((1, 8.0, 0.7), (64, 26.0, 0.9))  # models of 6.1 beside ERM
     sections: tuple[str, ...] = ("6.2", "6.3")  # whose models are audited besides: ERM, and a defended one of each kind
     masks: tuple[str, ...] = ("rounded", "saturated")  # how gradients are hidden from the audit, which must notice
-    eps: float = 16.0
-    epsilons: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 255.0)
+    relative: bool = True  # whether eps and epsilons are in units of each model's own eps_uni, not in pixel units
+    eps: float = 1.0
+    epsilons: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
     images: int = 1024  # test images
     scenes: int = 16  # test scenes, in section 6.3
     steps: int = 20  # of attacks on single images and heaps

@@ -42,7 +42,7 @@ SMALL = {
 CHOICES = {
     "audited": [[8, 10.0, 0.7]],
     "masks": ["rounded"],
-    "epsilons": [8.0, 255.0],
+    "epsilons": [0.5, 1.0, 50.0],
     "images": 32,
     "steps": 2,
     "attacks": list(SEARCHES),
@@ -65,6 +65,11 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     assert list(plan.models) == ["ERM", "s=8, eps=10, sigma=0.7"]
     for run in (*plan.audits.values(), *plan.masked.values()):
         assert {"universal", "stronger", "noise"} <= runner.record(run).metrics.keys()
+    for name, run in (*plan.audits.items(), ("ERM", plan.masked["rounded"])):
+        unit = runner.record(plan.strongest[name][0]).metrics["eps_uni"]
+        unit, seen = 255.0 if unit is None else unit, runner.record(run).metrics
+        sizes = list(dict.fromkeys(min(255.0, each * unit) for each in (0.5, 1.0, 50.0)))
+        assert (seen["eps"], [point["eps"] for point in seen["curve"]]) == (min(255.0, unit), sizes)
     masked = runner.record(plan.masked["rounded"]).metrics
     assert masked["without gradient"] == 1 and runner.record(plan.audits["ERM"]).metrics["without gradient"] < 1
     found = {model: {name: runner.record(run) for name, run in runs.items()} for model, runs in plan.attacks.items()}
@@ -86,6 +91,11 @@ def test_notebook_09_in_miniature(tiny, tmp_path, monkeypatch, float32):
     assert [each["exact"] for each in carried["saved"]] == pytest.approx([carried["rates"][i][i] for i in range(3)])
     assert runner.record(plan.seeds["ERM"][0]).id == found["ERM"]["paper"].id
     assert len({runner.record(run).id for run in plan.seeds["ERM"]}) == 2
+
+
+def test_an_audit_can_ask_at_sizes_in_pixel_units():
+    _, plan = plan_of({"relative": False, "eps": 16.0})
+    assert all("search" not in run.parents and run.settings["eps"] == 16.0 for run in plan.audits.values())
 
 
 def test_variants_of_the_paper_s_attack_take_as_many_gradients():

@@ -48,8 +48,9 @@ def missed_at(search: Record) -> float:
 
 def average(sizes: Iterable[float | None]) -> float | None:
     """The mean of sizes; None, which is beyond what is searched, where one of them is, and of none."""
-    known = list(sizes)
-    return mean(known) if known and None not in known else None
+    asked = list(sizes)
+    known = [size for size in asked if size is not None]
+    return mean(known) if known and len(known) == len(asked) else None
 
 
 class Records:

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from satlib.study.claims.evaluation_checks import Searches, Seeds
 from satlib.study.figures import EPS, finish, height_of, look, plain_ticks
@@ -24,7 +25,8 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
     first = next(iter(measured.values()))
     left.axhline(100 * (1 - 1 / first["classes"]), color="0.4", linestyle=":", linewidth=1.2, label="chance")
     left.set(xscale="log", xlabel=EPS, ylabel="error on test images (%)", ylim=(0, 102))
-    plain_ticks(left.xaxis, [point["eps"] for point in first["curve"]])
+    asked = [tuple(point["eps"] for point in numbers["curve"]) for numbers in measured.values()]
+    plain_ticks(left.xaxis, asked[0] if len(set(asked)) == 1 else LogLocator(2))
     bars = {
         "clean": lambda n: n["clean"],
         "uniform\nnoise": lambda n: n["noise"]["uniform"],
@@ -43,7 +45,9 @@ def audit(measured: Mapping[str, Mapping[str, Any]], *, dataset: str) -> Figure:
         heights = [100 * of(numbers) for of in bars.values()]
         right.bar(at, heights, width=width, color=look(title)["color"], label=title)
     right.set_xticks(range(len(bars)), list(bars), fontsize=8)
-    right.set(ylabel=f"error on test images at eps = {first['eps']:g} (%)", ylim=(0, 102))
+    sizes = {numbers["eps"] for numbers in measured.values()}
+    at = f"eps = {first['eps']:g}" if len(sizes) == 1 else "each model's own eps_uni"
+    right.set(ylabel=f"error on test images at {at} (%)", ylim=(0, 102))
     right.grid(axis="x", visible=False)
     return finish(figure, f"Is the attack sound? · {dataset}", legend=left)
 

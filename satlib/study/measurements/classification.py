@@ -104,10 +104,10 @@ class Plan:
         return planned + ([self.cost] if self.cost else [])
 
     @property
-    def audited(self) -> dict[Run, Run]:
-        """The undefended model, and the first defended one of each sharedness, with the search to audit."""
+    def audited(self) -> list[Run]:
+        """The undefended model, and the first defended one of each sharedness."""
         defended = {sharedness: runs[0] for (sharedness, _, _), runs in reversed(self.models.items())}
-        return {model: self.robustness[model][0] for model in (self.erm, *(defended[s] for s in sorted(defended)))}
+        return [self.erm, *(defended[s] for s in sorted(defended))]
 
 
 def cifar10(settings: Cifar10) -> Plan:

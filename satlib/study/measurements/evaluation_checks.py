@@ -16,6 +16,7 @@ from satlib.attacks import attackable, perturb, success_rates
 from satlib.data import Splits
 from satlib.errors import SatlibError
 from satlib.paper import Checks, Cifar10
+from satlib.robustness import LARGEST
 from satlib.study.measurement import Run, measurement
 from satlib.study.measurements.classification import Plan, cifar10, erm_run, robustness_run, strongest_run
 from satlib.study.measurements.robustness import attack_options, stated
@@ -32,6 +33,7 @@ SEARCHES: dict[str, dict[str, Any]] = {name: {"attack": name} for name in ATTACK
 @measurement(version=1, nested={"attack": attack_options})
 def audit(
     model: Module,
+    search: Record | None,
     data: Splits,
     progress: Any,
     *,
@@ -46,9 +48,12 @@ def audit(
 ) -> dict:
     """The numbers of `satlib.evaluation_checks.measure` for a model, or for the same model behind a mask.
 
-    craft: the split whose images the attack is crafted on; of training images, of which there may be more than can be
-    held, the first ones.
+    eps and epsilons are in units of the eps_uni that the search found, or of 255 where it found none; without a search
+    in pixel units. craft: the split whose images the attack is crafted on; of training images, of which there may be
+    more than can be held, the first ones.
     """
+    found = search.metrics["eps_uni"] if search else 1.0
+    unit = LARGEST if found is None else found
     test, chosen = data.test.first(min(images, len(data.test))), getattr(data, craft)
     if craft == "train":
         chosen = chosen.first(min(CRAFTED, len(chosen)))
@@ -56,8 +61,8 @@ def audit(
         evaluation_checks.MASKS[mask](model) if mask else model,
         craft=(chosen.images[:], chosen.labels),
         test=(test.images[:], test.labels),
-        eps=eps,
-        epsilons=epsilons,
+        eps=min(LARGEST, eps * unit),
+        epsilons=list(dict.fromkeys(min(LARGEST, each * unit) for each in epsilons)),
         attack={name: value for name, value in attack.items() if name != "name"},
         image_steps=image_steps,
         seed=seed,
@@ -153,12 +158,9 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
         models[plan.models[point][0].title] = plan.models[point][0]
     if unknown := [name for name in settings.attacks if name not in SEARCHES]:
         raise SatlibError(f"attacks: {unknown[0]!r} is unknown; expected some of {', '.join(SEARCHES)}")
-    search = {model: searches[0] for model, searches in plan.robustness.items()}
-    audits = {title: _audit(settings, model, search[model]) for title, model in models.items()}
+    audits = {title: _audit(settings, model, plan) for title, model in models.items()}
     for section, other in (others or {}).items():
-        images = settings.images if isinstance(other, Plan) else settings.scenes
-        for model, searched in other.audited.items():
-            audits[f"{section}: {model.title}"] = _audit(settings, model, searched, images=images)
+        audits |= {f"{section}: {model.title}": _audit(settings, model, other) for model in other.audited}
     shorter = {"erm_epochs": settings.depth_epochs, "erm_restart_epochs": 0} if settings.depth_epochs else {}
     networks = {f"ERM, {depth} layers": replace(cifar, depth=depth, **shorter) for depth in settings.depths}
     carried = [*models.values(), *(replace(erm_run(of), title=title) for title, of in networks.items())]
@@ -168,7 +170,7 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
     return ChecksPlan(
         models=models,
         audits=audits,
-        masked={mask: _audit(settings, plan.erm, search[plan.erm], mask=mask) for mask in settings.masks},
+        masked={mask: _audit(settings, plan.erm, plan, mask=mask) for mask in settings.masks},
         attacks={title: {name: attack_run(own, m, name) for name in settings.attacks} for title, m in models.items()},
         seeds={title: [robustness_run(own, model, seed=seed) for seed in seeds] for title, model in models.items()},
         strongest={model.title: searches for model, searches in plan.strongest.items()},
@@ -197,11 +199,18 @@ def attack_run(settings: Cifar10, model: Run, name: str) -> Run:
     return run if name == "paper" else replace(run, title=f"{run.title}, {name}")
 
 
-def _audit(settings: Checks, model: Run, search: Run, *, mask: str = "", images: int = 0) -> Run:
-    """The audit of the attack that a search uses on a model."""
-    attack, images = search.settings["attack"], images or settings.images
+def _audit(settings: Checks, model: Run, plan: Plan | ScenesPlan, *, mask: str = "") -> Run:
+    """The audit of the attack that a plan's searches by the paper's attack use on a model; in section 6.3 without a
+    target."""
+    if isinstance(plan, Plan):
+        searches, strongest, images = plan.robustness[model], plan.strongest.get(model), settings.images
+    else:
+        searches, strongest, images = [plan.untargeted[model]], plan.strongest_untargeted[model], settings.scenes
+    search, smallest = searches[0].settings, (strongest or searches)[0]
+    attack = search["attack"]
     gradients = attack["steps"] * attack["batch_size"] * (17 + len(settings.epsilons)) + 3 * images * settings.steps
     title = f"audit of {model.title}" + (f", {mask}" if mask else "")
-    given = {"attack": attack, "images": images, "image_steps": settings.steps, "mask": mask}
-    given |= {"craft": search.settings["sets"]["craft"]} | stated(settings, "eps", "epsilons", "seed")
-    return audit.plan(settings, title, gradients, dataset=model.dataset, model=model, **given)
+    given = {"attack": attack, "images": images, "image_steps": settings.steps, "mask": mask, "model": model}
+    given |= {"craft": search["sets"]["craft"]} | ({"search": smallest} if settings.relative else {})
+    given |= stated(settings, "eps", "epsilons", "seed")
+    return audit.plan(settings, title, gradients, dataset=model.dataset, **given)

@@ -178,10 +178,10 @@ class ScenesPlan:
         return planned + [run for part in earlier for run in (part, self.targeted[part], self.adversarial[part])]
 
     @property
-    def audited(self) -> dict[Run, Run]:
-        """The undefended model, and the first defended one of each sharedness, with the search to audit."""
+    def audited(self) -> list[Run]:
+        """The undefended model, and the first defended one of each sharedness."""
         defended = {sharedness: parts[-1] for (sharedness, _, _), parts in reversed(self.models.items())}
-        return {model: self.untargeted[model] for model in (self.erm, *(defended[s] for s in sorted(defended)))}
+        return [self.erm, *(defended[s] for s in sorted(defended))]
 
 
 def cityscapes(settings: Cityscapes) -> ScenesPlan:
