@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from satlib import data
+from satlib import cli, data
 from satlib.data import cifar10, imagetree
-from satlib.data.cifar10 import BATCHES, CLASSES
+from satlib.data.cifar10 import BATCHES, BINARY, CLASSES
 from satlib.data.imageset import ImageSet
 from satlib.data.streamed import middle
 from satlib.errors import SatlibError
@@ -574,6 +575,54 @@ def test_a_missing_batch_is_named(batches):
     (batches / "data_batch_1").unlink()
     with pytest.raises(SatlibError, match=f"cannot read {batches / 'data_batch_1'}"):
         data.load("cifar10", root=batches.parent)
+
+
+@pytest.fixture
+def binary(batches, monkeypatch) -> Path:
+    """The same images in the official binary layout, beside the other one."""
+    folder, sums = batches.parent / BINARY, {}
+    for path in sorted(batches.iterdir()):
+        batch = pickle.loads(path.read_bytes(), encoding="bytes")
+        rows = np.concatenate([np.array(batch[b"labels"], np.uint8)[:, None], batch[b"data"]], 1)
+        name, md5 = place(folder / f"{path.name}.bin", rows.tobytes())
+        sums[name] = md5
+    monkeypatch.setattr(cifar10, "BINARY_MD5", sums)
+    return folder
+
+
+def test_the_binary_version_holds_the_same_splits_and_comes_first(batches, binary, capsys, monkeypatch):
+    root = binary.parent
+    assert data.find("cifar10", root=root) == binary
+    ours = data.load("cifar10", root=root, progress=False)
+    hidden = binary.rename(root / "elsewhere")
+    theirs = data.load("cifar10", root=root, progress=False)
+    for one, other in zip(vars(ours).values(), vars(theirs).values(), strict=True):
+        assert one.fingerprint == other.fingerprint and one.title == other.title == "CIFAR-10"
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    hidden.rename((root / "cifar10").mkdir() or root / "cifar10" / BINARY)
+    monkeypatch.setenv("SATLIB_DATA", str(root))
+    shutil.rmtree(batches)
+    assert cli.main(["data", "status", "cifar10"]) == 0
+    assert capsys.readouterr().out.endswith(f"cifar10: {root / 'cifar10' / BINARY}\n")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda a, b: b.write_bytes(b.read_bytes()[:-1]), r"wrong file .*data_batch_2\.bin: its MD5 is \w+, expected"),
+        (lambda a, b: b.write_bytes(b"\x00" + b.read_bytes()[1:-1] + b"\x07"), r"wrong file .*data_batch_2\.bin: its"),
+        (lambda a, b: b.unlink(), r"cannot read .*data_batch_2\.bin \(No such file"),
+        (lambda a, b: a.replace(b), r"cannot read .*data_batch_1\.bin \(No such file"),
+        (lambda a, b: b.write_bytes(a.read_bytes()), r"\(which is data_batch_1\.bin under another name\)"),
+    ],
+    ids=["truncated", "damaged", "missing", "renamed", "copied"],
+)
+def test_a_wrong_binary_batch_is_one_line_with_its_mend(binary, harm, message):
+    harm(binary / "data_batch_1.bin", binary / "data_batch_2.bin")
+    with pytest.raises(SatlibError, match=message) as caught:
+        data.load("cifar10", root=binary.parent)
+    assert str(caught.value).endswith("; unpack the official cifar-10-binary.tar.gz again")
+    assert "\n" not in str(caught.value)
 
 
 class Payload:

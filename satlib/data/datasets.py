@@ -50,14 +50,16 @@ DATASETS = {row.name: row for row in _ROWS}
 
 # Where a set may lie below the data root: the first of these folders is read that holds the other one ("": any does).
 FOLDERS = {
-    "cifar10": {"cifar-10-batches-py": "", "cifar10/cifar-10-batches-py": "", "cifar10": "train"},
+    "cifar10": {f"{place}cifar-10-batches-{kind}": "" for kind in ("bin", "py") for place in ("", "cifar10/")}
+    | {"cifar10": "train"},
     "imagenet200": {"imagenet200": "train", "tiny-imagenet-200": "train"},
     "imagenet200-224": {"imagenet": "train"},
     "camvid": {"camvid": "train", "CamVid": "train"},
     "cityscapes": {"cityscapes": "leftImg8bit"},
 }
 LOOKED_FOR = {  # the same in words, with what is expected in them
-    "cifar10": "cifar-10-batches-py/, cifar10/cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.{png,jpg,jpeg}",
+    "cifar10": "cifar-10-batches-bin/ or cifar-10-batches-py/, either also in cifar10/, or "
+    "cifar10/{train,test}/<class>/*.{png,jpg,jpeg}",
     "imagenet200": "imagenet200/{train,val}/<wnid>/*.JPEG or tiny-imagenet-200/, so or as its authors ship it",
     "imagenet200-224": "imagenet/{train,val}/<wnid>/*.JPEG",
     "camvid": "camvid/{train,val,test}/{images,labels}/<scene>.{jpg,png} or CamVid/{train,val,test}{,annot}/*.png",
