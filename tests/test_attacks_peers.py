@@ -1,6 +1,7 @@
 """The attacks against independent implementations, at equal eps, data, start, steps and step size."""
 
 import copy
+import functools
 import random
 
 import numpy as np
@@ -173,51 +174,6 @@ def networks(trained, tiny):
         }
 
 
-class Perturbing(nn.Module):
-    """A network behind a perturbation as its input, u in [0, 1] for xi in [-eps, eps]: two logits whose cross-entropy
-    of class 0 grows with the mean loss over all images."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float):
-        super().__init__()
-        self.model, self.images, self.labels, self.eps = model, images, labels, eps
-
-    def forward(self, u: torch.Tensor) -> torch.Tensor:
-        seen = (self.images + self.eps * (2 * u - 1)).clamp(0, 255)
-        loss = F.cross_entropy(self.model(seen), self.labels)
-        return torch.stack([-loss, torch.zeros(())])[None].expand(len(u), -1)
-
-
-def by_sign_sgd(model, images, labels, *, eps, budget):
-    xi, generator, steps = torch.zeros(1, 3, 8, 8), torch.Generator().manual_seed(0), budget // 64
-    for k in range(steps):
-        chosen = torch.randperm(len(images), generator=generator)[:64]
-        at = xi.clone().requires_grad_()
-        loss = F.cross_entropy(model((images[chosen] + at).clamp(0, 255)), labels[chosen])
-        (gradient,) = torch.autograd.grad(loss, at)
-        xi = (xi + eps / 10 * (1 - k / steps) * gradient.sign()).clamp(-eps, eps)
-    return xi
-
-
-def by_torchattacks(model, images, labels, *, eps, budget):
-    import torchattacks
-
-    steps = budget // len(images)
-    net = Perturbing(model, images, labels, eps)
-    attack = torchattacks.PGD(net, eps=0.5, alpha=0.02, steps=steps, random_start=True)
-    torch.manual_seed(0)
-    return eps * (2 * attack(torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])) - 1)
-
-
-def by_foolbox(model, images, labels, *, eps, budget):
-    import foolbox
-
-    net = foolbox.PyTorchModel(Perturbing(model, images, labels, eps).eval(), bounds=(0, 1))
-    attack = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=budget // len(images))
-    torch.manual_seed(0)
-    u, _, _ = attack(net, torch.full((1, 3, 8, 8), 0.5), torch.tensor([0]), epsilons=0.5)
-    return eps * (2 * u - 1)
-
-
 def by_art(model, images, labels, *, eps, budget):
     from art.attacks.evasion import UniversalPerturbation
 
@@ -233,10 +189,6 @@ def by_art(model, images, labels, *, eps, budget):
     return torch.from_numpy(attack.noise).view(1, 3, 8, 8) * 255
 
 
-PEERS = {"sign-SGD": (by_sign_sgd, "torch"), "torchattacks": (by_torchattacks, "torchattacks")}
-PEERS |= {"Foolbox": (by_foolbox, "foolbox"), "ART": (by_art, "art")}
-
-
 @pytest.mark.parametrize("name", ["resnet", "vit", "shufflenet"])
 def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
     model, eps = networks[name], 14.0
@@ -246,10 +198,11 @@ def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
     (ours,) = success_curve(model, craft=craft, report=report, epsilons=[eps], generator=generator)
     budget = spend(0) - before
     found = {}
-    for peer, (attack, package) in PEERS.items():
-        if peer == "ART" and name != "resnet":
+    for peer in (*peers.UNIVERSAL, "art"):
+        if peer == "art" and name != "resnet":
             continue  # it takes the images one by one: minutes
-        pytest.importorskip(package, reason=REASON)
+        pytest.importorskip("torch" if peer == "sign-SGD" else peer, reason=REASON)
+        attack = by_art if peer == "art" else functools.partial(peers.at_equal_gradients, peer)
         xi = attack(model, *craft, eps=eps, budget=budget).detach()
         assert xi.abs().max() <= eps + 0.01
         found[peer] = success_rates(model, *report, xi).item()

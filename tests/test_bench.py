@@ -43,7 +43,7 @@ def test_a_race_takes_turns_after_a_warm_up(small):
     assert "".join(order) == "xy" + "xyxyxy" and [len(seconds) for seconds in taken.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("name", ["c", "d", "e", "f", "g"])
+@pytest.mark.parametrize("name", ["c", "d", "e", "f", "g", "h"])
 def test_rows_without_peers(small, name):
     found = rows.ROWS[name](small)
     assert found and {row.row for row in found} == {name}
@@ -82,14 +82,17 @@ def test_row_a_names_every_peer_and_both_successes(small):
         assert "% of the" in row.note and row.unit == "images x steps / s"
 
 
-def test_row_b_compares_at_equal_error_and_at_equal_time(small, monkeypatch):
+def test_row_b_compares_at_equal_gradients_at_equal_error_and_at_equal_time(small, monkeypatch):
     """The peer is a stand-in here: a random pattern within the bound."""
     pattern = torch.empty(1, 3, 8, 8).uniform_(-16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(peers, "title", lambda name: "ART 1.0")
     monkeypatch.setattr(peers, "universal", lambda *_, **__: pattern)
-    found = rows.universal(small)
-    assert [row.unit for row in found] == ["s", "%"] * 2
-    assert found[0].peer_name == "ART 1.0 UniversalPerturbation (pgd)" and "scored on 512 others" in found[0].note
+    monkeypatch.setattr(peers, "at_equal_gradients", lambda *_, **__: pattern)
+    *equal, first, second, third, fourth = rows.universal(small)
+    assert [row.unit for row in (first, second, third, fourth)] == ["s", "%"] * 2
+    assert first.peer_name == "ART 1.0 UniversalPerturbation (pgd)" and "scored on 512 others" in first.note
+    assert len(equal) == len(peers.UNIVERSAL) and all(row.unit == "%" and row.ratio > 1 for row in equal)
+    assert equal[0].peer_name == "ten lines of sign-SGD" and " gradients each, on 128 images" in equal[0].note
 
 
 def test_the_table_has_a_line_for_each_row_and_the_notes_below(small):

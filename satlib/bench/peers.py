@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from satlib.data.streamed import StreamedSet
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
 
+UNIVERSAL = ("sign-SGD", "torchattacks", "foolbox")  # which `at_equal_gradients` knows
 DISTRIBUTIONS = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "adversarial-robustness-toolbox"}
 AUGMENTED = (v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True))  # after a random crop
 
@@ -103,6 +105,47 @@ def universal(attacker: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: flo
         attack = UniversalPerturbation(art_classifier(plain(model), x, y), **options, verbose=False)
         attack.generate((x.contiguous() / 255).cpu().numpy(), y.cpu().numpy())
     return torch.from_numpy(attack.noise).view(1, *x.shape[1:]).to(x.device) * 255
+
+
+class Perturbing(nn.Module):
+    """A network behind a perturbation as its input, u (n, C, H, W) in [0, 1] for xi in [-eps, eps]: two logits, whose
+    cross-entropy for class 0 grows with the mean loss over all images (n, C, H, W) in 0..255."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> None:
+        super().__init__()
+        self.model, self.images, self.labels, self.eps = model, images, labels, eps
+
+    def forward(self, u: Tensor) -> Tensor:
+        seen = (self.images + self.eps * (2 * u - 1)).clamp(0, 255)
+        loss = F.cross_entropy(self.model(seen), self.labels)
+        return torch.stack([-loss, loss.new_zeros(())])[None].expand(len(u), -1)
+
+
+def at_equal_gradients(name: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: float, budget: int) -> Tensor:
+    """A universal perturbation (1, C, H, W) by so many gradients of images: by the PGD of "torchattacks" or "foolbox"
+    with the perturbation as its input, on all images x at once, or by ten lines of "sign-SGD" on mini-batches of 64."""
+    middle, first, steps = x.new_full((1, *x.shape[1:]), 0.5), y.new_zeros(1), max(1, budget // len(x))
+    torch.manual_seed(0)
+    if name == "torchattacks":
+        import torchattacks
+
+        net = Perturbing(model, x, y, eps)
+        attack = torchattacks.PGD(net, eps=0.5, alpha=0.02, steps=steps, random_start=True)
+        return eps * (2 * attack(middle, first) - 1)
+    if name == "foolbox":
+        import foolbox
+
+        net = foolbox.PyTorchModel(Perturbing(model, x, y, eps).eval(), bounds=(0, 1), device=x.device)
+        attack = foolbox.attacks.LinfPGD(abs_stepsize=0.02, steps=steps)
+        return eps * (2 * attack(net, middle, first, epsilons=0.5)[1] - 1)
+    xi, size = torch.zeros_like(middle), min(64, len(x))
+    for k in range(steps := max(1, budget // size)):
+        chosen = torch.randperm(len(x))[:size].to(x.device)
+        at = xi.clone().requires_grad_()
+        loss = F.cross_entropy(model((x[chosen] + at).clamp(0, 255)), y[chosen])
+        (gradient,) = torch.autograd.grad(loss, at)
+        xi = (xi + eps / 10 * (1 - k / steps) * gradient.sign()).clamp(-eps, eps)
+    return xi
 
 
 def art_classifier(net: nn.Module, x: Tensor, y: Tensor) -> "PyTorchClassifier":

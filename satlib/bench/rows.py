@@ -3,10 +3,11 @@
 import copy
 import functools
 import itertools
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, success_rates, universal_pgd
+from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, spend, success_rates, universal_pgd
 from satlib.bench import peers
 from satlib.bench.race import Bench, Row
 from satlib.data.imageset import ImageSet
@@ -25,7 +26,7 @@ from satlib.data.streamed import StreamedImages, StreamedSet
 from satlib.device import autocast
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
-from satlib.robustness import universal_robustness
+from satlib.robustness import Robustness, strongest, success_curve, universal_robustness
 from satlib.training import Training, shared_adversarial_loss
 from satlib.universal import ATTACKS
 
@@ -79,7 +80,7 @@ def image_dependent(bench: Bench) -> list[Row]:
 
 
 def universal(bench: Bench) -> list[Row]:
-    """Universal perturbation, eps 16: seconds to ART's final error, and the error at ART's own time"""
+    """Universal perturbation, eps 16: error at equal gradients; seconds to ART's final error, error at its own time"""
     eps, model = 16.0, bench.model
     craft, unseen = first(bench.splits.val, 400), first(bench.splits.test, 1000)
     x, y = craft.images.float(), craft.labels
@@ -94,15 +95,26 @@ def universal(bench: Bench) -> list[Row]:
     def seconds(steps: int) -> list[float]:
         return bench.race({"ours": lambda: ours(steps)})["ours"]
 
+    before = spend(0)
+    (best,) = success_curve(model, craft=(x, y), report=(unseen.images, unseen.labels), epsilons=[eps])
+    budget, found = spend(0) - before, []
+    for name in peers.UNIVERSAL:
+        if name != "sign-SGD" and not peers.title(name):
+            continue
+        xi = peers.at_equal_gradients(name, copy.deepcopy(model).eval(), x, y, eps=eps, budget=budget).detach()
+        title = peers.title(name) if name != "sign-SGD" else "ten lines of sign-SGD"
+        errors = {"ours": [100 * best.rate], "peer": [100 * error(xi)], "more_is_better": True}
+        note = f"{budget:,} gradients each, on {len(craft)} images; scored on {len(unseen)} others; by {best.attack}"
+        what = "universal, eps 16: error of the ensemble at equal gradients"
+        found.append(bench.row("b", what, unit="%", **errors, peer_name=title, note=note))
     if not peers.title("art"):
         what, note = "universal, eps 16, 200 steps", f"error {error(ours(200)):.1%}"
-        return [bench.row("b", what, unit="s", ours=seconds(200), peer_name=NOBODY, note=note)]
-    found = []
+        return [*found, bench.row("b", what, unit="s", ours=seconds(200), peer_name=NOBODY, note=note)]
     for attacker in ("pgd", "deepfool"):
         bench.progress.line(f"[bench] ART's UniversalPerturbation ({attacker}) on {len(craft)} images: minutes")
         start = bench.now()
         xi = peers.universal(attacker, model, x, y, eps=eps)
-        budget, goal = bench.now() - start, error(xi)
+        taken, goal = bench.now() - start, error(xi)
         name = f"{peers.title('art')} UniversalPerturbation ({attacker})"
         note = f"one pass of ART over {len(craft)} images, measured once; scored on {len(unseen)} others"
         steps = next((k for k in (2**i for i in range(2, 12)) if error(ours(k)) >= goal), None)
@@ -111,11 +123,11 @@ def universal(bench: Bench) -> list[Row]:
                 f"universal, eps 16: to the {goal:.1%} error that ART ends with",
                 f"{steps} steps of ours; {note}",
             )
-            found.append(bench.row("b", what, unit="s", ours=seconds(steps), peer=[budget], peer_name=name, note=text))
+            found.append(bench.row("b", what, unit="s", ours=seconds(steps), peer=[taken], peer_name=name, note=text))
         each = bench.seconds(lambda: ours(100)) / 100
-        many = min(2000, max(1, int(budget / each)))
+        many = min(2000, max(1, int(taken / each)))
         what = "universal, eps 16: error at ART's own time"
-        text = f"{many} steps of ours in {many * each:.0f} s of its {budget:.0f} s; {note}"
+        text = f"{many} steps of ours in {many * each:.0f} s of its {taken:.0f} s; {note}"
         errors = {"ours": [100 * error(ours(many))], "peer": [100 * goal], "more_is_better": True}
         found.append(bench.row("b", what, unit="%", **errors, peer_name=name, note=text))
     return found
@@ -182,8 +194,8 @@ def training(bench: Bench) -> list[Row]:
     ]
 
 
-def search(bench: Bench) -> list[Row]:
-    """eps_uni(0.75): the paper's binary search against the k-ary one, wall time and answer"""
+def searched(bench: Bench, ways: Mapping[str, Callable[..., Robustness]]) -> tuple[dict[str, list[float]], str]:
+    """Seconds of each way of searching for eps_uni(0.75), once for each seed, and their answers in words."""
     test = bench.splits.test
     half = min(512, len(test) // 2)
     parts = {
@@ -192,21 +204,42 @@ def search(bench: Bench) -> list[Row]:
         "report": test.subset(slice(half, 2 * half)),
     }
     sets = {name: (part.images, part.labels) for name, part in parts.items()}
-    seconds, answers = {"binary": [], "k-ary": []}, {"binary": [], "k-ary": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers: dict[str, list[Robustness]] = {name: [] for name in ways}
     for seed in range(bench.repeats):
-        for name in seconds:
+        for name, way in ways.items():
             start, generator = bench.now(), torch.Generator().manual_seed(seed)
-            found = universal_robustness(ATTACKS["paper"], bench.model, search=name, generator=generator, **sets)
+            answers[name].append(way(bench.model, generator=generator, **sets))
             seconds[name].append(bench.now() - start)
-            answers[name].append(found.epsilon or float("nan"))
 
-    def shown(values: list[float]) -> str:
-        listed = ", ".join(f"{value:.1f}" for value in values)
-        return f"{statistics.mean(values):.1f} ({listed})"
+    def shown(found: list[Robustness]) -> str:
+        mean, spent = (
+            statistics.mean(each.epsilon or math.nan for each in found),
+            statistics.mean(e.spent for e in found),
+        )
+        return f"{mean:.1f} ({', '.join(map(str, found))}) by {spent:,.0f} gradients"
 
-    note = f"answers over {bench.repeats} seeds: k-ary {shown(answers['k-ary'])}, binary {shown(answers['binary'])}"
+    told = ", ".join(f"{name} {shown(found)}" for name, found in answers.items())
+    return seconds, f"answers over {bench.repeats} seeds: {told}"
+
+
+PAPER = functools.partial(universal_robustness, ATTACKS["paper"], search="binary")
+
+
+def search(bench: Bench) -> list[Row]:
+    """eps_uni(0.75): the paper's binary search against the k-ary one, wall time and answer"""
+    ways = {"k-ary": functools.partial(universal_robustness, ATTACKS["paper"], search="k-ary"), "binary": PAPER}
+    seconds, note = searched(bench, ways)
     what, taken = "eps_uni(0.75), K = 200, b = 10, m = 16", {"ours": seconds["k-ary"], "peer": seconds["binary"]}
     return [bench.row("d", what, unit="s", **taken, peer_name="the paper's binary search", note=note)]
+
+
+def by_ensemble(bench: Bench) -> list[Row]:
+    """eps_uni(0.75): the ensemble's search against the paper's binary one, wall time and answer"""
+    seconds, note = searched(bench, {"ensemble": strongest, "binary": PAPER})
+    taken = {"ours": seconds["ensemble"], "peer": seconds["binary"]}
+    name = "the paper's binary search"
+    return [bench.row("h", "eps_uni(0.75) by the ensemble", unit="s", **taken, peer_name=name, note=note)]
 
 
 def data(bench: Bench) -> list[Row]:
@@ -331,4 +364,5 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
     "e": data,
     "f": segmentation,
     "g": stored,
+    "h": by_ensemble,
 }
