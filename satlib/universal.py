@@ -443,13 +443,15 @@ def ensemble(
     All pass the gradient straight through the clamp, have no loss threshold, walk far (beta of 20 and 40), and
     aggregate gradients over the four parts of a mini-batch: of 64 images, or 8 scenes. First plain ascent, which finds
     where to look; then aiming, which finds most (not for targeted attacks, which have their aim); then the margin,
-    which does not go on where a decision is won by far. effort: so many times as many steps, between the same sizes.
+    which does not go on where a decision is won by far. effort: so many times as many steps, between the same sizes;
+    below 1 also of the images by which targets and iterates are chosen.
     """
 
     def taken(steps: int, beta: float, gamma: float) -> dict[str, Any]:
         return _stretched(max(2, round(steps * effort)), steps=steps, beta=beta, gamma=gamma)
 
-    common = {"batch_size": min(8 if segmentation else 64, images), "inner": 4, "score_images": 512}
+    common = {"batch_size": min(8 if segmentation else 64, images), "inner": 4}
+    common["score_images"] = max(64, round(512 * min(1, effort)))
     aim = [named("aimed", scan=max(2, round(8 * effort)), aims=2, **common, **taken(80, 40.0, 0.95))]
     plain, margin = (named(name, **_UNIT | common | taken(50, 20.0, 0.975)) for name in ("SGA", "margin"))
     return [plain, *([] if targeted else aim), margin]

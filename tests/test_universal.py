@@ -293,6 +293,11 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
     assert [name_of(each) for each in ensemble(20, segmentation=True, targeted=True)] == ["SGA", "margin"]
     assert {options(each)["batch_size"] for each in ensemble(20)} == {20}
     assert [options(each)["steps"] for each in ensemble(5000, effort=0.1)] == [5, 8, 5]
+    scored = {
+        effort: {options(each)["score_images"] for each in ensemble(5000, effort=effort)}
+        for effort in (0.1, 0.25, 1, 2)
+    }
+    assert scored == {0.1: {64}, 0.25: {128}, 1: {512}, 2: {512}}
     twice = [options(each)["steps"] for each in ensemble(5000, effort=2)]
     assert twice == [2 * options(each)["steps"] for each in (plain, aimed, margin)]
     for each, stretched in zip((plain, aimed, margin), ensemble(5000, effort=2), strict=True):  # between the same sizes
