@@ -260,7 +260,7 @@ def universal_pgd(
         kept = [xi for step, xi in enumerate(iterates, start=1) if step in marks]
         if len(kept) == 1:
             return kept[0]
-        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(device)
+        chosen = shuffled(len(images), generator)[:score_images].to(device)
         scores = torch.stack([success_rates(net, images[chosen], labels[chosen], xi, targeted=targeted) for xi in kept])
     best = scores.flip(0).argmax(0)  # of equal scores the latest
     return torch.stack(kept[::-1])[best, torch.arange(len(bound), device=device)]
@@ -361,8 +361,8 @@ def success_rates(
     and in float32 (or its weights' format), whatever is faster: nobody's verdict hangs on the rounding of a device. A
     model with a `folded()` method is used as it is given, for `attackable` has changed it already, or need not.
     """
-    wins = torch.zeros(len(perturbations), device=images.device)
-    total = torch.zeros((), device=images.device)
+    wins = torch.zeros(len(perturbations), dtype=torch.int64, device=images.device)
+    total = torch.zeros((), dtype=torch.int64, device=images.device)
     count = min(batch_size, images_at_once(images))
     with evaluated(model), exact():
         check_model(model, images, labels, gradient=False)
@@ -374,7 +374,7 @@ def success_rates(
                 won, counted = decisions_won(decided, y, targeted=targeted)
                 wins[heap] += won.sum()
             total += counted.sum()
-    return wins / total
+    return (wins.double() / total).float()
 
 
 def heap_means(values: Tensor, sharedness: int) -> Tensor:
@@ -389,14 +389,23 @@ def heap_means(values: Tensor, sharedness: int) -> Tensor:
 def _minibatches(count: int, batch_size: int, steps: int, generator: torch.Generator | None) -> Tensor:
     """Indices (steps, batch_size), drawn without repetition from one shuffled pass after another."""
     passes = -(-steps // (count // batch_size))
-    orders = [torch.randperm(count, generator=generator) for _ in range(passes)]
+    orders = [shuffled(count, generator) for _ in range(passes)]
     return torch.cat([order[: count - count % batch_size].view(-1, batch_size) for order in orders])[:steps]
+
+
+def shuffled(count: int, generator: torch.Generator | None) -> Tensor:
+    """The numbers below count in any order, drawn on the generator's device."""
+    return torch.randperm(count, generator=generator, device=source(generator))
+
+
+def source(generator: torch.Generator | None) -> torch.device:
+    """Where to draw random numbers."""
+    return torch.device("cpu") if generator is None else generator.device
 
 
 def random_start(shape: tuple[int, ...], eps: float | Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform in [-eps, eps], (heaps, C, H, W); drawn on the generator's device, given on that of eps (or the CPU)."""
-    source = generator.device if generator is not None else "cpu"
-    drawn = torch.rand(shape, generator=generator, device=source) * 2 - 1
+    drawn = torch.rand(shape, generator=generator, device=source(generator)) * 2 - 1
     return drawn.to(eps.device) * eps if isinstance(eps, Tensor) else drawn * eps
 
 

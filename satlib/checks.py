@@ -143,7 +143,8 @@ def _settled(given: dict[str, Any], any_range: bool) -> dict[str, Any]:
         given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))
     for name in ("perturbations", "start"):
         if name in given:
-            xi = given[name] = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
+            xi = _as_tensor(given[name], name, "(heaps, C, H, W)").float()
+            given[name] = xi.to(given["images"].device) if "images" in given else xi
             right = xi.ndim == 4 and ("images" not in given or xi.shape[1:] == given["images"].shape[1:])
             if not right or not bool(xi.isfinite().all()):
                 raise SatlibError(f"{name} of shape {tuple(xi.shape)}: expected finite values (heaps, C, H, W)")
@@ -195,7 +196,7 @@ def as_labels(labels: Any, images: Any, *, targeted: bool = False, name: str = "
     if whole and tensor.dtype is not torch.int64 and not (tensor.ndim == 3 and tensor.dtype is torch.uint8):
         tensor = tensor.long()
     check_pair(images, tensor, name)
-    return tensor
+    return tensor.to(images.device)
 
 
 def as_labelled(pair: Any, name: str, *, targeted: bool = False) -> tuple[Any, Tensor]:

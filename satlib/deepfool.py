@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from satlib.attacks import perturb, perturb_straight_through, spend
+from satlib.attacks import perturb, perturb_straight_through, shuffled, spend
 from satlib.checks import check_model, kernel, outside, per_heap
 from satlib.device import exact
 from satlib.network import attackable, logits_of
@@ -101,7 +101,7 @@ def universal_deepfool(
         for bound in bounds:
             v = nothing
             for done in range(passes):
-                order = torch.randperm(len(images), generator=generator).to(images.device)
+                order = shuffled(len(images), generator).to(images.device)
                 for chosen in order.split(batch_size):
                     going = chosen[_predicted(net, images[chosen], v) == clean[chosen]]
                     if len(going):

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from satlib.attacks import heap_pgd, perturb
+from satlib.attacks import heap_pgd, perturb, shuffled
 from satlib.checks import check, check_data, check_eps, check_whole, outside
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
@@ -74,7 +74,7 @@ class DeepFoolUAD(Pool):
             return
         crafted = []
         for index in range(self.pool_size):
-            chosen = torch.randperm(len(self.data), generator=generator)[: self.images_each].to(self.data.device)
+            chosen = shuffled(len(self.data), generator)[: self.images_each].to(self.data.device)
             crafted.append(self.attack(model, self.data.images[chosen], self.data.labels[chosen], generator=generator))
             self.progress(f"universal perturbation {index + 1}/{self.pool_size}")
         self.pool = torch.cat(crafted)

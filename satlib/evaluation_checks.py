@@ -4,6 +4,7 @@
 attacked one by one, it is to see whether gradients lead anywhere at all.
 """
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from satlib import device
 from satlib.attacks import decisions_won, heap_gradients, heap_pgd, images_at_once, perturb, random_start, success_rates
-from satlib.checks import as_labelled
+from satlib.checks import as_labelled, per_heap
 from satlib.errors import SatlibError
 from satlib.network import Network, attackable, logits_of
 from satlib.robustness import Labelled
@@ -83,6 +84,11 @@ def measure(
     are not finite.
     """
     craft, test = as_labelled(craft, "craft"), as_labelled(test, "test")
+    per_heap(epsilons, None, test[0].device)
+    if len(craft[0]) < (least := 4 * attack["batch_size"]):
+        raise SatlibError(
+            f"{len(craft[0])} crafting images: expected {least}, for mini-batches of four times batch_size"
+        )
     done, parts = itertools.count(1), 6 + len(STRONGER) + len(OTHER_LOSSES)
 
     def report(text: str) -> None:
@@ -138,7 +144,8 @@ def measure(
     plain = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     numbers["eval mode, float32"] = success_rates(plain, x, y, xi).item()
     if isinstance(plain, nn.Module):
-        plain.train()
+        with contextlib.suppress(NotImplementedError):  # an exported graph has one mode
+            plain.train()
     numbers["train mode, float32"] = _rate_as_it_is(plain, x, y, xi)
     return numbers
 
@@ -148,8 +155,8 @@ def _rate_as_it_is(model: Network, images: Tensor, labels: Tensor, xi: Tensor, b
     """As `success_rates`, of one perturbation, but in the mode that the model is in."""
     won = counted = 0
     with device.exact():
-        count = min(batch_size, images_at_once(images))
-        for x, y in zip(images.split(count), labels.split(count), strict=True):
+        parts = -(-len(images) // min(batch_size, images_at_once(images)))  # all alike: batch norm wants several images
+        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             wins, counts = decisions_won(logits_of(model, perturb(x.float(), xi)).argmax(1), y)
             won, counted = won + int(wins.sum()), counted + int(counts.sum())
     return won / counted

@@ -125,8 +125,9 @@ class UnitInputs(Statistics):
         std: float | Sequence[float] = (1.0,),
         output: str | int | None = None,
     ) -> None:
+        mean, std = (each.item() if isinstance(each, Tensor) and not each.ndim else each for each in (mean, std))
         channels = max((len(each) for each in (mean, std) if not isinstance(each, Real)), default=1)
-        mean, std = ([each] * channels if isinstance(each, Real) else each for each in (mean, std))
+        mean, std = ([float(each)] * channels if isinstance(each, Real) else each for each in (mean, std))
         super().__init__(mean, std)
         if max(mean) > 1 or max(std) > 1:
             raise SatlibError(

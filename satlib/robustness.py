@@ -247,12 +247,14 @@ def success_curve(
     targeted: bool = False,
     effort: float = 1,
     generator: torch.Generator | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> list[Success]:
     """Success of the ensemble's attacks at full length at each of `epsilons`: the best of them on the crafting images,
     and its rate on the `report` images.
 
     start (1, C, H, W): a perturbation such as `strongest` finds, from which, scaled to each eps, the attack that aims
-    goes on. It orders models also where no search succeeds, and shows what a single number hides.
+    goes on, where it is asked: not with targets. progress(text, done) follows each attack. The curve orders models also
+    where no search succeeds, and shows what a single number hides.
     """
     bound = per_heap(epsilons, None, craft[0].device)
     warn_of_unit(epsilons)
@@ -274,6 +276,8 @@ def success_curve(
             xi = attack(net, *craft, **given | ({"start": begun} if goes_on else {}))
             seen[name_of(attack)] = success_rates(net, *few, xi, targeted=targeted).tolist()
             unseen[name_of(attack)] = success_rates(net, *report, xi, targeted=targeted).tolist()
+            if progress:
+                outside(progress)(f"success at {len(bound)} sizes by {name_of(attack)}", len(seen) / len(attacks))
     curve = []
     for i, eps in enumerate(given["eps"]):
         best = max(seen, key=lambda name: seen[name][i])
@@ -417,13 +421,14 @@ def k_ary_search(search: Search, iterations: int) -> None:
     coarse = search.craft(0, [share * LARGEST for share in COARSE], "coarse")
     for evaluation, xi in itertools.islice(coarse, 2):
         search.rescale((evaluation, xi), evaluation.eps, max(resolution, TOLERANCE * evaluation.eps))
+    parts = len(search.attacks) + (len(search.attacks) > 1)
     for turn in range(len(search.attacks)):
-        search.report((turn + 0.3) / len(search.attacks))
+        search.report((turn + 0.3) / parts)
         for _ in range(iterations):
             known = search.best is not None
             asked = [share * min(search.smallest, LARGEST) for share in (BELOW if known else ANYWHERE)]
             lowest = settle(turn, asked)
-            search.report((turn + 1) / len(search.attacks))
+            search.report((turn + 1) / parts)
             if lowest is None or (known and lowest != asked[0]):
                 break
         if search.best and lowest is None:
@@ -431,6 +436,8 @@ def k_ary_search(search: Search, iterations: int) -> None:
     if search.best and len(search.attacks) > 1:
         for number in search.nearly():
             settle(number, [share * search.smallest for share in CLOSER])
+    if len(search.attacks) > 1:
+        search.report(1.0)
 
 
 SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
@@ -438,10 +445,10 @@ SEARCHES = {"binary": binary_search, "k-ary": k_ary_search}
 
 @dataclass(frozen=True)
 class ImageRobustness:
-    """Result of the image-dependent search. epsilons (n,): smallest success for each image in pixel units, inf
-    where none was found. epsilon: the smallest magnitude at which a share delta is fooled, or in segmentation the mean
-    over the images, of which those without success count as 255; None, where none is fooled, prints "> 255".
-    gradients: see `usable_gradients`."""
+    """Result of the image-dependent search. epsilons (n,): smallest success for each image with a label that counts, in
+    pixel units, inf where none was found. epsilon: the smallest magnitude at which a share delta is fooled, or in
+    segmentation the mean over the images, of which those without success count as 255; None, where none is fooled,
+    prints "> 255". gradients: see `usable_gradients`."""
 
     delta: float
     epsilon: float | None

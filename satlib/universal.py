@@ -23,6 +23,8 @@ from satlib.attacks import (
     perturb,
     projected_step,
     random_start,
+    shuffled,
+    source,
     spend,
     stochastic_pgd,
     success_rates,
@@ -150,7 +152,8 @@ def extended_pgd(
     restarts: int = 1,
     inner: int = 1,
 ) -> Tensor:
-    """`universal_pgd` with what the paper does not do; as it is by default, and always with as many gradients.
+    """`universal_pgd` with what the paper does not do; as it is by default, and with as many gradients, or fewer where
+    the steps do not divide.
 
     update "momentum" or "adam": see there; schedule "cosine": see `cosine_step_sizes`; loss "margin": `margin_loss`;
     straight_through: as there. dominant: after a quarter of the steps each perturbation aims,
@@ -187,7 +190,7 @@ def extended_pgd(
         for each in ascent:
             yield (xi := each)
         if first < fewer:
-            chosen = torch.randperm(len(x), generator=generator)[:score_images].to(x.device)
+            chosen = shuffled(len(x), generator)[:score_images].to(x.device)
             classes = torch.stack([_dominant_class(net, x[chosen], rows[0, chosen], each) for each in xi.split(1)])
             rest = (classes[:, None].expand(-1, len(x)), xi, minibatches[first:], step_sizes[first:])
             yield from pgd(*rest, direction=UPDATES[update](), targeted=True, micro_batch=micro_batch)
@@ -278,10 +281,10 @@ def aimed_pgd(
     annealed = functools.partial(_stretched, steps=steps, beta=beta, gamma=gamma)
     with attackable(model) as net:
         check_model(net, images, labels)
-        chosen = torch.randperm(len(images), generator=generator)[:score_images].to(images.device)
+        chosen = shuffled(len(images), generator)[:score_images].to(images.device)
         few = images[chosen], labels[chosen]
         aimed_at = _targets(net, images, labels, targets)
-        if targets is None and len(aimed_at) > candidates:
+        if targets is None and start is None and len(aimed_at) > candidates:
             ascent = universal_pgd(net, images, labels, eps=bound.max(), snapshots=1, **given | annealed(scan))
             aimed_at = _likely(net, few[0], ascent, candidates)
         if targets is None and labels.ndim > 1:
@@ -395,7 +398,8 @@ def mean_of_signs(
     with attackable(model) as net:
         check_model(net, images, labels)
         for _ in range(steps):
-            chosen = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+            drawn = torch.randint(len(images), (batch_size,), generator=generator, device=source(generator))
+            chosen = drawn.to(images.device)
             x, y = images[chosen].float().repeat(heaps, 1, 1, 1), rows[:, chosen].flatten(0, 1)
             each = xi.repeat_interleave(batch_size, 0)
             gradients, _ = heap_gradients(net, x, y, each, sharedness=1, straight_through=straight_through)
@@ -476,7 +480,8 @@ def options(attack: UniversalAttack) -> dict[str, Any]:
     Raises SatlibError where a setting has no default.
     """
     parameters = inspect.signature(attack).parameters.values()
-    own = {p.name: p.default for p in parameters if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD}
+    further = list(parameters)[3:]  # after the model, the images and their labels
+    own = {p.name: p.default for p in further if p.name not in GIVEN and p.kind is not p.VAR_KEYWORD}
     if missing := [name for name, default in own.items() if default is inspect.Parameter.empty]:
         raise SatlibError(f"{missing[0]}: attack {name_of(attack)!r} needs a default for it")
     return own

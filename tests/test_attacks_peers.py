@@ -209,7 +209,6 @@ def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
     clean = success_rates(model, *report, torch.zeros(1, 3, 8, 8)).item()
     assert clean < 0.3 and max(found.values()) > clean + 0.1
     assert ours.rate >= max(found.values()), (ours, found)
-    assert ours.rate > clean + 0.1
 
 
 @pytest.mark.parametrize("black_and_white", [False, True])

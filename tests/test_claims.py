@@ -134,6 +134,15 @@ def test_both_attacks_are_asked_and_the_ensemble_is_told_first():
     assert ["11.0 -> 12.0" in raised[0].evidence, "15.0 -> 30.0" in raised[1].evidence] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "size", "verdict"),
+    [(92.8, 30.0, "holds"), (92.7, 30.0, "does not hold"), (92.8, 15.4, "not decided"), (93.0, 14.0, "does not hold")],
+)
+def test_what_is_gained_without_losing_accuracy_is_clear_of_the_spread(accuracy, size, verdict):
+    models = [replace(ERM, accuracy=93.25), model("s = 64", accuracy, size)]
+    assert verdict_of(cifar10_claims(models, None), "s = 64 raises robustness").verdict == verdict
+
+
 def test_alike_is_that_neither_dominates():
     start = "s = 1 and s = 8 perform similarly: neither dominates the other (S-PGD)"
     models = [
@@ -145,6 +154,8 @@ def test_alike_is_that_neither_dominates():
     assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "holds"
     models[2:] = [model("s = 8", 86.5, 40.0), model("s = 8", 84.5, 45.0)]
     assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "does not hold"
+    models[2:] = [model("s = 8", 86.5, 40.0, spread=50.0), model("s = 8", 84.5, 45.0, spread=50.0)]
+    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "not decided"  # nor do they differ little
     assert verdict_of(cifar10_claims([ERM, *models[:2]], None), start).verdict == "not run"
     once = [model("s = 1", 86, 30.0, spread=None), model("s = 8", 86.5, 30.2, spread=None)]
     assert verdict_of(cifar10_claims([ERM, *once], None), start).verdict == "not decided"

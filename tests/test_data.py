@@ -602,6 +602,7 @@ def test_the_binary_version_holds_the_same_splits_and_comes_first(batches, binar
     hidden.rename((root / "cifar10").mkdir() or root / "cifar10" / BINARY)
     monkeypatch.setenv("SATLIB_DATA", str(root))
     shutil.rmtree(batches)
+    batches.mkdir()  # what is empty hides nothing
     assert cli.main(["data", "status", "cifar10"]) == 0
     assert capsys.readouterr().out.endswith(f"cifar10: {root / 'cifar10' / BINARY}\n")
 

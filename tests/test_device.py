@@ -6,7 +6,6 @@ Of recordings: what is copied in, kept apart and given back. A stand-in records 
 import contextvars
 import copy
 import threading
-import time
 import types
 from collections.abc import Iterator
 
@@ -129,10 +128,6 @@ def test_exact_works_where_the_newer_switches_are_set():
         assert matmul.fp32_precision == "bf16"
     finally:
         conv.fp32_precision, matmul.fp32_precision = before
-
-
-def test_measurement_leaves_the_clock_alone():
-    assert device.time.thread_time is time.thread_time
 
 
 def test_attacks_in_bfloat16_succeed_as_in_float32(choose, trained, tiny):

@@ -263,6 +263,16 @@ def test_maps_of_scenes_are_aimed_at_beside_however_many_classes():
     assert max(sizes) <= 6 and parts.shape == whole.shape and parts.abs().max() <= 8
 
 
+def test_going_on_aims_at_where_the_start_leads_however_many_classes():
+    weights, x = torch.randn(24, math.prod(SHAPE), generator=seeded(3)), images_like(12, low=125.0, high=131.0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), 24, bias=False))
+    model[1].weight.data.copy_(weights)
+    given = {"start": 60 * weights[23].sign().view(1, *SHAPE), "candidates": 2, "steps": 2, "batch_size": 4}
+    before = spend(0)
+    found = aimed_pgd(model, x, torch.zeros(12, dtype=torch.long), eps=[60.0], generator=seeded(), **given)
+    assert classes_under(model, found) == [23] and spend(0) - before == 2 * 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

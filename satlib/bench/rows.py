@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import math
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from satlib.data.streamed import StreamedImages, StreamedSet
 from satlib.device import autocast
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
-from satlib.robustness import Robustness, strongest, success_curve, universal_robustness
+from satlib.robustness import LARGEST, Robustness, strongest, success_curve, universal_robustness
 from satlib.training import Training, shared_adversarial_loss
 from satlib.universal import ATTACKS
 
@@ -96,7 +95,8 @@ def universal(bench: Bench) -> list[Row]:
         return bench.race({"ours": lambda: ours(steps)})["ours"]
 
     before = spend(0)
-    (best,) = success_curve(model, craft=(x, y), report=(unseen.images, unseen.labels), epsilons=[eps])
+    sets = {"craft": (x, y), "report": (unseen.images, unseen.labels)}
+    (best,) = success_curve(model, **sets, epsilons=[eps], generator=torch.Generator().manual_seed(0))
     budget, found = spend(0) - before, []
     for name in peers.UNIVERSAL:
         if name != "sign-SGD" and not peers.title(name):
@@ -213,11 +213,9 @@ def searched(bench: Bench, ways: Mapping[str, Callable[..., Robustness]]) -> tup
             seconds[name].append(bench.now() - start)
 
     def shown(found: list[Robustness]) -> str:
-        mean, spent = (
-            statistics.mean(each.epsilon or math.nan for each in found),
-            statistics.mean(e.spent for e in found),
-        )
-        return f"{mean:.1f} ({', '.join(map(str, found))}) by {spent:,.0f} gradients"
+        sizes, spent = [LARGEST if each.epsilon is None else each.epsilon for each in found], [e.spent for e in found]
+        listed = ", ".join(map(str, found))
+        return f"{statistics.mean(sizes):.1f} ({listed}) by {statistics.mean(spent):,.0f} gradients"
 
     told = ", ".join(f"{name} {shown(found)}" for name, found in answers.items())
     return seconds, f"answers over {bench.repeats} seeds: {told}"

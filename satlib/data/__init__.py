@@ -40,7 +40,17 @@ def find(name: str, *, root: str | Path | None = None) -> Path | None:
     """The folder that `load` would read, without reading it; None where there is none, or for a set made in code."""
     base, _, _ = name.partition(":")
     places = {_resolved(root) / folder: holds for folder, holds in FOLDERS.get(base, {}).items()}
-    return next((folder for folder, holds in places.items() if os.path.isdir(folder / holds)), None)
+    return next((folder for folder, inner in places.items() if _holds(folder, inner)), None)
+
+
+def _holds(folder: Path, inner: str) -> bool:
+    """Whether a folder is there with the inner one; or where that is "", with anything: an empty one hides no other."""
+    if inner:
+        return os.path.isdir(folder / inner)
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return os.path.isdir(folder)
 
 
 def verify(name: str, *, root: str | Path | None = None) -> Splits:
@@ -102,5 +112,5 @@ def _missing(dataset: Dataset, root: Path) -> str:
         mends.append(f"run `python -m satlib data download {dataset.name}`")
     there = {root / folder: holds for folder, holds in FOLDERS[dataset.name].items() if os.path.lexists(root / folder)}
     found = [wrong] if wrong else [folder_problem(folder / holds, UNPACK) for folder, holds in there.items()]
-    why = "; ".join([f"looked for {looked_for}", *found])
+    why = "; ".join([f"looked for {looked_for}", *filter(None, found)])
     return f"no {dataset.title} in {root}: {why}; {', '.join(mends[:-1])}, or {mends[-1]}"

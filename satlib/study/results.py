@@ -45,8 +45,8 @@ BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts
 class Row:
     """One number of the paper and ours for it; None where there is none.
 
-    ours is by the paper's attack, ensemble by `satlib.robustness.strongest`, with spread, runs and verdict of its own;
-    where the most robust of several models is meant, each has its own.
+    ours is by the paper's attack, ensemble by `satlib.robustness.strongest`, with spread, seeds, runs and verdict of
+    its own; where the most robust of several models is meant, each has its own.
     spread: standard deviation over the seeds, of which every model has at least `seeds`. runs: ids of the records that
     `ours` follows from. verdict: "reproduced within spread" under the paper's settings within two spreads of its
     number; else "same direction", "not reproduced" or "not decided" for a number with which the paper compares models,
@@ -67,6 +67,7 @@ class Row:
     verdict: str = "not run"
     ensemble: float | None = None
     ensemble_spread: float | None = None
+    ensemble_seeds: int = 0
     ensemble_runs: tuple[str, ...] = ()
     ensemble_verdict: str = "not run"
 
@@ -237,16 +238,18 @@ def with_tables(text: str) -> str:
     return BLOCK.sub(render, text)
 
 
-def _ours(value: float | None, verdict: str, compared: Iterable, spread: float | None = None) -> dict[str, Any]:
+def _ours(
+    value: float | None, verdict: str, compared: Iterable, spread: float | None = None, measure: str = "eps_uni"
+) -> dict[str, Any]:
     """Our number, the verdict on it, and what the models that both follow from say, as a row has them."""
     models = list(compared)
-    seeds, runs = min((m.seeds for m in models), default=0), tuple(r.id for m in models for r in m.records)
+    seeds, runs = min((m.seeds(measure) for m in models), default=0), tuple(r.id for m in models for r in m.records)
     return {"ours": value, "spread": spread, "seeds": seeds, "runs": runs, "verdict": verdict}
 
 
 def _measure_of(model: Any, measure: str, verdict: str = "other setting", compared: Sequence = ()) -> dict[str, Any]:
     """A measure of a model, as `_ours`; compared: the models that the verdict follows from, this one among them."""
-    return _ours(getattr(model, measure), verdict, compared or [model], model.spreads.get(measure))
+    return _ours(getattr(model, measure), verdict, compared or [model], model.spreads.get(measure), measure)
 
 
 def _twice(of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -256,7 +259,9 @@ def _twice(of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 
 def _beside(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Our number by the paper's attack with the ensemble's beside it."""
-    both = {"ensemble": other["ours"]} | {f"ensemble_{name}": other[name] for name in ("spread", "runs", "verdict")}
+    both = {"ensemble": other["ours"]} | {
+        f"ensemble_{name}": other[name] for name in ("spread", "seeds", "runs", "verdict")
+    }
     return ours | both
 
 
@@ -266,8 +271,9 @@ def _beside_erm(model: Model | None, erm: Model, measure: str, asked: Sequence[M
         return _ours(None, "not run", [])
     if model is None:
         return _ours(None, "not reproduced", [])
-    larger = claims.comparable(getattr(model, measure)) > claims.comparable(getattr(erm, measure))
-    return _measure_of(model, measure, DIRECTION[claims.verdict(larger)], [erm, model])
+    more = claims.comparable(getattr(model, measure)) - claims.comparable(getattr(erm, measure))
+    decided = abs(more) > max(m.spreads.get(measure, 0.0) for m in (erm, model))
+    return _measure_of(model, measure, DIRECTION[claims.verdict(more > 0) if decided else "not decided"], [erm, model])
 
 
 def _best_beside_erm(asked: Sequence[Model], erm: Model, measure: str) -> dict[str, Any]:
@@ -302,7 +308,7 @@ def _classifiers_numbers(key: str, models: list[Model], family: str, accepted: M
 
 def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
     erm, points = models[0], 93.25 - 90.0
-    numbers = _classifiers_numbers("cifar10", models, "s = 64", {"no-loss": 0.0, "90": points})
+    numbers = _classifiers_numbers("cifar10", models, "s = 64", {"no-loss": claims.NEAR, "90": points})
     kept = [m for m in models if m.family == "s = 64" and m.accuracy >= erm.accuracy - points]
     if accepted := _best(kept, "eps_uni"):
         numbers["cifar10/90/loss"] = _ours(erm.accuracy - accepted.accuracy, "other setting", [erm, accepted])
@@ -314,7 +320,9 @@ def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
         if not (compared := claims.at_equal_accuracy(models, "s = 64", "s = 1", measure)):
             return _ours(None, "not run" if verdict == "not run" else "not decided", [])
         used = {m.title: m for each in compared for m in (each.model, *each.others)}.values()
-        return _ours(statistics.mean(each.gap for each in compared), DIRECTION[verdict], used)
+        if any(getattr(m, measure) is None for m in used):  # beyond 255: nobody knows by how much
+            return _ours(None, DIRECTION[verdict], [])
+        return _ours(statistics.mean(each.gap for each in compared), DIRECTION[verdict], used, measure=measure)
 
     if any(m.family == "s = 64" for m in models) and any(m.family == "s = 1" for m in models):
         numbers["cifar10/gain"] = _twice(gain)
@@ -325,7 +333,7 @@ def _cifar10_numbers(models: list[Model], cost: Record | None) -> Numbers:
 
 
 def _imagenet_numbers(models: list[Model], cost: None = None) -> Numbers:
-    erm, numbers = models[0], _classifiers_numbers("imagenet", models, "s = 32", {"no-loss": 0.0})
+    erm, numbers = models[0], _classifiers_numbers("imagenet", models, "s = 32", {"no-loss": claims.NEAR})
     if good := next((m for m in models if (m.sharedness, m.eps, m.sigma) == (32, 10, 1)), None):
         lower = DIRECTION[claims.verdict(good.accuracy < erm.accuracy)]
         numbers["imagenet/good/accuracy"] = _measure_of(good, "accuracy", lower, [erm, good])
@@ -416,7 +424,7 @@ def scoreboard(rows: list[Row]) -> pd.DataFrame:
             "ours": "–" if row.verdict == "not run" else row.text,
             "by the ensemble": row.ensemble_text,
             "profile, data set": f"{row.profile}, {row.dataset}" if row.profile else "",
-            "seeds": row.seeds or "",
+            "seeds (ensemble)": f"{row.seeds or ''}" + (f" ({row.ensemble_seeds})" if row.ensemble_seeds else ""),
             "verdict": row.verdicts,
         }
         for row in rows

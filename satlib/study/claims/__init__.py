@@ -22,6 +22,7 @@ BEYOND = f"> {LARGEST:g}"  # of a size in pixel units: no perturbation of the in
 Gain = tuple[float, float, str]  # so many times the robustness of ERM, at less than so many points, who says so
 APART = 5.0  # points of accuracy between two models on a front that may be interpolated
 NEAR = 0.5  # points of accuracy that two models may differ by, and count as equally accurate
+ALIKE = 0.1  # share of a model's size by which two families may differ, and count as alike
 MORE_EVENLY = 1.1  # times the bits of the undefended model that count as substantially more
 
 
@@ -33,6 +34,11 @@ def size_text(size: float | None, spread: float | None = None) -> str:
 def comparable(size: float | None) -> float:
     """A size as a number that can be compared: None counts as just above the interval that is searched."""
     return LARGEST + 1 if size is None else size
+
+
+def _shown(value: float) -> str:
+    """A number from `comparable` as text."""
+    return size_text(None if value > LARGEST else value)
 
 
 def curve_of(searches: Iterable[Record]) -> dict[float, float]:
@@ -134,10 +140,9 @@ class Model:
         evaluations = (*self.searches, *self.strongest_searches, *self.deepfools)
         return (*self.trainings, *evaluations, *([self.predictions] if self.predictions else []))
 
-    @property
-    def seeds(self) -> int:
-        """Of its trainings and searches together."""
-        return len(self.searches)
+    def seeds(self, measure: str) -> int:
+        """How many searches of all its trainings a measure is the mean of; of others, those by the paper's attack."""
+        return len(self.strongest_searches if measure == ATTACKS["ensemble"] else self.searches)
 
     @property
     def curve(self) -> dict[float, float]:
@@ -324,33 +329,42 @@ def _all_dominate(models: Sequence[Model], name: str, attack: str) -> Claim:
 
 
 def _alike(models: Sequence[Model], one: str, other: str, attack: str) -> Claim:
-    """That neither of two families dominates the other; not decided unless both ways can be compared."""
-    ways = [domination(models, one, other, attack), domination(models, other, one, attack)]
+    """That neither of two families dominates the other, and that they differ little wherever they can be compared.
+
+    Not decided unless both ways can be compared, and all that can be differ by at most a share ALIKE."""
+    measure, pairs = ATTACKS[attack], ((one, other), (other, one))
+    ways = [domination(models, *pair, attack) for pair in pairs]
     verdicts = [way.verdict for way in ways]
-    known = all(" can be compared: " in way.evidence and not way.evidence.endswith(FEW) for way in ways)
+    compared = [at_equal_accuracy(models, *pair, measure) for pair in pairs]
+    little = all(abs(each.gap) <= ALIKE * (each.model.size(measure) or 0.0) for each in itertools.chain(*compared))
+    known = all(compared) and not any(way.evidence.endswith(FEW) for way in ways)
     found = "not run" if "not run" in verdicts else "does not hold" if "holds" in verdicts else ""
     claim = f"{one} and {other} perform similarly: neither dominates the other ({attack})"
     evidence = "; ".join(way.evidence for way in ways if way.evidence)
-    return Claim(claim, found or ("holds" if known else "not decided"), evidence)
+    return Claim(claim, found or ("holds" if known and little else "not decided"), evidence)
 
 
 def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterable[Gain], attack: str) -> list[Claim]:
     """What a family gains over the undefended model at what accuracy; free: what the paper gains without losing any."""
-    undefended, defended = (front(models, ATTACKS[attack], family=name) for name in ("ERM", family))
-    if not undefended or not defended:
+    measure = ATTACKS[attack]
+    undefended, defended = (front(models, measure, family=name) for name in ("ERM", family))
+    if not undefended or not defended or not undefended[0][1]:
         return []
     erm, base = undefended[0]
     model, value = defended[-1]
-    claim = f"{family} raises robustness without loss of accuracy (paper: {free}; {attack})"
-    gained = any(each.accuracy >= erm.accuracy and size > base for each, size in defended)
-    evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.1f} points, eps_uni {base:.1f} -> {value:.1f}"
-    claims = [Claim(claim, verdict(gained), evidence)]
+    claim = f"{family} raises robustness without loss of accuracy, within {NEAR:g} points (paper: {free}; {attack})"
+    kept = [(each, size - base) for each, size in defended if each.accuracy >= erm.accuracy - NEAR]
+    clear = [gap > max(m.spreads.get(measure, 0.0) for m in (erm, each)) for each, gap in kept]
+    found = verdict(any(clear)) if any(clear) or all(gap <= 0 for _, gap in kept) else "not decided"
+    evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.1f} points, eps_uni {base:.1f} -> {_shown(value)}"
+    claims = [Claim(claim, found, evidence)]
     for factor, points, source in gains:
         times, evidence = 0.0, f"every {family} model loses more than {points:g} points"
-        near = [(value / base, model) for model, value in defended if base and erm.accuracy - model.accuracy < points]
+        near = [(value / base, model) for model, value in defended if erm.accuracy - model.accuracy < points]
         if near:
             times, model = max(near, key=lambda pair: pair[0])
-            evidence = f"{model.title}: {times:.2f} times at {erm.accuracy - model.accuracy:.1f} points"
+            least = "over " if times * base > LARGEST else ""
+            evidence = f"{model.title}: {least}{times:.2f} times at {erm.accuracy - model.accuracy:.1f} points"
         claim = f"{family} is about {factor:g} times as robust at under {points:g} points of accuracy"
         claims.append(Claim(f"{claim} ({source}; {attack})", verdict(times >= 0.95 * factor), evidence))
     return claims

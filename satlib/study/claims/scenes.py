@@ -5,7 +5,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from satlib.study.claims import Claim, Records, average, comparable, curve_of, missed_at, size_text, verdict, worst
 from satlib.study.measurements.scenes import ScenesPlan
@@ -55,7 +54,6 @@ class SceneModel(Checkpoint):
     missed: of eps_uni and untargeted, the largest eps below at which the full attack missed.
     """
 
-    seeds: ClassVar[int] = 1
     title: str
     family: str
     sharedness: int | None
@@ -70,6 +68,11 @@ class SceneModel(Checkpoint):
     ensemble: Strongest | None = None
     untargeted_ensemble: Strongest | None = None
     missed: Mapping[str, float] = field(default_factory=dict)
+
+    def seeds(self, measure: str) -> int:
+        """How many searches a measure is the mean of."""
+        found = _ensemble(self, measure)
+        return len(found.searches) if found else 1
 
     @property
     def records(self) -> tuple[Record, ...]:

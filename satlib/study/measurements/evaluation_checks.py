@@ -48,12 +48,11 @@ def audit(
 ) -> dict:
     """The numbers of `satlib.evaluation_checks.measure` for a model, or for the same model behind a mask.
 
-    eps and epsilons are in units of the eps_uni that the search found, or of 255 where it found none; without a search
-    in pixel units. craft: the split whose images the attack is crafted on; of training images, of which there may be
-    more than can be held, the first ones.
+    eps and epsilons are in units of the eps_uni that the search found, or of 255 where it found none or needed none;
+    without a search in pixel units. craft: the split whose images the attack is crafted on; of training images, of
+    which there may be more than can be held, the first ones.
     """
-    found = search.metrics["eps_uni"] if search else 1.0
-    unit = LARGEST if found is None else found
+    unit = (search.metrics["eps_uni"] or LARGEST) if search else 1.0
     test, chosen = data.test.first(min(images, len(data.test))), getattr(data, craft)
     if craft == "train":
         chosen = chosen.first(min(CRAFTED, len(chosen)))
@@ -158,9 +157,11 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
         models[plan.models[point][0].title] = plan.models[point][0]
     if unknown := [name for name in settings.attacks if name not in SEARCHES]:
         raise SatlibError(f"attacks: {unknown[0]!r} is unknown; expected some of {', '.join(SEARCHES)}")
-    audits = {title: _audit(settings, model, plan) for title, model in models.items()}
+    units = _units(plan, list(models.values()))
+    audits = {title: _audit(settings, model, plan, units) for title, model in models.items()}
     for section, other in (others or {}).items():
-        audits |= {f"{section}: {model.title}": _audit(settings, model, other) for model in other.audited}
+        own = _units(other, other.audited)
+        audits |= {f"{section}: {model.title}": _audit(settings, model, other, own) for model in other.audited}
     shorter = {"erm_epochs": settings.depth_epochs, "erm_restart_epochs": 0} if settings.depth_epochs else {}
     networks = {f"ERM, {depth} layers": replace(cifar, depth=depth, **shorter) for depth in settings.depths}
     carried = [*models.values(), *(replace(erm_run(of), title=title) for title, of in networks.items())]
@@ -170,7 +171,7 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
     return ChecksPlan(
         models=models,
         audits=audits,
-        masked={mask: _audit(settings, plan.erm, plan, mask=mask) for mask in settings.masks},
+        masked={mask: _audit(settings, plan.erm, plan, units, mask=mask) for mask in settings.masks},
         attacks={title: {name: attack_run(own, m, name) for name in settings.attacks} for title, m in models.items()},
         seeds={title: [robustness_run(own, model, seed=seed) for seed in seeds] for title, model in models.items()},
         strongest={model.title: searches for model, searches in plan.strongest.items()},
@@ -199,18 +200,23 @@ def attack_run(settings: Cifar10, model: Run, name: str) -> Run:
     return run if name == "paper" else replace(run, title=f"{run.title}, {name}")
 
 
-def _audit(settings: Checks, model: Run, plan: Plan | ScenesPlan, *, mask: str = "") -> Run:
-    """The audit of the attack that a plan's searches by the paper's attack use on a model; in section 6.3 without a
-    target."""
-    if isinstance(plan, Plan):
-        searches, strongest, images = plan.robustness[model], plan.strongest.get(model), settings.images
-    else:
-        searches, strongest, images = [plan.untargeted[model]], plan.strongest_untargeted[model], settings.scenes
-    search, smallest = searches[0].settings, (strongest or searches)[0]
-    attack = search["attack"]
+def _units(plan: Plan | ScenesPlan, models: list[Run]) -> dict[Run, Run]:
+    """The searches whose eps_uni is the unit of sizes in audits: the ensemble's if it was asked about all models, else
+    those by the paper's attack; in section 6.3 without a target."""
+    strongest = plan.strongest if isinstance(plan, Plan) else plan.strongest_untargeted
+    if all(map(strongest.get, models)):
+        return {model: strongest[model][0] for model in models}
+    return {model: plan.robustness[model][0] if isinstance(plan, Plan) else plan.untargeted[model] for model in models}
+
+
+def _audit(settings: Checks, model: Run, plan: Plan | ScenesPlan, units: Mapping[Run, Run], *, mask: str = "") -> Run:
+    """The audit of the attack that a plan's searches by the paper's attack use on a model."""
+    flat = isinstance(plan, Plan)
+    search = (plan.robustness[model][0] if flat else plan.untargeted[model]).settings
+    attack, images = search["attack"], settings.images if flat else settings.scenes
     gradients = attack["steps"] * attack["batch_size"] * (17 + len(settings.epsilons)) + 3 * images * settings.steps
     title = f"audit of {model.title}" + (f", {mask}" if mask else "")
     given = {"attack": attack, "images": images, "image_steps": settings.steps, "mask": mask, "model": model}
-    given |= {"craft": search["sets"]["craft"]} | ({"search": smallest} if settings.relative else {})
+    given |= {"craft": search["sets"]["craft"]} | ({"search": units[model]} if settings.relative else {})
     given |= stated(settings, "eps", "epsilons", "seed")
     return audit.plan(settings, title, gradients, dataset=model.dataset, **given)

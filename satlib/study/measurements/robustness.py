@@ -65,7 +65,7 @@ def universal_robustness(
     attack, settings = named(**attack), {"iterations": iterations, "search": search, "warm_start": warm_start}
     parts = _disjoint(data, sets, images)
     find = functools.partial(search_universal, attack, model, **_sets(data, parts, target), **settings)
-    return _found(find, parts, work, progress, targeted=bool(target), delta=delta, generator=_seeded(seed))[0]
+    return _found(find, parts, work, _paced(progress), targeted=bool(target), delta=delta, generator=_seeded(seed))[0]
 
 
 @measurement(version=2)
@@ -87,18 +87,17 @@ def strongest(
 
     effort: so many times as many steps. Everything else as in `universal_robustness`.
     """
-    parts = _disjoint(data, sets, images)
-    given = {"targeted": bool(target), "effort": effort, "generator": _seeded(seed)}
+    parts, report, half = _disjoint(data, sets, images), _paced(progress), 0.5 if epsilons else 1.0
+    given: dict[str, Any] = {"targeted": bool(target), "effort": effort, "generator": _seeded(seed)}
     labelled = _sets(data, parts, target)
     find = functools.partial(search_strongest, model, **labelled)
-    metrics, result = _found(find, parts, work, progress, delta=delta, **given)
+    metrics, result = _found(find, parts, work, lambda text, done: report(text, half * done), delta=delta, **given)
     if epsilons:
         start = result.closest if result.perturbation is None else result.perturbation
         del labelled["choose"]
-        curve = success_curve(
-            model, epsilons=epsilons, start=start if result.epsilon != 0 else None, **labelled, **given
-        )
-        metrics["curve"] = [asdict(point) for point in curve]
+        given |= {"start": start if result.epsilon != 0 else None, "epsilons": epsilons}
+        given["progress"] = lambda text, done: report(text, half + (1 - half) * done)
+        metrics["curve"] = [asdict(point) for point in success_curve(model, **labelled, **given)]
     return metrics
 
 
@@ -111,16 +110,16 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _paced(progress: Any) -> Callable[[str, float], None]:
+    """Progress that says what is needed to the end, at the pace so far: a search is not resumed, all or nothing."""
+    began = time.monotonic()
+    return lambda text, done: progress(text, done, needed=(time.monotonic() - began) * (1 - done) / done)
+
+
 def _found(
-    find: Callable, parts: Mapping[str, ImageSet], work: Workspace, progress: Any, **given: Any
+    find: Callable, parts: Mapping[str, ImageSet], work: Workspace, report: Callable[[str, float], None], **given: Any
 ) -> tuple[dict, Robustness]:
     """What a search finds, as metrics and as it is; its perturbations go to the workspace."""
-    began = time.monotonic()
-
-    def report(text: str, done: float) -> None:
-        # A search is not resumed: all or nothing.
-        progress(text, done, needed=(time.monotonic() - began) * (1 - done) / done)
-
     result = find(progress=report, **given)
     for name, xi in (("perturbation", result.perturbation), ("closest", result.closest)):
         if xi is not None:
