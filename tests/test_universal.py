@@ -161,6 +161,15 @@ def test_aggregated_gradients_are_those_of_the_parts_on_their_way(trained, tiny)
     assert torch.equal(found, xi) and not torch.equal(found, plain)
 
 
+def test_images_are_counted_once_for_each_perturbation_that_they_move(two_class):
+    """Eight images in parts of three, three and two, for two eps; and two steps of which larger batches leave one."""
+    given = {"eps": [4.0, 8.0], "steps": 2, "snapshots": 1}
+    for changes, count in (({"batch_size": 8, "inner": 3}, 2 * 2 * 8), ({"batch_size": 2, "larger": 4}, 2 * 8)):
+        before = spend(0)
+        extended_pgd(two_class, images_like(8), torch.zeros(8, dtype=torch.long), **given, **changes)
+        assert spend(0) - before == count
+
+
 def test_aiming_finds_the_class_that_an_untargeted_attack_turns_away_from(linear):
     """Class 1 is near, and a small perturbation never reaches it; class 2 is far, the other way, and won by all."""
     step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)  # the logits change by this times the mean of xi
@@ -394,6 +403,8 @@ def test_margin_is_positive_exactly_where_the_decision_is_another():
     assert margin_loss(logits, labels, loss_threshold=0.5).max() == 0.5
     by_hand = margin_loss(torch.tensor([[1.0, 4.0, 2.5]]), torch.tensor([2]))
     assert by_hand.tolist() == [1.5]
+    many = F.one_hot(torch.tensor([7]), 300)  # of a classifier 255 is a class like any other
+    assert margin_loss(many, torch.tensor([255])).tolist() == [1.0]
 
 
 def test_straight_through_gradient_is_that_of_the_pixel_that_the_model_sees(two_class, direction):
@@ -533,6 +544,7 @@ OPTIONS = {
     "larger": {"larger": 2},
     "inner": {"inner": 3},
     "margin, capped, inner": {"loss": "margin", "loss_threshold": 0.5, "inner": 2},
+    "momentum, inner": {"update": "momentum", "inner": 2},
 }
 
 
