@@ -208,14 +208,66 @@ def test_aiming_takes_the_targets_that_it_is_told(three_class):
         aimed_pgd(three_class, x, y, targets=[3], **given)
 
 
-def test_aiming_goes_on_towards_where_it_starts(three_class):
+@pytest.mark.parametrize("targets", [None, [1, 2]])
+def test_aiming_goes_on_towards_where_it_starts(three_class, targets):
     x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
     start = torch.cat([torch.full((1, *SHAPE), value) for value in (-45.0, 25.0)])
     before = spend(0)
-    xi = aimed_pgd(three_class, x, y, start=start, eps=[60.0, 60.0], steps=10, batch_size=4, generator=seeded())
+    given = {"eps": [60.0, 60.0], "steps": 10, "batch_size": 4, "generator": seeded()}
+    xi = aimed_pgd(three_class, x, y, targets=targets, start=start, **given)
     assert classes_under(three_class, start) == [2, 1] == classes_under(three_class, xi)
     assert spend(0) - before == 2 * 10 * 4  # nothing is scanned
     assert xi[0].mean() < -55 and xi[1].mean() > 55
+
+
+@pytest.mark.parametrize("at_once", [2**23, 48])
+def test_every_round_of_aiming_goes_on_from_the_one_before(three_class, monkeypatch, at_once):
+    """Five quarters of eps in all, of which the last round alone makes one."""
+    monkeypatch.setattr("satlib.universal.AT_ONCE", at_once)
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"steps": 8, "scan": 8, "beta": 0.25, "gamma": 1.0, "snapshots": 1, "batch_size": 4}
+    xi = aimed_pgd(three_class, x, y, targets=[1], eps=[20.0, 40.0], generator=seeded(), **given)
+    assert xi[0].mean() > 12 and xi[1].mean() > 24
+
+
+def test_of_several_aims_each_keeps_its_eps_and_the_best_is_returned(three_class, monkeypatch):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"targets": [1, 2], "aims": 2, "steps": 10, "scan": 2, "batch_size": 4, "generator": seeded()}
+    before = spend(0)
+    found = aimed_pgd(three_class, x, y, eps=[15.0, 60.0], **given)
+    assert found[0].abs().max() <= 15 and spend(0) - before == 2 * 4 * (2 * 2 + 2 * 6 + 2 * 10)
+    rates = iter([[0.2, 0.1], [0.2, 0.1], [0.1, 0.2]])
+    monkeypatch.setattr("satlib.universal.success_rates", lambda *_: torch.tensor(next(rates)))
+    assert classes_under(three_class, aimed_pgd(three_class, x, y, eps=[60.0], **given)) == [2]
+
+
+def test_some_of_the_images_choose_among_targets_and_iterates(three_class, monkeypatch):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    asked = {"universal": [], "attacks": []}
+    for module, sizes in asked.items():
+
+        def rated(net, images, labels, xi, *, targeted=False, sizes=sizes):
+            sizes.append(len(images))
+            return torch.zeros(len(xi))
+
+        monkeypatch.setattr(f"satlib.{module}.success_rates", rated)
+    given = {"targets": [1, 2], "steps": 10, "scan": 2, "batch_size": 4, "snapshots": 4, "score_images": 5}
+    aimed_pgd(three_class, x, y, eps=[60.0], generator=seeded(), **given)
+    assert asked == {"universal": [5] * 3, "attacks": [5] * 4}  # after each round; and the iterates of the last
+
+
+def test_aiming_takes_gradients_as_it_is_told(three_class):
+    """By the chain rule a white pixel does not move on; and of twelve images five are passed at once."""
+    x, y, sizes = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long), []
+    x[:, 0, 0, 0] = 255.0
+    given = {"targets": [1], "steps": 5, "batch_size": 12, "inner": 1, "micro_batch": 5}
+    given["start"] = torch.full((1, *SHAPE), 5.0)
+    handle = three_class.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]) * args[0].requires_grad))
+    clamped, through = (
+        aimed_pgd(three_class, x, y, eps=[30.0], straight_through=each, **given)[0] for each in (False, True)
+    )
+    handle.remove()
+    assert clamped[0, 0, 0] == 5 and clamped.flatten()[1:].min() == through.min() == 30 and max(sizes) == 5
 
 
 def test_of_many_classes_those_that_seem_near_are_scanned(linear):
