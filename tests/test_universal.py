@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import satlib.universal
 from satlib.attacks import (
     annealed_step_sizes,
     attackable,
@@ -270,6 +271,61 @@ def test_aiming_takes_gradients_as_it_is_told(three_class):
     assert clamped[0, 0, 0] == 5 and clamped.flatten()[1:].min() == through.min() == 30 and max(sizes) == 5
 
 
+def test_targets_that_are_told_are_all_scanned_and_nothing_else(three_class):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"eps": [60.0], "steps": 10, "scan": 2, "batch_size": 4, "generator": seeded()}
+    before = spend(0)
+    aimed_pgd(three_class, x, y, targets=[1, 2, 1], candidates=1, **given)
+    assert spend(0) - before == 4 * (3 * 2 + 6 + 10)
+    aimed_pgd(nn.Conv2d(3, 3, 1), images_like(6), torch.zeros(6, 4, 4, dtype=torch.long), targets=[1, 2, 1], **given)
+    assert spend(0) - before == 2 * 4 * (3 * 2 + 6 + 10)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_first_class_and_the_last_are_aimed_at(linear, label):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    model = linear(torch.stack([0 * step, step]), bias=torch.tensor([0.0, [-148.0, -108.0][label]]))
+    x, y = images_like(12, low=125.0, high=131.0), torch.full((12,), label)
+    xi = aimed_pgd(model, x, y, eps=[60.0], steps=10, batch_size=4, generator=seeded())
+    assert classes_under(model, torch.cat([0 * xi, xi])) == [label, 1 - label]
+
+
+def test_255_is_a_class_among_classes_and_void_in_a_map(linear):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    weight, bias = torch.zeros(300, math.prod(SHAPE)), torch.full((300,), -900.0)
+    weight[255], bias[0], bias[255] = step, 0.0, -148.0
+    model, x = linear(weight, bias=bias), images_like(12, low=125.0, high=131.0)
+    given = {"eps": [60.0], "steps": 10, "batch_size": 4, "generator": seeded()}
+    xi = aimed_pgd(model, x, torch.zeros(12, dtype=torch.long), targets=[255], **given)
+    assert classes_under(model, xi) == [255]
+    painted = torch.ones(1, 4, 4, dtype=torch.long)
+    painted[0, 0, 0] = IGNORE
+    brighter = nn.Conv2d(3, 2, 1)
+    weight = torch.tensor([[0.0], [1.0]]).expand(2, 3)[..., None, None] / 3
+    brighter.load_state_dict({"weight": weight.clone(), "bias": torch.tensor([148.0, 0.0])})
+    xi = aimed_pgd(brighter, x, torch.zeros(12, 4, 4, dtype=torch.long), targets=painted, **given)
+    assert (brighter(perturb(x, xi)).argmax(1) == 1).flatten(1)[:, 1:].all()
+
+
+def test_candidates_are_likely_on_clean_images_or_where_a_short_attack_takes_them(linear):
+    """Class 2 is likely for a bright image alone, and class 3 for dark ones that are darkened."""
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    bias = torch.tensor([0.0, -5.0, -265.0, 38.0, -400.0])
+    model = linear(torch.stack([0 * step, 0 * step, 1.65 * step, -step, 0 * step]), bias=bias)
+    x, xi = torch.full((6, *SHAPE), 100.0), torch.full((1, *SHAPE), -60.0)
+    x[0] = 160.0
+    found = [satlib.universal._likely(model, x, xi, count).tolist() for count in (2, 3, 4)]
+    assert found == [[0, 3], [0, 3, 1], [0, 2, 3, 1]]
+
+
+def test_candidates_are_looked_for_within_the_largest_eps(linear):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    model = linear(torch.stack([0 * step, step]), bias=torch.tensor([0.0, -158.0]))
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"candidates": 1, "steps": 10, "batch_size": 4, "generator": seeded()}
+    assert classes_under(model, aimed_pgd(model, x, y, eps=[1.0, 60.0], **given)) == [0, 1]
+
+
 def test_of_many_classes_those_that_seem_near_are_scanned(linear):
     """Sixty classes, of which only one lies where the mean of xi can reach it; and it is among the few."""
     step, far = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE), torch.full((60,), -900.0)
@@ -329,6 +385,7 @@ def test_maps_of_scenes_are_aimed_at_beside_however_many_classes():
     [
         ({"targets": [0.7]}, r"targets=\[0.7\]: expected classes from 0 to 2, or maps of them"),
         ({"targets": 3}, "targets=3: expected classes"),
+        ({"targets": [-1]}, r"targets=\[-1\]: expected classes"),
         ({"scenes": -1}, "scenes=-1: expected a whole number of at least 0"),
         ({"candidates": 0}, "candidates=0: expected a whole number of at least 1"),
         ({"start": torch.zeros(2, *SHAPE)}, "start of shape"),
