@@ -421,6 +421,16 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
         assert long[0] == pytest.approx(short[0], rel=0.03) and long[-1] == pytest.approx(short[-1], rel=0.06)
 
 
+def test_the_ensemble_scans_by_the_effort_and_takes_few_scenes():
+    assert [options(ensemble(5000, effort=effort)[1])["scan"] for effort in (0.1, 1, 2)] == [2, 8, 16]
+    assert [options(each)["steps"] for each in ensemble(5000, effort=0.001)] == [2, 2, 2]
+    assert {options(each)["score_images"] for each in ensemble(5000)} == {512} and options(ensemble(5000)[1])[
+        "aims"
+    ] == 2
+    scenes = [ensemble(images, segmentation=True) for images in (4, 20)]
+    assert [{options(each)["batch_size"] for each in attacks} for attacks in scenes] == [{4}, {8}]
+
+
 def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):
     part, common = (tiny.val.images[:64], tiny.val.labels[:64]), {"steps": 3, "batch_size": 8, "beta": 2.0}
     start = random_start((2, 3, 8, 8), 8.0, seeded(7))
