@@ -15,9 +15,11 @@ from satlib.robustness import (
     Evaluation,
     Robustness,
     Search,
+    Success,
     adversarial_robustness,
     largest_miss,
     strongest,
+    success_curve,
     universal_robustness,
 )
 from satlib.universal import ATTACKS, mean_of_signs, named
@@ -480,6 +482,79 @@ def test_the_strongest_finds_a_known_threshold(brightness):
     assert 30 <= aimed.epsilon <= 30 + GRID
     with pytest.raises(SatlibError, match="effort=0: expected a positive number"):
         strongest(brightness, craft=four, choose=four, report=four, effort=0)
+
+
+@pytest.mark.parametrize("scenes", [False, True])
+def test_the_ensemble_is_told_of_the_images_the_targets_and_the_effort(brightness, monkeypatch, scenes):
+    told, model = [], nn.Conv2d(3, 2, 1) if scenes else brightness
+
+    def spying(images, **options):
+        told.append((images, options))
+        return [functools.partial(universal_pgd, steps=5, batch_size=2)]
+
+    def part(*values):
+        return grey(*values), torch.ones(len(values), *SHAPE[1:] * scenes, dtype=torch.long)
+
+    if scenes:
+        weight = brightness.weight.view(2, 3, 16).sum(2)[..., None, None].float()
+        model.load_state_dict({"weight": weight, "bias": brightness.bias.float()})
+    monkeypatch.setattr(satlib.robustness, "ensemble", spying)
+    sets = {"craft": part(120, 110, 100), "report": part(90, 80)}
+    for targeted in (False, True):
+        given = {"targeted": targeted, "effort": 3, "generator": seeded()}
+        found = strongest(model, choose=part(105, 95), **sets, **given)
+        success_curve(model, epsilons=[8.0], **sets, **given)
+        expected = (3, {"segmentation": scenes, "targeted": targeted, "effort": 3})
+        assert told == [expected] * 2
+        told.clear()
+    assert {e.how for e in found.evaluations} == {"full", "coarse", "rescaled"}
+
+
+def curve_by(monkeypatch, answers, model, calls=None, **options):
+    """success_curve of attacks whose perturbations are uniformly answer(eps), by name."""
+
+    def attack(name, answer):
+        def craft(model, images, labels, *, eps, generator=None, targeted=False, start=None):
+            if calls is not None:
+                calls[name] = {"generator": generator, "targeted": targeted, "start": start}
+            return torch.stack([torch.full(SHAPE, answer(each)) for each in eps])
+
+        craft.__name__ = name
+        return craft
+
+    attacks = [attack(name, answer) for name, answer in answers.items()]
+    monkeypatch.setattr(satlib.robustness, "ensemble", lambda *_, **__: attacks)
+    return success_curve(model, **options)
+
+
+def test_a_curve_is_of_the_best_on_the_crafting_images_and_tells_the_rates_on_the_others(brightness, monkeypatch):
+    """Images to craft on must get brighter, and those to report on darker."""
+    craft = grey(120, 110, 100, 90), torch.zeros(4, dtype=torch.long)
+    report = grey(140, 150, 160, 170), torch.ones(4, dtype=torch.long)
+    answers = {"down": lambda eps: -eps, "up": lambda eps: eps, "none": lambda eps: 0.0}
+    options = {"craft": craft, "report": report, "epsilons": [15.0, 35.0]}
+    assert curve_by(monkeypatch, answers, brightness, **options) == [
+        Success(15.0, 0.0, 0.25, "up", {"down": 0.25, "up": 0.0, "none": 0.0}),
+        Success(35.0, 0.0, 0.75, "up", {"down": 0.75, "up": 0.0, "none": 0.0}),
+    ]
+
+
+def test_a_targeted_curve_counts_the_target_and_aiming_goes_on_from_the_scaled_start(brightness, monkeypatch):
+    craft = grey(120, 110, 100, 90), torch.ones(4, dtype=torch.long)
+    report = grey(125, 115, 105, 80), torch.ones(4, dtype=torch.long)
+    calls, generator, start = {}, seeded(), torch.full((1, *SHAPE), -2.0)
+    start[0, 0] = 4.0
+    options = {"craft": craft, "report": report, "epsilons": [12.0, 36.0], "generator": generator}
+    answers = {"SGA": lambda eps: eps, "aimed": lambda eps: 0.0}
+    found = curve_by(monkeypatch, answers, brightness, calls, targeted=True, start=start, **options)
+    assert [(each.rate, each.craft_rate, each.attack) for each in found] == [(0.25, 0.25, "SGA"), (0.75, 0.75, "SGA")]
+    assert all(call["generator"] is generator and call["targeted"] for call in calls.values())
+    assert calls["SGA"]["start"] is None
+    assert torch.equal(calls["aimed"]["start"], torch.cat([3 * start, 9 * start]))
+    with pytest.raises(SatlibError, match=r"start of shape \(2, 3, 4, 4\): expected \(1, 3, 4, 4\)"):
+        curve_by(monkeypatch, answers, brightness, start=start.repeat(2, 1, 1, 1), **options)
+    with pytest.warns(UserWarning, match="are also"):
+        curve_by(monkeypatch, answers, brightness, **options | {"report": craft})
 
 
 def test_warm_starts_begin_at_the_smallest_success_so_far(brightness):
