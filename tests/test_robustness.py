@@ -10,7 +10,18 @@ from torch import nn
 import satlib.robustness
 from satlib.attacks import success_rates, universal_pgd
 from satlib.errors import SatlibError
-from satlib.robustness import Evaluation, Robustness, adversarial_robustness, strongest, universal_robustness
+from satlib.robustness import (
+    CLOSER,
+    Evaluation,
+    Robustness,
+    Search,
+    Success,
+    adversarial_robustness,
+    largest_miss,
+    strongest,
+    success_curve,
+    universal_robustness,
+)
 from satlib.universal import ATTACKS, mean_of_signs, named
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -160,6 +171,28 @@ def test_rates_that_fall_as_eps_grows_are_flagged(rates, monotone):
     assert Robustness(0.75, None, None, None, evaluations, None).monotone is monotone
 
 
+def test_the_largest_miss_is_one_of_full_length_below_the_answer():
+    evaluations = [Evaluation(eps, eps, 0.5, False) for eps in (20.0, 10.0, 40.0)]
+    evaluations += [Evaluation(22.0, 22.0, 0.5, False, "rescaled"), Evaluation(25.0, 25.0, 0.8, True)]
+    assert [largest_miss(evaluations, epsilon) for epsilon in (28.0, 20.0, None)] == [20.0, 10.0, 40.0]
+    assert largest_miss([], None) == 0 and Robustness(0.75, 28.0, None, None, evaluations, None).missed == 20
+
+
+def test_the_attack_of_an_answer_is_that_which_found_it():
+    missed = Evaluation(32.0, 30.0, 0.5, False, attack="missed")
+    first, best = (Evaluation(64.0, size, 0.8, True, attack=name) for size, name in ((60.0, "first"), (30.0, "best")))
+    evaluations = [Evaluation(0.0, 0.0, 0.1, False), first, missed, best]
+    assert Robustness(0.75, 30.0, 0.8, None, evaluations, None).attack == "best"
+    assert Robustness(0.75, None, None, None, [missed], None).attack is None
+
+
+def test_what_is_not_finite_counts_as_nothing(brightness):
+    attack, _ = scripted(lambda eps: {127.5: math.inf, 191.25: math.nan}.get(eps, eps))
+    with pytest.warns(UserWarning, match="attack 'craft' returns NaN or infinite values: they count as 0"):
+        found = search(brightness, attack=attack, iterations=3)
+    assert [(e.magnitude, e.success) for e in found.evaluations[1:]] == [(0.0, False), (0.0, False), (223.125, True)]
+
+
 def test_report_images_never_influence_the_search(trained, tiny):
     val = (tiny.val.images, tiny.val.labels)
     choose, report = ((tiny.test.images[part], tiny.test.labels[part]) for part in (slice(48), slice(48, 96)))
@@ -274,6 +307,32 @@ def test_k_ary_search_finds_what_wins_at_a_middling_eps_alone(brightness):
     assert 31.875 < found.epsilon <= 31.875 + GRID and not found.monotone  # where it missed it does not look again
 
 
+def test_k_ary_search_clips_two_winners_of_the_short_pass(brightness):
+    """The first fills two pixels of three, and clipped needs 30; the second needs 20, and nothing else wins."""
+    calls, two = iter(range(1000)), torch.arange(math.prod(SHAPE)).view(SHAPE) % 3 > 0
+
+    def craft(model, images, labels, *, eps, generator=None):
+        model(images[:1].float())
+        short = next(calls) == 0
+        return torch.stack([torch.full(SHAPE, each * short) * (two | (each > 32)) for each in eps])
+
+    found = search(brightness, attack=craft, search="k-ary", delta=0.5)
+    assert 20 <= found.epsilon <= 20 + GRID
+
+
+def test_clipping_stops_at_what_the_same_attack_missed_and_where_it_does_not_undercut(brightness):
+    four = (grey(120, 110, 100, 90), torch.zeros(4, dtype=torch.long))
+    asked = Search(brightness, [], four, four, 0.75, False, False, None, None)
+    full, two = torch.full((1, *SHAPE), 60.0), torch.arange(math.prod(SHAPE)).view(SHAPE) % 3 > 0
+    asked.evaluate(35.0, 0 * full, "full", "one")
+    asked.evaluate(40.0, 0 * full, "full", "other")
+    asked.rescale((asked.evaluate(60.0, full, "full", "one"), full), 60.0, 1.0)
+    assert 35 < asked.smallest <= 36
+    before = len(asked.evaluations)
+    asked.rescale((asked.evaluate(60.0, full * two, "full", "third"), full * two), 60.0, 1.0)  # which needs 45
+    assert len(asked.evaluations) == before + 2 and asked.smallest > 35
+
+
 def test_k_ary_search_asks_again_below_a_success_at_the_largest_eps(brightness):
     """What wins at 255 can hardly be clipped; full attacks win from 130 on, and must be asked there."""
 
@@ -359,6 +418,33 @@ def test_of_several_attacks_each_goes_on_below_its_own_success(brightness):
     )
 
 
+def test_at_last_the_best_attack_and_those_that_nearly_won_ask_close_by(brightness):
+    """Of 25 images 19 must be won: the best wins from 19 on, and 18.5, which one finds even within 17.8, wins 18."""
+    log, most = [], (torch.arange(math.prod(SHAPE)) < 42).view(SHAPE)  # 19 / 42 * 48 = 21.7
+
+    def attack(name, answer):
+        def craft(model, images, labels, *, eps, generator=None):
+            model(images[:1].float())
+            log.append((name, list(eps)))
+            return torch.stack([answer(each) * torch.ones(SHAPE) for each in eps])
+
+        craft.__name__ = name
+        return craft
+
+    attacks = [
+        attack("first", lambda eps: 18.5 if eps == 15.9375 else most * eps),  # nearly, but in its short pass
+        attack("near", lambda eps: 18.5),
+        attack("larger", lambda eps: 18.5 * (eps > 19)),  # nearly, but within more than it takes at last
+        attack("best", lambda eps: eps),
+        attack("far", lambda eps: eps / 2),
+    ]
+    images = (grey(*[129.0 - i for i in range(25)]), torch.zeros(25, dtype=torch.long))
+    found = search(brightness, attack=attacks, search="k-ary", choose=images)
+    assert found.attack == "best" and 19 <= found.epsilon <= 19 + GRID
+    closer = [share * found.epsilon for share in CLOSER]
+    assert log[-2:] == [("best", closer), ("near", closer)] and log[-3][0] == "far"
+
+
 # ------------------------------------------------------------------------------------------------ the ensemble
 
 
@@ -398,6 +484,79 @@ def test_the_strongest_finds_a_known_threshold(brightness):
         strongest(brightness, craft=four, choose=four, report=four, effort=0)
 
 
+@pytest.mark.parametrize("scenes", [False, True])
+def test_the_ensemble_is_told_of_the_images_the_targets_and_the_effort(brightness, monkeypatch, scenes):
+    told, model = [], nn.Conv2d(3, 2, 1) if scenes else brightness
+
+    def spying(images, **options):
+        told.append((images, options))
+        return [functools.partial(universal_pgd, steps=5, batch_size=2)]
+
+    def part(*values):
+        return grey(*values), torch.ones(len(values), *SHAPE[1:] * scenes, dtype=torch.long)
+
+    if scenes:
+        weight = brightness.weight.view(2, 3, 16).sum(2)[..., None, None].float()
+        model.load_state_dict({"weight": weight, "bias": brightness.bias.float()})
+    monkeypatch.setattr(satlib.robustness, "ensemble", spying)
+    sets = {"craft": part(120, 110, 100), "report": part(90, 80)}
+    for targeted in (False, True):
+        given = {"targeted": targeted, "effort": 3, "generator": seeded()}
+        found = strongest(model, choose=part(105, 95), **sets, **given)
+        success_curve(model, epsilons=[8.0], **sets, **given)
+        expected = (3, {"segmentation": scenes, "targeted": targeted, "effort": 3})
+        assert told == [expected] * 2
+        told.clear()
+    assert {e.how for e in found.evaluations} == {"full", "coarse", "rescaled"}
+
+
+def curve_by(monkeypatch, answers, model, calls=None, **options):
+    """success_curve of attacks whose perturbations are uniformly answer(eps), by name."""
+
+    def attack(name, answer):
+        def craft(model, images, labels, *, eps, generator=None, targeted=False, start=None):
+            if calls is not None:
+                calls[name] = {"generator": generator, "targeted": targeted, "start": start}
+            return torch.stack([torch.full(SHAPE, answer(each)) for each in eps])
+
+        craft.__name__ = name
+        return craft
+
+    attacks = [attack(name, answer) for name, answer in answers.items()]
+    monkeypatch.setattr(satlib.robustness, "ensemble", lambda *_, **__: attacks)
+    return success_curve(model, **options)
+
+
+def test_a_curve_is_of_the_best_on_the_crafting_images_and_tells_the_rates_on_the_others(brightness, monkeypatch):
+    """Images to craft on must get brighter, and those to report on darker."""
+    craft = grey(120, 110, 100, 90), torch.zeros(4, dtype=torch.long)
+    report = grey(140, 150, 160, 170), torch.ones(4, dtype=torch.long)
+    answers = {"down": lambda eps: -eps, "up": lambda eps: eps, "none": lambda eps: 0.0}
+    options = {"craft": craft, "report": report, "epsilons": [15.0, 35.0]}
+    assert curve_by(monkeypatch, answers, brightness, **options) == [
+        Success(15.0, 0.0, 0.25, "up", {"down": 0.25, "up": 0.0, "none": 0.0}),
+        Success(35.0, 0.0, 0.75, "up", {"down": 0.75, "up": 0.0, "none": 0.0}),
+    ]
+
+
+def test_a_targeted_curve_counts_the_target_and_aiming_goes_on_from_the_scaled_start(brightness, monkeypatch):
+    craft = grey(120, 110, 100, 90), torch.ones(4, dtype=torch.long)
+    report = grey(125, 115, 105, 80), torch.ones(4, dtype=torch.long)
+    calls, generator, start = {}, seeded(), torch.full((1, *SHAPE), -2.0)
+    start[0, 0] = 4.0
+    options = {"craft": craft, "report": report, "epsilons": [12.0, 36.0], "generator": generator}
+    answers = {"SGA": lambda eps: eps, "aimed": lambda eps: 0.0}
+    found = curve_by(monkeypatch, answers, brightness, calls, targeted=True, start=start, **options)
+    assert [(each.rate, each.craft_rate, each.attack) for each in found] == [(0.25, 0.25, "SGA"), (0.75, 0.75, "SGA")]
+    assert all(call["generator"] is generator and call["targeted"] for call in calls.values())
+    assert calls["SGA"]["start"] is None
+    assert torch.equal(calls["aimed"]["start"], torch.cat([3 * start, 9 * start]))
+    with pytest.raises(SatlibError, match=r"start of shape \(2, 3, 4, 4\): expected \(1, 3, 4, 4\)"):
+        curve_by(monkeypatch, answers, brightness, start=start.repeat(2, 1, 1, 1), **options)
+    with pytest.warns(UserWarning, match="are also"):
+        curve_by(monkeypatch, answers, brightness, **options | {"report": craft})
+
+
 def test_warm_starts_begin_at_the_smallest_success_so_far(brightness):
     starts = []
 
@@ -409,6 +568,10 @@ def test_warm_starts_begin_at_the_smallest_success_so_far(brightness):
     found = search(brightness, attack=craft, warm_start=True, iterations=4)
     assert starts[0] is None and [start.abs().max().item() for start in starts[1:]] == [63.75, 31.875, 15.9375]
     assert found.epsilon == 31.875
+    starts.clear()
+    for way in ("binary", "k-ary"):
+        search(brightness, attack=craft, search=way)
+    assert len(starts) > 10 and not any(start is not None for start in starts), "one attack alone begins anew"
 
 
 @pytest.mark.parametrize(

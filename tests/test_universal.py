@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import satlib.universal
 from satlib.attacks import (
     annealed_step_sizes,
     attackable,
@@ -161,6 +162,15 @@ def test_aggregated_gradients_are_those_of_the_parts_on_their_way(trained, tiny)
     assert torch.equal(found, xi) and not torch.equal(found, plain)
 
 
+def test_images_are_counted_once_for_each_perturbation_that_they_move(two_class):
+    """Eight images in parts of three, three and two, for two eps; and two steps of which larger batches leave one."""
+    given = {"eps": [4.0, 8.0], "steps": 2, "snapshots": 1}
+    for changes, count in (({"batch_size": 8, "inner": 3}, 2 * 2 * 8), ({"batch_size": 2, "larger": 4}, 2 * 8)):
+        before = spend(0)
+        extended_pgd(two_class, images_like(8), torch.zeros(8, dtype=torch.long), **given, **changes)
+        assert spend(0) - before == count
+
+
 def test_aiming_finds_the_class_that_an_untargeted_attack_turns_away_from(linear):
     """Class 1 is near, and a small perturbation never reaches it; class 2 is far, the other way, and won by all."""
     step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)  # the logits change by this times the mean of xi
@@ -199,14 +209,121 @@ def test_aiming_takes_the_targets_that_it_is_told(three_class):
         aimed_pgd(three_class, x, y, targets=[3], **given)
 
 
-def test_aiming_goes_on_towards_where_it_starts(three_class):
+@pytest.mark.parametrize("targets", [None, [1, 2]])
+def test_aiming_goes_on_towards_where_it_starts(three_class, targets):
     x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
     start = torch.cat([torch.full((1, *SHAPE), value) for value in (-45.0, 25.0)])
     before = spend(0)
-    xi = aimed_pgd(three_class, x, y, start=start, eps=[60.0, 60.0], steps=10, batch_size=4, generator=seeded())
+    given = {"eps": [60.0, 60.0], "steps": 10, "batch_size": 4, "generator": seeded()}
+    xi = aimed_pgd(three_class, x, y, targets=targets, start=start, **given)
     assert classes_under(three_class, start) == [2, 1] == classes_under(three_class, xi)
     assert spend(0) - before == 2 * 10 * 4  # nothing is scanned
     assert xi[0].mean() < -55 and xi[1].mean() > 55
+
+
+@pytest.mark.parametrize("at_once", [2**23, 48])
+def test_every_round_of_aiming_goes_on_from_the_one_before(three_class, monkeypatch, at_once):
+    """Five quarters of eps in all, of which the last round alone makes one."""
+    monkeypatch.setattr("satlib.universal.AT_ONCE", at_once)
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"steps": 8, "scan": 8, "beta": 0.25, "gamma": 1.0, "snapshots": 1, "batch_size": 4}
+    xi = aimed_pgd(three_class, x, y, targets=[1], eps=[20.0, 40.0], generator=seeded(), **given)
+    assert xi[0].mean() > 12 and xi[1].mean() > 24
+
+
+def test_of_several_aims_each_keeps_its_eps_and_the_best_is_returned(three_class, monkeypatch):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"targets": [1, 2], "aims": 2, "steps": 10, "scan": 2, "batch_size": 4, "generator": seeded()}
+    before = spend(0)
+    found = aimed_pgd(three_class, x, y, eps=[15.0, 60.0], **given)
+    assert found[0].abs().max() <= 15 and spend(0) - before == 2 * 4 * (2 * 2 + 2 * 6 + 2 * 10)
+    rates = iter([[0.2, 0.1], [0.2, 0.1], [0.1, 0.2]])
+    monkeypatch.setattr("satlib.universal.success_rates", lambda *_: torch.tensor(next(rates)))
+    assert classes_under(three_class, aimed_pgd(three_class, x, y, eps=[60.0], **given)) == [2]
+
+
+def test_some_of_the_images_choose_among_targets_and_iterates(three_class, monkeypatch):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    asked = {"universal": [], "attacks": []}
+    for module, sizes in asked.items():
+
+        def rated(net, images, labels, xi, *, targeted=False, sizes=sizes):
+            sizes.append(len(images))
+            return torch.zeros(len(xi))
+
+        monkeypatch.setattr(f"satlib.{module}.success_rates", rated)
+    given = {"targets": [1, 2], "steps": 10, "scan": 2, "batch_size": 4, "snapshots": 4, "score_images": 5}
+    aimed_pgd(three_class, x, y, eps=[60.0], generator=seeded(), **given)
+    assert asked == {"universal": [5] * 3, "attacks": [5] * 4}  # after each round; and the iterates of the last
+
+
+def test_aiming_takes_gradients_as_it_is_told(three_class):
+    """By the chain rule a white pixel does not move on; and of twelve images five are passed at once."""
+    x, y, sizes = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long), []
+    x[:, 0, 0, 0] = 255.0
+    given = {"targets": [1], "steps": 5, "batch_size": 12, "inner": 1, "micro_batch": 5}
+    given["start"] = torch.full((1, *SHAPE), 5.0)
+    handle = three_class.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]) * args[0].requires_grad))
+    clamped, through = (
+        aimed_pgd(three_class, x, y, eps=[30.0], straight_through=each, **given)[0] for each in (False, True)
+    )
+    handle.remove()
+    assert clamped[0, 0, 0] == 5 and clamped.flatten()[1:].min() == through.min() == 30 and max(sizes) == 5
+
+
+def test_targets_that_are_told_are_all_scanned_and_nothing_else(three_class):
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"eps": [60.0], "steps": 10, "scan": 2, "batch_size": 4, "generator": seeded()}
+    before = spend(0)
+    aimed_pgd(three_class, x, y, targets=[1, 2, 1], candidates=1, **given)
+    assert spend(0) - before == 4 * (3 * 2 + 6 + 10)
+    aimed_pgd(nn.Conv2d(3, 3, 1), images_like(6), torch.zeros(6, 4, 4, dtype=torch.long), targets=[1, 2, 1], **given)
+    assert spend(0) - before == 2 * 4 * (3 * 2 + 6 + 10)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_first_class_and_the_last_are_aimed_at(linear, label):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    model = linear(torch.stack([0 * step, step]), bias=torch.tensor([0.0, [-148.0, -108.0][label]]))
+    x, y = images_like(12, low=125.0, high=131.0), torch.full((12,), label)
+    xi = aimed_pgd(model, x, y, eps=[60.0], steps=10, batch_size=4, generator=seeded())
+    assert classes_under(model, torch.cat([0 * xi, xi])) == [label, 1 - label]
+
+
+def test_255_is_a_class_among_classes_and_void_in_a_map(linear):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    weight, bias = torch.zeros(300, math.prod(SHAPE)), torch.full((300,), -900.0)
+    weight[255], bias[0], bias[255] = step, 0.0, -148.0
+    model, x = linear(weight, bias=bias), images_like(12, low=125.0, high=131.0)
+    given = {"eps": [60.0], "steps": 10, "batch_size": 4, "generator": seeded()}
+    xi = aimed_pgd(model, x, torch.zeros(12, dtype=torch.long), targets=[255], **given)
+    assert classes_under(model, xi) == [255]
+    painted = torch.ones(1, 4, 4, dtype=torch.long)
+    painted[0, 0, 0] = IGNORE
+    brighter = nn.Conv2d(3, 2, 1)
+    weight = torch.tensor([[0.0], [1.0]]).expand(2, 3)[..., None, None] / 3
+    brighter.load_state_dict({"weight": weight.clone(), "bias": torch.tensor([148.0, 0.0])})
+    xi = aimed_pgd(brighter, x, torch.zeros(12, 4, 4, dtype=torch.long), targets=painted, **given)
+    assert (brighter(perturb(x, xi)).argmax(1) == 1).flatten(1)[:, 1:].all()
+
+
+def test_candidates_are_likely_on_clean_images_or_where_a_short_attack_takes_them(linear):
+    """Class 2 is likely for a bright image alone, and class 3 for dark ones that are darkened."""
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    bias = torch.tensor([0.0, -5.0, -265.0, 38.0, -400.0])
+    model = linear(torch.stack([0 * step, 0 * step, 1.65 * step, -step, 0 * step]), bias=bias)
+    x, xi = torch.full((6, *SHAPE), 100.0), torch.full((1, *SHAPE), -60.0)
+    x[0] = 160.0
+    found = [satlib.universal._likely(model, x, xi, count).tolist() for count in (2, 3, 4)]
+    assert found == [[0, 3], [0, 3, 1], [0, 2, 3, 1]]
+
+
+def test_candidates_are_looked_for_within_the_largest_eps(linear):
+    step = torch.ones(math.prod(SHAPE)) / math.prod(SHAPE)
+    model = linear(torch.stack([0 * step, step]), bias=torch.tensor([0.0, -158.0]))
+    x, y = images_like(12, low=125.0, high=131.0), torch.zeros(12, dtype=torch.long)
+    given = {"candidates": 1, "steps": 10, "batch_size": 4, "generator": seeded()}
+    assert classes_under(model, aimed_pgd(model, x, y, eps=[1.0, 60.0], **given)) == [0, 1]
 
 
 def test_of_many_classes_those_that_seem_near_are_scanned(linear):
@@ -278,6 +395,7 @@ def test_going_on_aims_at_where_the_start_leads_however_many_classes():
     [
         ({"targets": [0.7]}, r"targets=\[0.7\]: expected classes from 0 to 2, or maps of them"),
         ({"targets": 3}, "targets=3: expected classes"),
+        ({"targets": [-1]}, r"targets=\[-1\]: expected classes"),
         ({"scenes": -1}, "scenes=-1: expected a whole number of at least 0"),
         ({"candidates": 0}, "candidates=0: expected a whole number of at least 1"),
         ({"start": torch.zeros(2, *SHAPE)}, "start of shape"),
@@ -316,6 +434,16 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
             for a in (each, stretched)
         )
         assert long[0] == pytest.approx(short[0], rel=0.03) and long[-1] == pytest.approx(short[-1], rel=0.06)
+
+
+def test_the_ensemble_scans_by_the_effort_and_takes_few_scenes():
+    assert [options(ensemble(5000, effort=effort)[1])["scan"] for effort in (0.1, 1, 2)] == [2, 8, 16]
+    assert [options(each)["steps"] for each in ensemble(5000, effort=0.001)] == [2, 2, 2]
+    assert {options(each)["score_images"] for each in ensemble(5000)} == {512} and options(ensemble(5000)[1])[
+        "aims"
+    ] == 2
+    scenes = [ensemble(images, segmentation=True) for images in (4, 20)]
+    assert [{options(each)["batch_size"] for each in attacks} for attacks in scenes] == [{4}, {8}]
 
 
 def test_restarts_return_the_best_on_the_crafting_images(trained, tiny):
@@ -409,6 +537,8 @@ def test_margin_is_positive_exactly_where_the_decision_is_another():
     assert margin_loss(logits, labels, loss_threshold=0.5).max() == 0.5
     by_hand = margin_loss(torch.tensor([[1.0, 4.0, 2.5]]), torch.tensor([2]))
     assert by_hand.tolist() == [1.5]
+    many = F.one_hot(torch.tensor([7]), 300)  # of a classifier 255 is a class like any other
+    assert margin_loss(many, torch.tensor([255])).tolist() == [1.0]
 
 
 def test_straight_through_gradient_is_that_of_the_pixel_that_the_model_sees(two_class, direction):
@@ -548,6 +678,7 @@ OPTIONS = {
     "larger": {"larger": 2},
     "inner": {"inner": 3},
     "margin, capped, inner": {"loss": "margin", "loss_threshold": 0.5, "inner": 2},
+    "momentum, inner": {"update": "momentum", "inner": 2},
 }
 
 
