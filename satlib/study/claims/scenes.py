@@ -72,7 +72,7 @@ class SceneModel(Checkpoint):
     def seeds(self, measure: str) -> int:
         """How many searches a measure is the mean of."""
         found = _ensemble(self, measure)
-        return len(found.searches) if found else 1
+        return len(found.searches) if found else int(known(self, measure))
 
     @property
     def records(self) -> tuple[Record, ...]:

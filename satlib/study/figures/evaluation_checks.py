@@ -79,7 +79,7 @@ def lowered(
     strongest = {title: searches for title, searches in strongest.items() if searches and paper[title]}
     figure, axis = plt.subplots(figsize=(8.6, 0.55 * len(strongest) + 2.2))
     for place, (title, searches) in enumerate(strongest.items()):
-        style = {"linestyle": "none", "markersize": 8} | look(title)
+        style = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.3} | look(title)
         for records, filled in ((paper[title], {"markerfacecolor": "none"}), (searches, {})):
             sizes = [height_of(record.metrics["eps_uni"]) for record in records]
             axis.plot(sizes, [place] * len(sizes), **style | filled)
@@ -88,7 +88,7 @@ def lowered(
     axis.set_yticks(range(len(strongest)), list(strongest), fontsize=9)
     axis.invert_yaxis()
     axis.set(xlabel=f"$\\varepsilon_{{uni}}({delta:g})$ (pixel units of 255)", xlim=(0, None))
-    common = {"color": "0.3", "marker": "o", "linestyle": "none", "markersize": 8}
+    common = {"color": "0.3", "marker": "o", "linestyle": "none", "markersize": 8, "markeredgewidth": 1.3}
     named = (("the ensemble", {}), ("the paper's attack", {"markerfacecolor": "none"}))
     legend = [plt.Line2D([], [], label=label, **common | filled) for label, filled in named]
     return finish(figure, f"What the paper's attack overstates · {dataset}", legend=legend)

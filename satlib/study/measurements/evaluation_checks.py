@@ -160,8 +160,8 @@ def checks(settings: Checks, cifar: Cifar10, others: Mapping[str, Plan | ScenesP
     units = _units(plan, list(models.values()))
     audits = {title: _audit(settings, model, plan, units) for title, model in models.items()}
     for section, other in (others or {}).items():
-        own = _units(other, other.audited)
-        audits |= {f"{section}: {model.title}": _audit(settings, model, other, own) for model in other.audited}
+        sizes = _units(other, other.audited)
+        audits |= {f"{section}: {model.title}": _audit(settings, model, other, sizes) for model in other.audited}
     shorter = {"erm_epochs": settings.depth_epochs, "erm_restart_epochs": 0} if settings.depth_epochs else {}
     networks = {f"ERM, {depth} layers": replace(cifar, depth=depth, **shorter) for depth in settings.depths}
     carried = [*models.values(), *(replace(erm_run(of), title=title) for title, of in networks.items())]
@@ -203,17 +203,18 @@ def attack_run(settings: Cifar10, model: Run, name: str) -> Run:
 def _units(plan: Plan | ScenesPlan, models: list[Run]) -> dict[Run, Run]:
     """The searches whose eps_uni is the unit of sizes in audits: the ensemble's if it was asked about all models, else
     those by the paper's attack; in section 6.3 without a target."""
-    strongest = plan.strongest if isinstance(plan, Plan) else plan.strongest_untargeted
-    if all(map(strongest.get, models)):
-        return {model: strongest[model][0] for model in models}
-    return {model: plan.robustness[model][0] if isinstance(plan, Plan) else plan.untargeted[model] for model in models}
+    if isinstance(plan, Plan):
+        strongest, papers = plan.strongest, {model: plan.robustness[model][0] for model in models}
+    else:
+        strongest, papers = plan.strongest_untargeted, {model: plan.untargeted[model] for model in models}
+    return {model: strongest[model][0] for model in models} if all(map(strongest.get, models)) else papers
 
 
 def _audit(settings: Checks, model: Run, plan: Plan | ScenesPlan, units: Mapping[Run, Run], *, mask: str = "") -> Run:
     """The audit of the attack that a plan's searches by the paper's attack use on a model."""
-    flat = isinstance(plan, Plan)
-    search = (plan.robustness[model][0] if flat else plan.untargeted[model]).settings
-    attack, images = search["attack"], settings.images if flat else settings.scenes
+    searched = plan.robustness[model][0] if isinstance(plan, Plan) else plan.untargeted[model]
+    images = settings.images if isinstance(plan, Plan) else settings.scenes
+    search, attack = searched.settings, searched.settings["attack"]
     gradients = attack["steps"] * attack["batch_size"] * (17 + len(settings.epsilons)) + 3 * images * settings.steps
     title = f"audit of {model.title}" + (f", {mask}" if mask else "")
     given = {"attack": attack, "images": images, "image_steps": settings.steps, "mask": mask, "model": model}
