@@ -488,7 +488,7 @@ def test_results_json_has_every_number_of_the_paper(capsys, monkeypatch, tmp_pat
     assert main(["results", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     keys = {"section", "quantity", "unit", "paper", "ours", "spread", "seeds", "profile", "dataset", "runs", "verdict"}
-    keys |= {"ensemble", "ensemble_spread", "ensemble_runs", "ensemble_verdict"}
+    keys |= {"ensemble", "ensemble_spread", "ensemble_seeds", "ensemble_runs", "ensemble_verdict"}
     assert all(set(row) == keys for row in rows)
     assert [row["paper"] for row in rows] == [r.value for r in paper.REPORTED]
     assert all(row["ours"] is None and row["verdict"] == "not run" for row in rows)
