@@ -242,7 +242,7 @@ def test_training_stops_where_the_loss_is_not_finite(tiny):
 
 
 def test_an_audit_of_a_broken_model_stops_at_once():
-    options = {"eps": 8.0, "epsilons": [8.0], "attack": {"steps": 2, "batch_size": 4}, "image_steps": 2}
+    options = {"eps": 8.0, "epsilons": [8.0], "attack": {"steps": 2, "batch_size": 2}, "image_steps": 2}
     with pytest.raises(SatlibError, match="finite"):
         audit.measure(
             Answers(lambda x: x.flatten(1)[:, :4] * math.nan),
