@@ -312,7 +312,14 @@ def per_heap(eps: float | Sequence[float] | Tensor, heaps: int | None, device: t
         raise SatlibError(f"eps has {len(tensor)} values for {heaps} heaps: give one number, or one for each heap")
     if not bool((right := (tensor >= 0) & (tensor <= 255)).all()):
         raise SatlibError(f"eps={tensor[~right][0].item():g}: expected numbers from 0 to 255 (pixel units)")
-    return tensor.to(device).view(-1, 1, 1, 1)
+    return _placed(tensor, device).view(-1, 1, 1, 1)
+
+
+def _placed(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the device; a single one without a copy from the host, which nothing can be recorded with."""
+    if values.numel() > 1:
+        return values.to(device)
+    return torch.full((1,), values.item(), dtype=values.dtype, device=device)
 
 
 def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, device: torch.device) -> Sequence[Tensor]:
@@ -322,7 +329,7 @@ def per_step(value: float | Sequence[float] | Tensor, steps: int, heaps: int, de
         wrong = tensor[~right].flatten()[0].item()
         raise SatlibError(f"step_size={wrong:g}: expected finite numbers of at least 0 (pixel units)")
     if tensor.ndim == 0:
-        tensor = tensor.expand(steps)
+        return [_placed(tensor, device).view(-1, 1, 1, 1)] * steps
     if tensor.shape not in ((steps,), (steps, heaps)):
         raise SatlibError(
             f"step_size of shape {tuple(tensor.shape)}: expected a number, ({steps},) or ({steps}, {heaps})"

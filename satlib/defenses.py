@@ -52,6 +52,8 @@ class DeepFoolUAD(Pool):
     on `images_each` training images drawn anew. Every training sample then gets a random one with probability `share`.
     """
 
+    recordable = True
+
     def __init__(
         self,
         data: ImageSet,
@@ -79,11 +81,13 @@ class DeepFoolUAD(Pool):
             self.progress(f"universal perturbation {index + 1}/{self.pool_size}")
         self.pool = torch.cat(crafted)
 
-    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
         which = torch.randint(len(self.pool), (len(images),), generator=generator).to(images.device)
         gets = (torch.rand(len(images), generator=generator) < self.share).to(images.device)
-        seen = perturb(images, self.pool[which] * gets.view(-1, 1, 1, 1), 1)
-        return clean_loss(model, seen, labels, settings)
+        return (self.pool[which] * gets.view(-1, 1, 1, 1),)
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        return clean_loss(model, perturb(images, drawn[0], 1), labels, settings)
 
 
 class FictitiousPlay(Pool):
@@ -93,6 +97,8 @@ class FictitiousPlay(Pool):
     the set, drawn uniformly, beside its clean images (weights sigma and 1 - sigma).
     """
 
+    recordable = True
+
     def __init__(self, data: ImageSet, *, eps: float, attack: UniversalAttack = mean_of_signs, **settings: Any) -> None:
         super().__init__(data, eps=eps, attack=attack, **settings)
 
@@ -101,9 +107,12 @@ class FictitiousPlay(Pool):
         self.pool = torch.cat([self.pool, xi])
         self.progress(f"best response {epoch + 1}")
 
-    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
         drawn = int(torch.randint(len(self.pool), (1,), generator=generator))
-        return mixed_loss(model, images, perturb(images, self.pool[drawn : drawn + 1]), labels, settings)
+        return (self.pool[drawn : drawn + 1],)
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        return mixed_loss(model, images, perturb(images, drawn[0]), labels, settings)
 
 
 class UniversalAdversarialTraining(Adversary):
@@ -113,6 +122,8 @@ class UniversalAdversarialTraining(Adversary):
     loss capped as in section 4.3, and then the weights on the perturbed and the clean images (sigma and 1 - sigma).
     """
 
+    recordable = True
+
     def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
         check_eps(eps)
         check_data(data, has="images")
@@ -120,16 +131,17 @@ class UniversalAdversarialTraining(Adversary):
         self.step = {"eps": eps, "steps": 1, "step_size": relative_step_size * eps}
         self.xi = torch.zeros(1, *data.images.shape[1:], device=data.device)
 
-    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
         step = settings.attack() | self.step
-        self.xi = heap_pgd(model, images, labels, sharedness=len(images), start=self.xi, **step)
+        with torch.no_grad():
+            self.xi.copy_(heap_pgd(model, images, labels, sharedness=len(images), start=self.xi, **step))
         return mixed_loss(model, images, perturb(images, self.xi), labels, settings)
 
     def state(self) -> dict[str, Tensor]:
         return {"xi": self.xi}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.xi = state["xi"]
+        self.xi.copy_(state["xi"])
 
 
 DEFENSES = {

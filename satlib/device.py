@@ -1,9 +1,10 @@
 """How a device runs a step: in which number format (measured, never assumed), and on CUDA recorded as a graph.
 
-A PGD iteration is some two hundred small kernels. Launched one by one from Python, they leave a fast GPU waiting; as a
-graph they are one launch. The graph owns its inputs, the attacked network's weights among them, so that one recording
-serves every mini-batch of a training whose weights change. Where recording fails, or there is no CUDA, the iteration
-runs as it is: same results, more waiting.
+A PGD iteration is some two hundred small kernels, a step of shared adversarial training two thousand. Launched one by
+one from Python, they leave a fast GPU waiting; as a graph they are one launch. A graph owns its inputs. That of an
+attack owns the attacked network's weights, too, so that one recording serves all networks of a kind (`prepared`); that
+of a training step changes the trained network's where they are (`recorded`). Where recording fails, or there is no
+CUDA, both run as they are: same results, more waiting.
 """
 
 import contextlib
@@ -165,8 +166,56 @@ def on_cuda(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Output
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": on_cuda}  # by type of device; elsewhere nothing is recorded
-_recordings: OrderedDict[tuple, "Recording | None"] = OrderedDict()  # None: recording failed before
+_recordings: OrderedDict[tuple, "SharedRecording | None"] = OrderedDict()  # None: recording failed before
 _lock = threading.Lock()  # of that table, and of what is being recorded
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)  # of what is being recorded
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """What records on that device; None where nothing does, or SATLIB_GRAPHS=0 switches it off (environment)."""
+    return None if os.environ.get("SATLIB_GRAPHS") == "0" or _inside.get() else RECORDERS.get(device.type)
+
+
+def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence[Tensor]]) -> Callable[..., Outputs]:
+    """A function of tensors, by a recording for every shape of theirs, where their device has a recorder.
+
+    Whatever else it reads has to stay in its memory, and what it changes there is among the tensors that `changes`
+    gives: to record it, it is called a few times, and these go back to what they were.
+    """
+    recordings: dict[tuple, Recording | None] = {}
+
+    def run(*tensors: Tensor) -> Outputs:
+        record, shapes = recorder(tensors[0].device), tuple(map(_shape, tensors))
+        if record is None:
+            return function(*tensors)
+        if shapes not in recordings:
+            recordings[shapes] = None  # should the next lines fail, they are not tried again
+            kept = list(changes())
+            before = [tensor.detach().clone() for tensor in kept]
+            try:
+                with _lock:
+                    recordings[shapes] = Recording(function, tensors, record)
+            except Exception as error:
+                _warn(error, "step")
+            finally:
+                with torch.no_grad():
+                    for tensor, value in zip(kept, before, strict=True):
+                        tensor.copy_(value)
+        found = recordings[shapes]
+        return function(*tensors) if found is None else found(*tensors)
+
+    return run
+
+
+def _shape(tensor: Tensor) -> tuple:
+    """What a recording wants of its tensors, but for their values."""
+    return tensor.shape, tensor.is_contiguous(), tensor.dtype, tensor.device
+
+
+def _warn(error: Exception, what: str) -> None:
+    """Say that something is not recorded: an operation that graphs do not know, too little memory, ..."""
+    reason = (str(error).splitlines() or [""])[0]
+    warnings.warn(f"not recorded as a graph, each {what} is launched by itself: {reason}", stacklevel=3)
 
 
 def prepared(
@@ -181,10 +230,10 @@ def prepared(
     """
     plain = functools.partial(function, net, **options)
     device = tensors[0].device
-    record = RECORDERS.get(device.type)
-    if record is None or not isinstance(net, nn.Module) or os.environ.get("SATLIB_GRAPHS") == "0":
+    record = recorder(device)
+    if record is None or not isinstance(net, nn.Module):
         return plain
-    shapes = tuple((tensor.shape, tensor.is_contiguous(), tensor.dtype, tensor.device) for tensor in tensors)
+    shapes = tuple(map(_shape, tensors))
     try:
         blueprint = Blueprint(net, device)
         with _exact_lock:
@@ -193,14 +242,15 @@ def prepared(
         with _lock:
             if key not in _recordings:
                 _recordings[key] = None  # should the next line fail, it is not tried again
-                _recordings[key] = Recording(functools.partial(function, **options), net, tensors, record, blueprint)
+                _recordings[key] = SharedRecording(
+                    functools.partial(function, **options), net, tensors, record, blueprint
+                )
             _recordings.move_to_end(key)
             if len(_recordings) > KEPT:
                 _recordings.popitem(last=False)
             found = _recordings.get(key)
-    except Exception as error:  # an operation that graphs do not know, too little memory, a network beyond pickle
-        reason = (str(error).splitlines() or [""])[0]
-        warnings.warn(f"not recorded as a graph, each iteration is launched by itself: {reason}", stacklevel=2)
+    except Exception as error:  # or a network beyond pickle
+        _warn(error, "iteration")
         return plain
     return plain if found is None else Step(found, blueprint.tensors)
 
@@ -274,7 +324,36 @@ def _known(*_: Any) -> None:
 
 
 class Recording:
-    """A function of (net, *tensors), recorded with buffers of its own for the network's tensors and for the others."""
+    """A function of tensors, recorded with buffers of its own for them."""
+
+    def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], record: Recorder) -> None:
+        self.buffers = [tensor.detach().clone() for tensor in tensors]
+        self.given: list[Tensor | None] = [None] * len(tensors)
+        self.lock = threading.RLock()
+
+        def call() -> Outputs:
+            token = _inside.set(True)  # nothing is recorded within
+            try:
+                return function(*self.buffers)
+            finally:
+                _inside.reset(token)
+
+        self.replay, self.outputs = record(call)
+
+    def __call__(self, *tensors: Tensor) -> Outputs:
+        """The outputs for `tensors`, as new tensors. What is as in the last call is not copied."""
+        with self.lock:
+            with torch.no_grad():
+                for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
+                    if tensor is not last:
+                        buffer.copy_(tensor, non_blocking=True)
+            self.given = list(tensors)
+            self.replay()
+            return tuple(output.clone() for output in self.outputs)
+
+
+class SharedRecording(Recording):
+    """A function of (net, *tensors), recorded with a copy of the network, whose weights are those of its last user."""
 
     def __init__(
         self,
@@ -284,35 +363,27 @@ class Recording:
         record: Recorder,
         blueprint: Blueprint,
     ) -> None:
-        self.net = copy.deepcopy(net)
+        net = copy.deepcopy(net)
         self.known = blueprint.known  # kept, so that nothing else gets one of these identities
-        self.weights = Blueprint(self.net, tensors[0].device).tensors
-        self.buffers = [tensor.detach().clone() for tensor in tensors]
-        self.user: Callable[[], Step | None] = lambda: None  # whose weights it has now
-        self.given: list[Tensor | None] = [None] * len(tensors)
-        self.lock = threading.Lock()
-        self.replay, self.outputs = record(lambda: function(self.net, *self.buffers))
+        self.weights = Blueprint(net, tensors[0].device).tensors
+        self.user: Callable[[], Step | None] = lambda: None
+        super().__init__(functools.partial(function, net), tensors, record)
 
-    @torch.no_grad()
     def run(self, user: "Step", tensors: Sequence[Tensor]) -> Outputs:
-        """The outputs for a user's weights and `tensors`, as new tensors. What is as in the last call is not copied."""
+        """The outputs for a user's weights and `tensors`."""
         with self.lock:
             if self.user() is not user:
                 if self.weights:
-                    torch._foreach_copy_(self.weights, user.weights)
+                    with torch.no_grad():
+                        torch._foreach_copy_(self.weights, user.weights)
                 self.user, self.given = weakref.ref(user), [None] * len(self.buffers)
-            for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
-                if tensor is not last:
-                    buffer.copy_(tensor)
-            self.given = list(tensors)
-            self.replay()
-            return tuple(output.clone() for output in self.outputs)
+            return self(*tensors)
 
 
 class Step:
     """A recording as one network uses it, whose weights these are: others may use it in between, or at once."""
 
-    def __init__(self, recording: Recording, weights: list[Tensor]) -> None:
+    def __init__(self, recording: SharedRecording, weights: list[Tensor]) -> None:
         self.recording, self.weights = recording, weights
 
     def __call__(self, *tensors: Tensor) -> Outputs:

@@ -65,7 +65,7 @@ class Ranks:
 
     def batches(
         self, data: Any, batch_size: int, *, images: int, heap: int | None, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """An epoch of so many augmented images of an ImageSet: of each mini-batch this rank's images, their labels, and
         how much their mean loss weighs in that of the mini-batch.
 
@@ -83,7 +83,8 @@ class Ranks:
             own = self.share(size, sharedness)
             with self.drawing(size, sharedness, x[0].numel() if heap else 0, generator):
                 mine = decisions(y if own.stop > own.start else y[:0])
-                yield x, y, 1.0 if self.count == 1 else mine / self.total(mine.clone()).clamp(min=1)
+                alone = torch.ones((), device=x.device)
+                yield x, y, alone if self.count == 1 else mine / self.total(mine.clone()).clamp(min=1)
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Give every rank the sum of all ranks' gradients, and rank 0's buffers: the next attack is on one model."""

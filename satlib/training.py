@@ -1,7 +1,7 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -11,13 +11,13 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from satlib import checks
-from satlib.attacks import heap_pgd, images_at_once, perturb
-from satlib.checks import check_data, kernel, outside
+from satlib.attacks import heap_pgd, images_at_once, perturb, random_start
+from satlib.checks import check_data, kernel, outside, per_heap
 from satlib.data.imageset import IGNORE
-from satlib.device import exact
+from satlib.device import exact, recorded, recorder
 from satlib.errors import SatlibError
-from satlib.network import evaluated, logits_of
-from satlib.parallel import current_ranks, decisions
+from satlib.network import OwnNetwork, evaluated, logits_of
+from satlib.parallel import Ranks, current_ranks, decisions
 
 # Each optimizer, and what it keeps for every weight: its name in a checkpoint, and PyTorch's.
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, str]]] = {
@@ -109,16 +109,20 @@ def learning_rate_at(settings: Training, epoch: float) -> float:
     return settings.learning_rate * (1 - done) / (1 - settings.warm_up)
 
 
-def shared_adversarial_loss(
-    model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator
-) -> Tensor:
+def heap_starts(images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
+    """Where the heaps of a mini-batch (d, C, H, W) begin: uniform in [-eps, eps], (ceil(d / sharedness), C, H, W)."""
+    heaps = -(-len(images) // min(settings.sharedness, len(images)))
+    return (random_start((heaps, *images.shape[1:]), per_heap(settings.eps, heaps, images.device), generator),)
+
+
+def shared_adversarial_loss(model: Module, images: Tensor, labels: Tensor, settings: Training, start: Tensor) -> Tensor:
     """sigma * L(theta, x + xi, y) + (1 - sigma) * L(theta, x, y), xi from the heap adversary (section 4.2).
 
     images (d, C, H, W) float32 in 0..255, labels (d,) or (d, H, W); `settings` are those of the attack and of the
-    loss. The heaps' initial perturbations are drawn from `generator`.
+    loss; start: the heaps' initial perturbations, as `heap_starts` draws them.
     """
     sharedness = min(settings.sharedness, len(images))
-    xi = heap_pgd(model, images, labels, sharedness=sharedness, generator=generator, **settings.attack())
+    xi = heap_pgd(model, images, labels, sharedness=sharedness, start=start, **settings.attack())
     return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
 
 
@@ -144,14 +148,25 @@ def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
 
 
 class Adversary(Protocol):
-    """What a training trains against. Only `loss` has to be there; the rest is for what goes on from epoch to epoch."""
+    """What a training trains against. Only `loss` has to be there.
+
+    `draw` is for what is random in a mini-batch, the rest for what goes on from epoch to epoch. recordable: whether
+    `loss` computes with its arguments and the tensors of `state` alone, which stay in their memory: on CUDA a step is
+    then recorded once and launched whole.
+    """
+
+    recordable: bool = False
 
     def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         """Called before each epoch; what it finds now is what `loss` trains against."""
         return
 
-    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, generator: Generator) -> Tensor:
-        """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`."""
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor, ...]:
+        """Called with each mini-batch: what its `loss` takes further, on the images' device."""
+        return ()
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`, then what `draw` drew."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs to go on after an epoch."""
@@ -165,13 +180,33 @@ class Adversary(Protocol):
 class ERM(Adversary):
     """Nothing: the loss of clean images."""
 
+    recordable = True
     loss = staticmethod(clean_loss)
 
 
 class SharedAdversarialTraining(Adversary):
     """Perturbations that the heap adversary finds for each mini-batch (section 4.2)."""
 
+    recordable = True
+    draw = staticmethod(heap_starts)
     loss = staticmethod(shared_adversarial_loss)
+
+
+def training_step(
+    model: Module, adversary: Adversary, settings: Training, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> Callable[..., tuple[Tensor]]:
+    """One step of the training, as a function of tensors: the images and labels of a mini-batch, what this rank's loss
+    weighs, and what the adversary drew; it returns the loss. On CUDA it is recorded whole."""
+
+    def step(images: Tensor, labels: Tensor, weight: Tensor, *drawn: Tensor) -> tuple[Tensor]:
+        loss = weight * adversary.loss(model, images, labels, settings, *drawn)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.sum_gradients(model)
+        optimizer.step()
+        return (loss.detach(),)
+
+    return step
 
 
 @kernel
@@ -211,10 +246,14 @@ def train(
     size = min(settings.epoch_images or len(data), len(data))
     steps = math.ceil(size / settings.batch_size)
     history = ranks.broadcast_object(list(history or []))
-    optimizer = new_optimizer(model, settings, steps=len(history) * steps)
+    whole = adversary.recordable and ranks.count == 1 and isinstance(model, OwnNetwork)
+    optimizer = new_optimizer(model, settings, steps=len(history) * steps, recorded=whole)
     if state is not None:
         load_state(state, model, optimizer, adversary)
     ranks.sync(tensors_of(model, optimizer).values())
+    update = training_step(model, adversary, settings, optimizer, ranks)
+    if whole:
+        update = recorded(update, changes=lambda: [*changed(model, optimizer, adversary)])
 
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
@@ -223,13 +262,9 @@ def train(
         total = 0.0
         batches = ranks.batches(data, settings.batch_size, images=size, heap=heap, generator=generator)
         for step, (images, labels, weight) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(settings, epoch + step / steps)
-            loss = weight * adversary.loss(model, images, labels, settings, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            ranks.sum_gradients(model)
-            optimizer.step()
-            total += loss.detach() * min(settings.batch_size, size - step * settings.batch_size)
+            set_learning_rate(optimizer, learning_rate_at(settings, epoch + step / steps))
+            (loss,) = update(images, labels, weight, *adversary.draw(images, settings, generator))
+            total += loss * min(settings.batch_size, size - step * settings.batch_size)
             if progress and ranks.rank == 0:
                 progress(f"epoch {epoch + 1}/{settings.epochs}", (epoch + (step + 1) / steps) / settings.epochs)
         mean = ranks.total(total).item() / size
@@ -251,17 +286,33 @@ def _train_mode(model: Module) -> None:
         raise SatlibError("the model has no training mode: expected the network that it was exported from") from None
 
 
-def new_optimizer(model: Module, settings: Training, *, steps: int) -> torch.optim.Optimizer:
-    """The optimizer after so many steps, but for its momenta, which are zero."""
+def new_optimizer(model: Module, settings: Training, *, steps: int, recorded: bool = False) -> torch.optim.Optimizer:
+    """The optimizer after so many steps, but for its momenta, which are zero.
+
+    recorded: where steps can be recorded on the device, its learning rate is a tensor there, and so are its counters.
+    """
     kind, kept = OPTIMIZERS[settings.optimizer]
-    sgd = settings.optimizer == "sgd"
-    own = {"momentum": settings.momentum, "nesterov": settings.nesterov} if sgd else {}
+    sgd, counted_on = settings.optimizer == "sgd", torch.device("cpu")
+    own: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov} if sgd else {}
+    if recorded and (recorded := recorder(device := next(model.parameters()).device) is not None):
+        own |= {"fused": True} if sgd else {"fused": True, "capturable": True}
     optimizer = kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, **own)
+    if recorded:
+        counted_on, optimizer.param_groups[0]["lr"] = device, torch.tensor(settings.learning_rate, device=device)
     for weight in model.parameters():
         optimizer.state[weight].update({theirs: torch.zeros_like(weight) for theirs in kept.values()})
         if not sgd:
-            optimizer.state[weight]["step"] = torch.tensor(float(steps))
+            optimizer.state[weight]["step"] = torch.tensor(float(steps), device=counted_on)
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give it the learning rate, in place where that is a tensor."""
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
 
 
 def tensors_of(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -274,6 +325,14 @@ def tensors_of(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
         if theirs in optimizer.state[weight]
     }
     return {f"model.{name}": value for name, value in model.state_dict().items()} | momenta
+
+
+def changed(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> Iterator[Tensor]:
+    """All tensors that a step changes, in place."""
+    yield from model.state_dict().values()
+    for kept in optimizer.state.values():
+        yield from kept.values()
+    yield from adversary.state().values()
 
 
 def state_of(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> dict[str, Tensor]:

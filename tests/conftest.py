@@ -61,8 +61,7 @@ def linear() -> type[Linear]:
     return Linear
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Splits:
+def tiny_images() -> Iterator[ImageSet]:
     """Four classes of 3x8x8 images: a smooth pattern for each class under noise, far from 0 and 255.
 
     No perturbation of up to 40 pixel units reaches a clamp, where implementations of PGD differ.
@@ -70,13 +69,23 @@ def tiny() -> Splits:
     generator = torch.Generator().manual_seed(5)
     patterns = F.interpolate(torch.randn(len(CLASSES), 3, 4, 4, generator=generator), size=8, mode="bilinear")
 
-    def split(name: str, count: int) -> ImageSet:
+    for name, count in (("train", 512), ("val", 128), ("test", 96), ("craft", 1024), ("report", 2048)):
         labels = torch.randint(len(CLASSES), (count,), generator=generator)
         noise = torch.randn(count, 3, 8, 8, generator=generator)
         images = (128 + 22 * patterns[labels] + 22 * noise).clamp(40, 215).round().to(torch.uint8)
-        return ImageSet(images, labels, CLASSES, "tiny", "Tiny", name)
+        yield ImageSet(images, labels, CLASSES, "tiny", "Tiny", name)
 
-    return Splits(split("train", 512), split("val", 128), split("test", 96))
+
+@pytest.fixture(scope="session")
+def tiny() -> Splits:
+    """The first three of `tiny_images`."""
+    return Splits(*islice(tiny_images(), 3))
+
+
+@pytest.fixture(scope="session")
+def more_tiny() -> tuple[ImageSet, ImageSet]:
+    """The other two, so many that a success rate on them owes little to chance."""
+    return tuple(islice(tiny_images(), 3, None))
 
 
 @pytest.fixture(scope="session")

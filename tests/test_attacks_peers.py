@@ -190,10 +190,9 @@ def by_art(model, images, labels, *, eps, budget):
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "shufflenet"])
-def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
+def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, more_tiny):
     model, eps = networks[name], 14.0
-    craft = tiny.train.images.float(), tiny.train.labels
-    report = tuple(torch.cat([getattr(tiny.val, part), getattr(tiny.test, part)]) for part in ("images", "labels"))
+    craft, report = ((images.images.float(), images.labels) for images in more_tiny)
     before, generator = spend(0), torch.Generator().manual_seed(0)
     (ours,) = success_curve(model, craft=craft, report=report, epsilons=[eps], generator=generator)
     budget = spend(0) - before
@@ -208,8 +207,7 @@ def test_at_equal_gradients_no_peer_finds_a_higher_error(name, networks, tiny):
         found[peer] = success_rates(model, *report, xi).item()
     clean = success_rates(model, *report, torch.zeros(1, 3, 8, 8)).item()
     assert clean < 0.3 and max(found.values()) > clean + 0.1
-    chance = 2 * (0.25 / len(report[1])) ** 0.5  # two standard errors of a rate on so few unseen images
-    assert ours.rate >= max(found.values()) - chance, (ours, found)
+    assert ours.rate >= max(found.values()), (ours, found)
 
 
 @pytest.mark.parametrize("black_and_white", [False, True])

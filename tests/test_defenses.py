@@ -57,6 +57,10 @@ def test_training_resumes_bit_equal(name, tiny, trained):
             assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def loss_of(adversary, model, x, y, generator):
+    return adversary.loss(model, x, y, SETTINGS, *adversary.draw(x, SETTINGS, generator))
+
+
 @pytest.mark.parametrize("name", list(DEFENSES))
 def test_perturbations_stay_within_eps_and_finding_them_leaves_the_model_alone(name, tiny, trained):
     model, adversary = copy.deepcopy(trained).train(), build(name, tiny.train, eps=9.0)
@@ -65,7 +69,7 @@ def test_perturbations_stay_within_eps_and_finding_them_leaves_the_model_alone(n
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     x, y = tiny.train.images[:16].float(), tiny.train.labels[:16]
-    adversary.loss(model, x, y, SETTINGS, seeded())
+    loss_of(adversary, model, x, y, seeded())
     (found,) = adversary.state().values()
     assert 1 < found.abs().max() <= 9.0 and found.shape[1:] == x.shape[1:]
 
@@ -79,7 +83,7 @@ def test_the_model_learns_to_resist_what_it_trains_against(name, tiny, trained):
     for _ in range(4):
         for x, y in tiny.train.batches(32, generator=generator):
             optimizer.zero_grad()
-            adversary.loss(model, x, y, SETTINGS, generator).backward()
+            loss_of(adversary, model, x, y, generator).backward()
             optimizer.step()
     test = (tiny.test.images, tiny.test.labels)
     before, after = (success_rates(net.eval(), *test, adversary.pool[:1]).item() for net in (trained, model))
@@ -115,7 +119,7 @@ def test_share_is_the_probability_of_being_perturbed(tiny, trained, batch, share
     x, y = batch
     adversary = DeepFoolUAD(tiny.train, eps=7.0, share=share)
     adversary.pool = torch.full((2, 3, 8, 8), 7.0)
-    loss = adversary.loss(trained, x, y, SETTINGS, seeded())
+    loss = loss_of(adversary, trained, x, y, seeded())
     expected = F.cross_entropy(trained((x + 7 * share).clamp(0, 255)), y, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
 
@@ -130,7 +134,7 @@ def test_half_of_many_samples_are_perturbed_and_all_of_the_pool_is_used(tiny, tr
             seen.append(x)
             return torch.zeros(len(x), 4) + 0 * x.sum()
 
-    adversary.loss(Spy(), many, torch.zeros(4000, dtype=torch.long), SETTINGS, seeded())
+    loss_of(adversary, Spy(), many, torch.zeros(4000, dtype=torch.long), seeded())
     added = (seen[0][:, 0, 0, 0] - 100).round().int()
     counts = torch.bincount(added, minlength=9)[[0, 2, 4, 6, 8]]
     assert abs(counts[0] / 4000 - 0.5) < 0.04 and (abs(counts[1:] / 4000 - 0.125) < 0.03).all()
@@ -178,7 +182,7 @@ def test_the_set_grows_by_one_response_an_epoch_and_each_is_met(tiny, trained, b
     monkeypatch.setattr(satlib.defenses, "perturb", lambda x, xi: met.append((xi.mean().item(), len(xi))) or x)
     x, y = batch
     for _ in range(60):
-        adversary.loss(trained, x, y, SETTINGS, generator)
+        loss_of(adversary, trained, x, y, generator)
     assert {value for value, _ in met} == {0.0, 1.0, 2.0} and {count for _, count in met} == {1}
 
 
@@ -188,11 +192,11 @@ def test_the_set_grows_by_one_response_an_epoch_and_each_is_met(tiny, trained, b
 def test_one_ascent_step_a_mini_batch_on_one_perturbation_that_stays(tiny, trained, batch):
     x, y = batch
     adversary = UniversalAdversarialTraining(tiny.train, eps=8.0, relative_step_size=0.25)
-    path = [adversary.xi]
+    path = [adversary.xi.clone()]
     for epoch in (0, 0, 1, 1, 1):
         adversary.start_epoch(trained, epoch, seeded())
-        loss = adversary.loss(trained, x, y, SETTINGS, seeded())
-        path.append(adversary.xi)
+        loss = loss_of(adversary, trained, x, y, seeded())
+        path.append(adversary.xi.clone())
     steps = [(after - before).abs() for before, after in pairwise(path)]
     assert all(step.max() <= 2.0 + 1e-5 for step in steps) and (steps[0] > 1.9).float().mean() > 0.9
     assert path[-1].abs().max() == 8.0

@@ -18,6 +18,7 @@ from satlib.training import (
     SharedAdversarialTraining,
     Training,
     accuracy,
+    heap_starts,
     learning_rate_at,
     shared_adversarial_loss,
     train,
@@ -153,7 +154,7 @@ def test_shared_loss_equals_the_equation(resnet, tiny, sigma, cap, sharedness):
     halves = [F.cross_entropy(half, y, label_smoothing=0.1) for half in (logits[:12], logits[12:])]
     expected = sigma * halves[0] + (1 - sigma) * halves[1]
 
-    loss = shared_adversarial_loss(model, x, y, settings, torch.Generator().manual_seed(4))
+    loss = shared_adversarial_loss(model, x, y, settings, *heap_starts(x, settings, torch.Generator().manual_seed(4)))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert abs(halves[0].item() - halves[1].item()) > 0.01
     if cap is not None:
@@ -175,7 +176,7 @@ def test_shared_training_takes_the_steps_of_the_shared_loss(resnet, tiny):
         reference.train()
         generator = torch.Generator().manual_seed(epoch)
         for x, y in tiny.train.batches(24, generator=generator, augment=True, limit=60):
-            loss = shared_adversarial_loss(reference, x, y, settings, generator)
+            loss = shared_adversarial_loss(reference, x, y, settings, *heap_starts(x, settings, generator))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -195,8 +196,8 @@ def test_an_adversary_needs_nothing_but_a_loss(resnet, tiny):
     """Training against it is training on what it makes; of it, nothing is kept."""
 
     class Darker(Adversary):
-        def loss(self, model, images, labels, settings, generator):
-            return ERM().loss(model, images - 10, labels, settings, generator)
+        def loss(self, model, images, labels, settings):
+            return ERM().loss(model, images - 10, labels, settings)
 
     class Dark(Unaugmented):
         def batches(self, *args, augment, **options):

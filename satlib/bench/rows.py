@@ -26,7 +26,7 @@ from satlib.device import autocast
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
 from satlib.robustness import LARGEST, Robustness, strongest, success_curve, universal_robustness
-from satlib.training import Training, shared_adversarial_loss
+from satlib.training import Training, heap_starts, shared_adversarial_loss
 from satlib.universal import ATTACKS
 
 CAPPED = {"loss_threshold": CIFAR10.loss_threshold, "label_smoothing": CIFAR10.label_smoothing}
@@ -155,7 +155,7 @@ def training(bench: Bench) -> list[Row]:
     def shared(sharedness: int) -> None:
         settings = Training(sigma=0.7, eps=8.0, sharedness=sharedness, steps=4)
         for x, y in batches:
-            descend(shared_adversarial_loss(model, x, y, settings, generator))
+            descend(shared_adversarial_loss(model, x, y, settings, *heap_starts(x, settings, generator)))
 
     def attack_alone() -> None:
         with attackable(model) as net:
