@@ -28,6 +28,6 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
 fi
 
 trap 'kill -TERM "$sweep"; wait "$sweep" || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' TERM
-python -m satlib sweep --profile "$profile" --on ray --address "$head:$port" --gpus-per-run 0.25 --cpus-per-run 2 &
+python -m satlib sweep --profile "$profile" --on ray --address "$head:$port" --cpus-per-run 2 &
 sweep=$!
 wait "$sweep"

@@ -330,16 +330,21 @@ def _ledger_status(options: argparse.Namespace) -> None:
         print(f"  damaged, set aside: {name}")
 
 
-@_command("ledger pack", _option("out", type=Path, metavar="OUT.tar"))
+@_command(
+    "ledger pack",
+    _option("out", type=Path, metavar="OUT.tar"),
+    _option("--max-mb", type=float, metavar="15", help="write several archives, OUT-1.tar and so on, none larger"),
+)
 def _ledger_pack(options: argparse.Namespace) -> None:
     """Put runs into an archive to carry to another machine."""
     from satlib.study.archive import pack
     from satlib.study.ledger import Ledger
 
-    packed = pack(Ledger(), options.out)
+    packed = pack(Ledger(), options.out, max_mb=options.max_mb)
     for name, reason in packed.left_out:
         print(f"left out: {name}: {reason}")
-    print(f"{options.out}: {_counted(packed.packed, packed.unfinished)}, {packed.bytes / 1e6:.1f} MB")
+    sizes = ", ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in packed.files)
+    print(f"{_counted(packed.packed, packed.unfinished)} packed: {sizes}")
 
 
 @_command("ledger merge", _option("files", type=Path, nargs="+", metavar="FILE"))

@@ -95,7 +95,7 @@ def nothing_outside(tmp_path, target):
 
 def test_runs_arrive_as_they_were(source, target, tmp_path):
     packed = archive.pack(source, tmp_path / "runs.tar")
-    assert packed.left_out == [] and packed.bytes == (tmp_path / "runs.tar").stat().st_size
+    assert packed.left_out == [] and packed.files == [tmp_path / "runs.tar"]
     assert packed.packed == [record.id for record in source.records()]
     merged = archive.merge(target, [tmp_path / "runs.tar"])
     assert (merged.merged, merged.present, merged.refused) == (packed.packed, [], [])
@@ -187,6 +187,23 @@ def test_only_the_named_runs_are_packed(source, target, tmp_path):
     with pytest.raises(SatlibError, match="no sound record"):
         archive.pack(source, tmp_path / "none.tar", ids=["f" * 10])
     assert not (tmp_path / "none.tar").exists()
+
+
+def test_runs_go_into_as_many_archives_as_it_takes(source, target, tmp_path):
+    """Each but one with a single run is at most as large as asked for, and all together bring everything."""
+    whole = archive.pack(source, tmp_path / "all.tar")
+    (size,) = (file.stat().st_size for file in whole.files)
+    limit = size * 0.75 / 1e6
+    packed = archive.pack(source, tmp_path / "runs.tar", max_mb=limit)
+    assert packed.packed == whole.packed and len(packed.files) > 1
+    assert packed.files == [tmp_path / f"runs-{i + 1}.tar" for i in range(len(packed.files))]
+    assert all(file.stat().st_size <= limit * 1e6 for file in packed.files)
+    single = archive.pack(source, tmp_path / "each.tar", max_mb=1e-6)
+    assert len(single.files) == len(whole.packed)
+    assert archive.merge(target, packed.files).merged == whole.packed
+    assert archive.merge(target, single.files).present == whole.packed
+    with pytest.raises(SatlibError, match="max_mb=0: expected a positive number"):
+        archive.pack(source, tmp_path / "none.tar", max_mb=0)
 
 
 def test_a_whole_run_replaces_one_without_artefacts_and_not_the_other_way(source, target, tmp_path):
@@ -485,4 +502,4 @@ def test_the_commands_pack_and_merge(source, target, tmp_path, monkeypatch, caps
     shutil.rmtree(tmp_path / "home" / "data")
     assert main(["ledger", "merge", str(tmp_path / "runs.tar")]) == 0
     out = capsys.readouterr().out
-    assert ": 3 runs, " in out and "3 runs merged, 0 were already there, 0 refused" in out
+    assert "3 runs packed: " in out and "runs.tar (" in out and "3 runs merged, 0 were already there, 0 refused" in out

@@ -1,14 +1,17 @@
 """Archives that carry runs to other machines: written plain, and read without trust."""
 
+import contextlib
 import io
+import math
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import Timeout
 
+from satlib.checks import check
 from satlib.errors import SatlibError
 from satlib.files import replacing, writing
 from satlib.study.ledger import OLDEST_FIRST, Ledger, new_run
@@ -19,12 +22,12 @@ MEMBER = re.compile(rf"({RUN_ID.pattern})/(record\.json|{CHECKPOINT}|{ARTEFACT_N
 
 @dataclass(frozen=True)
 class Packed:
-    """What went into an archive: ids of runs, and of unfinished ones; (name, reason) of what stayed behind; bytes."""
+    """What went into archives: ids of runs, and of unfinished ones; (name, reason) of what stayed behind; the files."""
 
-    packed: list[str]
-    unfinished: list[str]
-    left_out: list[tuple[str, str]]
-    bytes: int
+    packed: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -37,41 +40,52 @@ class Merged:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None) -> Packed:
+def pack(ledger: Ledger, out: Path | str, ids: Iterable[str] | None = None, *, max_mb: float | None = None) -> Packed:
     """Write a plain tar of `runs/` (or of the runs that `ids` or their first digits name), oldest first.
 
-    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there. Raises
-    `SatlibError` where there is nothing to pack.
+    All of `runs/` includes the checkpoints of unfinished runs, so that another machine goes on from there. max_mb:
+    write as many archives as it takes, OUT-1.tar and so on, none larger than that (in MB) unless a single run is.
+    Raises `SatlibError` where there is nothing to pack.
     """
-    out = Path(out)
+    check("a positive number of MB", lambda value: value is None or value > 0, max_mb=max_mb)
+    out, result, used = Path(out), Packed(), math.inf
+    limit = None if max_mb is None else max_mb * 1e6 - tarfile.RECORDSIZE  # which an archive ends with, at most
+    with writing(out.parent), contextlib.ExitStack() as part:
+        for run_id, members in _contents(ledger, ids, result):
+            size = sum(tarfile.BLOCKSIZE * (1 - -len(content) // tarfile.BLOCKSIZE) for content in members.values())
+            if not result.files or (limit is not None and used + size > limit):
+                part.close()
+                number = len(result.files) + 1
+                result.files.append(out if limit is None else out.with_name(f"{out.stem}-{number}{out.suffix}"))
+                new = part.enter_context(replacing(result.files[-1]))
+                tar, used = part.enter_context(tarfile.open(new, "x:", format=tarfile.USTAR_FORMAT)), 0.0
+            for name, content in members.items():
+                member = tarfile.TarInfo(f"{run_id}/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            used += size
+            (result.unfinished if CHECKPOINT in members else result.packed).append(run_id)
+    if not result.files:
+        raise SatlibError(f"{out}: no run to pack in {ledger.runs} ({len(result.left_out)} left out); run some")
+    return result
+
+
+def _contents(ledger: Ledger, ids: Iterable[str] | None, result: Packed) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The runs to pack, and what each has, by the names of its files; what is damaged is noted in the result."""
     if ids is None:
         records = [record for record in ledger.records() if record.path.parent == ledger.runs]
     else:
         records = sorted({record.id: record for record in map(ledger.get, ids)}.values(), key=OLDEST_FIRST)
-    packed, unfinished, left_out = [], [], []
-    with writing(out.parent), replacing(out) as new, tarfile.open(new, "x:", format=tarfile.USTAR_FORMAT) as tar:
-
-        def add(name: str, content: bytes) -> None:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-        for listed in records:
-            if (record := ledger.find(listed.id)) is None:
-                left_out.append((listed.id, "damaged"))
-                continue
-            add(f"{record.id}/record.json", (record.path / "record.json").read_bytes())
-            for name in sorted(filter(record.has, record.artefacts)):
-                add(f"{record.id}/{name}", record.read(name))
-            packed.append(record.id)
-        for path in sorted(ledger.runs.glob(f".work/*/{CHECKPOINT}")) if ids is None else ():
-            run_id, content = path.parent.name, path.read_bytes()
-            if is_checkpoint(content) and not (ledger.runs / run_id).exists():
-                add(f"{run_id}/{CHECKPOINT}", content)
-                unfinished.append(run_id)
-        if not packed and not unfinished:
-            raise SatlibError(f"{out}: no run to pack in {ledger.runs} ({len(left_out)} left out); run some")
-    return Packed(packed, unfinished, left_out, out.stat().st_size)
+    for listed in records:
+        if (record := ledger.find(listed.id)) is None:
+            result.left_out.append((listed.id, "damaged"))
+            continue
+        own = {name: record.read(name) for name in sorted(filter(record.has, record.artefacts))}
+        yield record.id, {"record.json": (record.path / "record.json").read_bytes()} | own
+    for path in sorted(ledger.runs.glob(f".work/*/{CHECKPOINT}")) if ids is None else ():
+        run_id, content = path.parent.name, path.read_bytes()
+        if is_checkpoint(content) and not (ledger.runs / run_id).exists():
+            yield run_id, {CHECKPOINT: content}
 
 
 def merge(ledger: Ledger, files: Iterable[Path | str]) -> Merged:
