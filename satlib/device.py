@@ -168,12 +168,22 @@ def on_cuda(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Output
 RECORDERS: dict[str, Recorder] = {"cuda": on_cuda}  # by type of device; elsewhere nothing is recorded
 _recordings: OrderedDict[tuple, "SharedRecording | None"] = OrderedDict()  # None: recording failed before
 _lock = threading.Lock()  # of that table, and of what is being recorded
-_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)  # of what is being recorded
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)  # what is `unrecorded`
 
 
 def recorder(device: torch.device) -> Recorder | None:
     """What records on that device; None where nothing does, or SATLIB_GRAPHS=0 switches it off (environment)."""
     return None if os.environ.get("SATLIB_GRAPHS") == "0" or _inside.get() else RECORDERS.get(device.type)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """In this context nothing is recorded, and nothing recorded is used."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
 
 
 def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence[Tensor]]) -> Callable[..., Outputs]:
@@ -332,11 +342,8 @@ class Recording:
         self.lock = threading.RLock()
 
         def call() -> Outputs:
-            token = _inside.set(True)  # nothing is recorded within
-            try:
+            with unrecorded():
                 return function(*self.buffers)
-            finally:
-                _inside.reset(token)
 
         self.replay, self.outputs = record(call)
 

@@ -202,7 +202,7 @@ def test_a_step_neither_asks_the_device_nor_copies_to_it(network, kind, tiny, sc
         monkeypatch.setattr(module, "_device_dtype_check_for_fused", lambda *_: None)
     monkeypatch.setattr(satlib.network, "autocast", lambda _: contextlib.nullcontext())
     monkeypatch.setitem(device.RECORDERS, "meta", lambda function: pytest.fail("a recording within a recording"))
-    token = device._inside.set(False)
+
     settings, data = settings_for(kind), data_for(network, tiny, scenes)
     adversary = adversary_for(kind, data) or (SharedAdversarialTraining() if settings.sigma else ERM())
     if hasattr(adversary, "pool"):
@@ -217,13 +217,9 @@ def test_a_step_neither_asks_the_device_nor_copies_to_it(network, kind, tiny, sc
     optimizer = new_optimizer(net, settings, steps=0, recorded=True)
     before = [id(each) for each in optimizer.state.values()]
     step = training_step(net, adversary, settings, optimizer, Ranks())
-    device._inside.set(True)
-    try:
-        with Capturing():
-            weight = torch.ones((), device="meta")
-            (loss,) = kernel(lambda: step(x, y, weight, *drawn))()  # as within `train`, which has checked its arguments
-    finally:
-        device._inside.reset(token)
+    weight = torch.ones((), device="meta")
+    with device.unrecorded(), Capturing():  # and within `train`, which has checked its arguments
+        (loss,) = kernel(lambda: step(x, y, weight, *drawn))()
     assert loss.is_meta and loss.shape == () and before == [id(each) for each in optimizer.state.values()]
 
 

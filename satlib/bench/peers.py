@@ -7,7 +7,7 @@ import importlib.util
 import io
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import workers_here
 from satlib.data.streamed import StreamedSet
+from satlib.device import autocast
 
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
@@ -86,6 +87,31 @@ def image_dependent(name: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: f
         wrapped = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device)
         attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=steps)
         return torch.cat([attack(wrapped, a, b, epsilons=eps / 255)[1] for a, b in parts]) * 255
+
+
+def adversarial_training(
+    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, eps: float, steps: int
+) -> Callable[[], None]:
+    """Adversarial training as one writes it by hand, on mini-batches of pixels in 0..255: torchattacks' PGD, autocast,
+    channels last, clean images beside the others. Each call goes over the batches once."""
+    import torchattacks
+
+    model = copy.deepcopy(model).train()
+    attack = torchattacks.PGD(UnitRange(model), eps=eps / 255, alpha=eps / 2 / 255, steps=steps, random_start=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def run() -> None:
+        for x, y in batches:
+            with autocast(x.device):
+                adversarial = attack(x / 255, y) * 255
+                seen = torch.cat([adversarial, x]).contiguous(memory_format=torch.channels_last)
+                perturbed, clean = model(seen).float().chunk(2)
+            loss = 0.7 * F.cross_entropy(perturbed, y) + 0.3 * F.cross_entropy(clean, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return run
 
 
 def universal(attacker: str, model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:

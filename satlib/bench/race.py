@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from satlib import data
 from satlib.data import Splits
-from satlib.device import autocast, device_name, fastest_dtype
+from satlib.device import autocast, device_name, fastest_dtype, unrecorded
 from satlib.models import build
 from satlib.progress import Progress
 from satlib.training import Training, train
@@ -119,7 +119,7 @@ class Bench:
 
     def share_of_peak(self, function: Callable[[], object], seconds: float) -> str:
         """How much of the peak a call reaches that takes `seconds`, counting the FLOPs of its matrix products."""
-        with FlopCounterMode(display=False) as counter, autocast(self.device):
+        with FlopCounterMode(display=False) as counter, autocast(self.device), unrecorded():
             function()
         share = counter.get_total_flops() / seconds / self.peak
         return f"{share:.0%} of the {self.peak / 1e12:.2f} TFLOP/s that a large matrix product reaches here"

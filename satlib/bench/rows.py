@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,21 @@ from satlib.bench.race import Bench, Row
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile, workers_here
 from satlib.data.streamed import StreamedImages, StreamedSet
-from satlib.device import autocast
+from satlib.defenses import DEFENSES, Pool
+from satlib.device import autocast, recorded
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
+from satlib.parallel import Ranks
 from satlib.robustness import LARGEST, Robustness, strongest, success_curve, universal_robustness
-from satlib.training import Training, heap_starts, shared_adversarial_loss
+from satlib.training import (
+    ERM,
+    Adversary,
+    SharedAdversarialTraining,
+    Training,
+    changed,
+    new_optimizer,
+    training_step,
+)
 from satlib.universal import ATTACKS
 
 CAPPED = {"loss_threshold": CIFAR10.loss_threshold, "label_smoothing": CIFAR10.label_smoothing}
@@ -134,64 +145,56 @@ def universal(bench: Bench) -> list[Row]:
 
 
 def training(bench: Bench) -> list[Row]:
-    """An epoch of shared adversarial training, K = 4: against ERM, s = 1 and the ideal count"""
-    size, count = 128, 40 if bench.on_cuda else 6
+    """An epoch of each way of training, K = 4: against a loop by hand, s = 1 and as many passes of ERM"""
+    size, count = 128, 40 if bench.on_cuda else 4
     generator = torch.Generator().manual_seed(0)
     batches = list(itertools.islice(bench.splits.train.batches(size, generator=generator, augment=True), count))
-    model = copy.deepcopy(bench.model).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    bound = torch.full((1, 1, 1, 1), 8.0, device=bench.device)
 
-    def descend(loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    def steps_of(adversary: Adversary, **own: Any) -> Callable[[], None]:
+        """The steps of `satlib.training.train` on all mini-batches."""
+        model, settings = copy.deepcopy(bench.model).train(), Training(learning_rate=1e-4, steps=4, **own)
+        optimizer = new_optimizer(model, settings, steps=0, recorded=True)
+        step = training_step(model, adversary, settings, optimizer, Ranks())
+        step = recorded(step, changes=lambda: [*changed(model, optimizer, adversary)])
+        weight = torch.ones((), device=bench.device)
 
-    def clean(images: Tensor, labels: Tensor) -> Tensor:
-        with autocast(bench.device):
-            logits = model(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=0.1)
-
-    def shared(sharedness: int) -> None:
-        settings = Training(sigma=0.7, eps=8.0, sharedness=sharedness, steps=4)
-        for x, y in batches:
-            descend(shared_adversarial_loss(model, x, y, settings, *heap_starts(x, settings, generator)))
-
-    def attack_alone() -> None:
-        with attackable(model) as net:
+        def run() -> None:
             for x, y in batches:
-                xi = torch.zeros_like(x)
-                for _ in range(4):
-                    xi, _ = pgd_step(net, x, y, xi, bound, bound / 2, sharedness=1, **CAPPED)
+                step(x, y, weight, *adversary.draw(x, settings, generator))
 
-    def training_alone() -> None:
-        for x, y in batches:
-            descend(clean(torch.cat([x, x]).contiguous(memory_format=torch.channels_last), torch.cat([y, y])))
+        return run
 
-    def erm() -> None:
-        for x, y in batches:
-            descend(clean(x, y))
-
-    epochs = {f"s = {s}": functools.partial(shared, s) for s in (1, 8, 64)}
-    taken = bench.race(epochs | {"an ERM epoch": erm, "attack": attack_alone, "training": training_alone})
-    share = bench.share_of_peak(epochs["s = 64"], statistics.median(taken["s = 64"]))
+    attacked = {"sigma": 0.7, "eps": 8.0}
+    ways = {f"s = {s}": steps_of(SharedAdversarialTraining(), sharedness=s, **attacked) for s in (1, 8, 64)}
+    ways["ERM"] = steps_of(ERM())
+    for name, defense in DEFENSES.items():
+        adversary = defense(bench.splits.train, eps=8.0)
+        if isinstance(adversary, Pool):  # which it fills before an epoch: not part of this
+            adversary.pool = torch.zeros_like(bench.splits.train.images[:2], dtype=torch.float32)
+        ways[name] = steps_of(adversary, **attacked)
+    library = peers.title("torchattacks")
+    if library:
+        ways["by hand"] = peers.adversarial_training(bench.model, batches, eps=8.0, steps=4)
+    taken = bench.race(ways)
     epoch = {name: [each * EPOCH / (size * count) for each in seconds] for name, seconds in taken.items()}
-    epoch["the ideal count"] = [a + b for a, b in zip(epoch["attack"], epoch["training"], strict=True)]
-    epoch["ours, s = 1"] = epoch["s = 1"]
-    parts = f"attack {statistics.median(epoch['attack']):.1f} s + training on both halves "
-    parts += f"{statistics.median(epoch['training']):.1f} s, each timed alone"
-    return [
-        bench.row(
-            "c", f"epoch of {EPOCH:,} images, {s}", unit="s", ours=epoch[s], peer=epoch[p], peer_name=p, note=note
+    epoch["passes"] = [6 * each for each in epoch["ERM"]]
+    share = {name: bench.share_of_peak(ways[name], statistics.median(taken[name])) for name in ("s = 64", "ERM")}
+    row = functools.partial(bench.row, "c", unit="s")
+    found = [
+        row(
+            f"epoch of {EPOCH:,} images, {name}",
+            ours=epoch[name],
+            peer=epoch["s = 1"],
+            peer_name="ours, s = 1",
+            note=share.get(name, ""),
         )
-        for s, p, note in (
-            ("s = 64", "ours, s = 1", share),
-            ("s = 8", "ours, s = 1", ""),
-            ("s = 64", "the ideal count", parts),
-            ("s = 1", "the ideal count", ""),
-            ("s = 64", "an ERM epoch", ""),
-        )
+        for name in ways
+        if name not in ("s = 1", "by hand")
     ]
+    passes = {"peer": epoch["passes"], "peer_name": "six ERM epochs: as many passes"}
+    found.append(row(f"epoch of {EPOCH:,} images, s = 64", ours=epoch["s = 64"], **passes))
+    by_hand = {"peer": epoch.get("by hand"), "peer_name": f"a loop by hand, {library}'s PGD" if library else NOBODY}
+    return [*found, row(f"epoch of {EPOCH:,} images, s = 1", ours=epoch["s = 1"], **by_hand)]
 
 
 def searched(bench: Bench, ways: Mapping[str, Callable[..., Robustness]]) -> tuple[dict[str, list[float]], str]:
