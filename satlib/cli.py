@@ -369,6 +369,7 @@ def _counted(runs: Sequence, unfinished: Sequence) -> str:
     "ledger publish",
     _option("runs", nargs="+", metavar="RUN", help="ids or their first digits, or profile:NAME"),
     _option("--artefacts", default="perturbation", help="artefacts to publish along (default: %(default)s)"),
+    _option("--half", metavar="weights", default="", help="those of them to publish in half precision"),
 )
 def _ledger_publish(options: argparse.Namespace) -> None:
     """Copy records into data/ledger, which is tracked."""
@@ -381,7 +382,8 @@ def _ledger_publish(options: argparse.Namespace) -> None:
         if name.startswith("profile:") and name not in by_profile:
             raise SatlibError(f"publish: no record of the profile {name[8:]!r} in {ledger.root}; see `ledger status`")
     ids = [each for name in options.runs for each in by_profile.get(name, [name])]
-    published = ledger.publish(ids, [name for name in options.artefacts.split(",") if name])
+    artefacts, half = (list(filter(None, names.split(","))) for names in (options.artefacts, options.half))
+    published = ledger.publish(ids, artefacts, half=half)
     print(f"{len(published)} records published in {ledger.ledger}")
 
 

@@ -481,6 +481,44 @@ def test_publish_checks_everything_before_it_writes(tmp_path):
     assert Ledger(tmp_path).find(ids[1], ["weights"]) is not None
 
 
+def test_weights_are_published_in_half_precision_where_asked(tmp_path):
+    """Vectors, such as batch norm's statistics, stay as they are; what half precision cannot hold is refused."""
+    ledger = Ledger(tmp_path)
+
+    def compute(work):
+        weights = {"kernel": torch.randn(64, 32, 3, 3), "running_var": torch.full((4,), 1e6), "count": torch.tensor(7)}
+        work.save_tensors("weights", weights | {"large": torch.full((2, 2), 7e4 if large else 6e4)})
+        work.save_tensors("perturbation", {"xi": torch.randn(1, 3, 8, 8)})
+        return {}
+
+    large = False
+    made = ledger.get_or_compute(spec(1), compute)
+    before = made.tensors("weights"), made.tensors("perturbation")
+    (published,) = ledger.publish([made.id], ["weights", "perturbation"], half=["weights"])
+    shutil.rmtree(ledger.runs)
+    found = Ledger(tmp_path).find(made.id, ["weights", "perturbation"])
+    assert found == published and found.metrics == made.metrics and found.created == made.created
+    weights = found.tensors("weights")
+    assert {name: value.dtype for name, value in weights.items()} == {
+        "kernel": torch.float16,
+        "large": torch.float16,
+        "running_var": torch.float32,
+        "count": torch.int64,
+    }
+    assert torch.equal(weights["kernel"], before[0]["kernel"].half())
+    assert torch.equal(weights["running_var"], before[0]["running_var"])
+    assert torch.equal(found.tensors("perturbation")["xi"], before[1]["xi"])
+    assert found.artefacts["weights.safetensors"]["bytes"] < 0.6 * made.artefacts["weights.safetensors"]["bytes"]
+    ledger.publish([made.id])  # what it was published with stays, as it was published
+    assert torch.equal(Ledger(tmp_path).find(made.id).tensors("weights")["kernel"], weights["kernel"])
+    large = True
+    other = ledger.get_or_compute(spec(2), compute)
+    with pytest.raises(SatlibError, match="large has numbers above 65,504"):
+        ledger.publish([other.id], ["weights"], half=["weights"])
+    with pytest.raises(SatlibError, match="half names 'weights', which is not among the artefacts"):
+        ledger.publish([other.id], half=["weights"])
+
+
 def test_an_ambiguous_prefix_is_refused(tmp_path):
     for digit in "12":
         (tmp_path / "runs" / ("ab" + digit * 62)).mkdir(parents=True)

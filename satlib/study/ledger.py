@@ -8,7 +8,7 @@ read or written.
 """
 
 import contextlib
-import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -26,7 +26,19 @@ from satlib.files import sync, write_text, writing
 from satlib.paths import project_root
 from satlib.study import records
 from satlib.study.provenance import provenance
-from satlib.study.records import RUN_ID, Damage, DamageWarning, Record, RunSpec, Workspace, check_json
+from satlib.study.records import (
+    RUN_ID,
+    Damage,
+    DamageWarning,
+    Record,
+    RunSpec,
+    Workspace,
+    artefact_entry,
+    check_json,
+    halved,
+    parse_record,
+    render_record,
+)
 
 OLDEST_FIRST = attrgetter("created", "id")
 
@@ -263,32 +275,47 @@ class Ledger:
 
     # Sharing
 
-    def publish(self, ids: Iterable[str], artefacts: Iterable[str] = (), *, max_bytes: int = 2_000_000) -> list[Record]:
+    def publish(
+        self,
+        ids: Iterable[str],
+        artefacts: Iterable[str] = (),
+        *,
+        max_bytes: int = 2_000_000,
+        half: Iterable[str] = (),
+    ) -> list[Record]:
         """Copy the records that `ids` (or their first digits) name to the tracked ledger.
 
-        Each takes along those of the named `artefacts` that it has. Raises `SatlibError`, before anything
-        is written, if an artefact is not here, has more than `max_bytes` bytes, or is known to none of the
-        records.
+        Each takes along those of the named `artefacts` that it has, and those of them that `half` names in half
+        precision (`halved`). Raises `SatlibError`, before anything is written, if an artefact is not here, has more
+        than `max_bytes` bytes, or is known to none of the records.
         """
-        records, artefacts = [self.get(run_id) for run_id in ids], tuple(artefacts)
+        records, artefacts, half = [self.get(run_id) for run_id in ids], tuple(artefacts), tuple(half)
+        if unknown := sorted(set(half) - set(artefacts)):
+            raise SatlibError(f"publish: half names {unknown[0]!r}, which is not among the artefacts to publish")
+        taken: dict[str, dict[str, bytes]] = {record.id: {} for record in records}
         for name in artefacts:
             listed = [(record, file) for record in records if (file := record.file(name))]
             if not listed:
                 raise SatlibError(f"publish: none of the {len(records)} records has an artefact {name!r}")
             for record, file in listed:
-                if (size := len(record.read(file))) > max_bytes:
+                content = halved(record.read(file)) if name in half else record.read(file)
+                if (size := len(content)) > max_bytes:
                     raise SatlibError(f"publish: {record.path / file} has {size:,} bytes; max_bytes is {max_bytes:,}")
+                taken[record.id][file] = content
+        published = []
         for record in records:
             target = self.ledger / record.id
             with self.holding(record.id, record.kind), new_run(target) as folder, writing(self.ledger):
-                sources = {file: record for name in artefacts if (file := record.file(name))}
                 old = self._look(target, locked=True)
-                if old is not None and old.digest == record.digest:  # what it was published with stays
-                    sources |= {file: old for file in old.artefacts if old.has(file)}
-                for file, source in sources.items():
-                    (folder / file).write_bytes(source.read(file))
-                (folder / "record.json").write_bytes((record.path / "record.json").read_bytes())
-        return [dataclasses.replace(record, path=self.ledger / record.id) for record in records]
+                if old is not None and old.created == record.created:  # what it was published with stays
+                    taken[record.id] = {f: old.read(f) for f in old.artefacts if old.has(f)} | taken[record.id]
+                text = json.loads((record.path / "record.json").read_bytes())
+                for file, content in taken[record.id].items():
+                    (folder / file).write_bytes(content)
+                    text["artefacts"][file] = artefact_entry(content)
+                (folder / "record.json").write_bytes(rendered := render_record(text))
+            published.append(parse_record(rendered, target))
+        return published
 
     def status(self) -> dict:
         """Counts and bytes of runs and published records; failed, damaged, and unfinished or running runs."""

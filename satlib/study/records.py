@@ -217,6 +217,26 @@ class Record(RunSpec):
             return dict(archive)
 
 
+def artefact_entry(content: bytes) -> dict:
+    """How a record lists an artefact."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def halved(content: bytes) -> bytes:
+    """A file of tensors with its matrices and kernels in half precision; vectors, such as statistics, stay as they are.
+
+    Raises `SatlibError` where a number is too large for it.
+    """
+    tensors = safetensors.torch.load(content)
+    small = {
+        name: value.half() if value.ndim > 1 and value.is_floating_point() else value for name, value in tensors.items()
+    }
+    for name, value in small.items():
+        if not torch.equal(value.isfinite(), tensors[name].isfinite()):
+            raise SatlibError(f"{name} has numbers above 65,504, too large for half precision; publish it as it is")
+    return safetensors.torch.save(small)
+
+
 def render_record(content: dict) -> bytes:
     """The one text of `record.json` for `content`, whose digest is filled in here."""
     content = {name: value for name, value in content.items() if name != "digest"}
@@ -337,7 +357,7 @@ class Workspace:
             raise SatlibError(f"artefact {file!r}: expected a new name of letters, digits, '_', '-' and '.'")
         with files.writing(self._folder):
             (self._folder / file).write_bytes(content)
-        self.artefacts[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        self.artefacts[file] = artefact_entry(content)
 
     def save_checkpoint(self, tensors: dict[str, Tensor], info: dict) -> None:
         """Replace the run's checkpoint atomically; `info` is plain JSON (epoch, metrics so far ...)."""
