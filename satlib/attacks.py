@@ -21,7 +21,7 @@ from satlib.checks import (
     per_step,
 )
 from satlib.data.imageset import IGNORE
-from satlib.device import exact, prepared
+from satlib.device import exact, prepared, sent
 from satlib.errors import SatlibError
 from satlib.network import attackable, evaluated, logits_of
 
@@ -404,14 +404,11 @@ def source(generator: torch.Generator | None) -> torch.device:
 
 
 def random_start(shape: tuple[int, ...], eps: float | Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform in [-eps, eps], (heaps, C, H, W); drawn on the generator's device, given on that of eps (or the CPU).
-
-    On its way from the CPU to CUDA, nobody waits for it.
-    """
-    where = eps.device if isinstance(eps, Tensor) else torch.device("cpu")
-    pinned = where.type == "cuda" and source(generator).type == "cpu"
-    drawn = torch.rand(shape, generator=generator, device=source(generator), pin_memory=pinned)
-    return (drawn.to(where, non_blocking=True) * 2 - 1) * eps
+    """Uniform in [-eps, eps], (heaps, C, H, W); drawn on the generator's device, given on that of eps (or the CPU)."""
+    drawn = torch.rand(shape, generator=generator, device=source(generator))
+    if isinstance(eps, Tensor) and not drawn.is_cuda:
+        drawn = sent(drawn, eps.device)
+    return (drawn * 2 - 1) * eps
 
 
 def _start(start: Tensor | None, shape: tuple[int, ...], eps: Tensor, generator: torch.Generator | None) -> Tensor:

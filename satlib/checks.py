@@ -252,7 +252,7 @@ def check_data(data: Any, model: Any = None, *, has: str = "batches", **options:
 def numbers(value: Any, name: str) -> Tensor:
     """One or more numbers as float32 of any shape. Raises SatlibError for what are none."""
     try:
-        tensor = torch.as_tensor(value).detach()
+        tensor = (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
         fine = tensor.numel() and not tensor.is_complex() and tensor.dtype is not torch.bool
     except (TypeError, ValueError, RuntimeError):
         fine = False

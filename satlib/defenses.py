@@ -12,6 +12,7 @@ from satlib.attacks import heap_pgd, perturb, shuffled
 from satlib.checks import check, check_data, check_eps, check_whole, outside
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
+from satlib.device import sent
 from satlib.training import Adversary, Training, clean_loss, mixed_loss
 from satlib.universal import UniversalAttack, mean_of_signs, takes
 
@@ -82,8 +83,8 @@ class DeepFoolUAD(Pool):
         self.pool = torch.cat(crafted)
 
     def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
-        which = torch.randint(len(self.pool), (len(images),), generator=generator).to(images.device)
-        gets = (torch.rand(len(images), generator=generator) < self.share).to(images.device)
+        which = sent(torch.randint(len(self.pool), (len(images),), generator=generator), images.device)
+        gets = sent(torch.rand(len(images), generator=generator) < self.share, images.device)
         return (self.pool[which] * gets.view(-1, 1, 1, 1),)
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ PAIRS = 9  # timed in each format
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT = 8  # recordings, the least recently used goes first; each holds its own activations
 Outputs = tuple[Tensor, ...]
-Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+Recorder = Callable[..., tuple[Callable[[], None], Outputs]]  # of a function, and on CUDA of a pool of memory
 
 
 @functools.cache
@@ -141,27 +141,46 @@ def _switch(precision: str | None, tf32: bool | None, newer: Sequence[str]) -> N
         each.fp32_precision = value
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context in which matrix products and convolutions on `device` run in its fastest format, or as `exact` says."""
+def autocast(device: torch.device, *, cache: bool = False) -> contextlib.AbstractContextManager:
+    """Context in which matrix products and convolutions on `device` run in its fastest format, or as `exact` says.
+
+    cache: keep the weights in that format until it ends, for several passes; of no use in a single one.
+    """
     dtype = _dtype(device)
-    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=cache)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
     return _forced.get() or fastest_dtype(device.type)
 
 
-def on_cuda(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """Record `function` as a CUDA graph, after three calls that let libraries choose their algorithms."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; on its way to CUDA nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def on_cuda(function: Callable[[], Outputs], pool: Any = None) -> tuple[Callable[[], None], Outputs]:
+    """Record `function` as a CUDA graph, after three calls that let libraries choose their algorithms.
+
+    In the last of them it must not wait for the device: a capture that fails leaves some versions of PyTorch in
+    disorder, so that what would make it fail has to show before. pool: that of graphs of which one runs at a time.
+    """
+    here, stream, before = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(here)
+    try:
+        with torch.cuda.stream(stream):
+            for mode in (before, before, "error"):
+                torch.cuda.set_sync_debug_mode(mode)
+                function()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may load data
+            outputs = function()
+    finally:
+        torch.cuda.set_stream(here)
     return graph.replay, outputs
 
 
@@ -190,27 +209,44 @@ def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence
     """A function of tensors, by a recording for every shape of theirs, where their device has a recorder.
 
     Whatever else it reads has to stay in its memory, and what it changes there is among the tensors that `changes`
-    gives: to record it, it is called a few times, and these go back to what they were.
+    gives: to record it, it is called a few times, and these go back to what they were. Where they have moved, it is
+    recorded anew. A shape that comes once, such as an epoch's last mini-batch, is not worth it.
     """
     recordings: dict[tuple, Recording | None] = {}
+    seen: set[tuple] = set()
+    kept: list[Tensor] = []
+    places: list[int] = []
+    pools: list[Any] = []
 
     def run(*tensors: Tensor) -> Outputs:
-        record, shapes = recorder(tensors[0].device), tuple(map(_shape, tensors))
+        device, shapes = tensors[0].device, tuple(map(_shape, tensors))
+        record = recorder(device)
         if record is None:
             return function(*tensors)
-        if shapes not in recordings:
+        if places != [tensor.data_ptr() for tensor in kept]:
+            recordings.clear()
+        if shapes not in recordings and (shapes in seen or not seen):
+            if device.type == "cuda":
+                pools[:] = pools or [torch.cuda.graph_pool_handle()]
+                record = functools.partial(record, pool=pools[0])
             recordings[shapes] = None  # should the next lines fail, they are not tried again
-            kept = list(changes())
-            before = [tensor.detach().clone() for tensor in kept]
+            kept[:] = changes()
+            places[:] = [tensor.data_ptr() for tensor in kept]
+            before = []
             try:
+                before += [tensor.detach().clone() for tensor in kept]
                 with _lock:
                     recordings[shapes] = Recording(function, tensors, record)
             except Exception as error:
                 _warn(error, "step")
             finally:
                 with torch.no_grad():
-                    for tensor, value in zip(kept, before, strict=True):
+                    for tensor, value in zip(kept, before, strict=False):
                         tensor.copy_(value)
+        seen.add(shapes)
+        if shapes not in recordings:
+            with unrecorded():
+                return function(*tensors)
         found = recordings[shapes]
         return function(*tensors) if found is None else found(*tensors)
 
@@ -224,7 +260,10 @@ def _shape(tensor: Tensor) -> tuple:
 
 def _warn(error: Exception, what: str) -> None:
     """Say that something is not recorded: an operation that graphs do not know, too little memory, ..."""
-    reason = (str(error).splitlines() or [""])[0]
+    first: BaseException = error
+    while first.__context__:  # a capture that breaks off says only that it did
+        first = first.__context__
+    reason = (str(first).splitlines() or [""])[0]
     warnings.warn(f"not recorded as a graph, each {what} is launched by itself: {reason}", stacklevel=3)
 
 
@@ -345,7 +384,9 @@ class Recording:
             with unrecorded():
                 return function(*self.buffers)
 
-        self.replay, self.outputs = record(call)
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.replay, self.outputs = record(call)
 
     def __call__(self, *tensors: Tensor) -> Outputs:
         """The outputs for `tensors`, as new tensors. What is as in the last call is not copied."""
@@ -370,7 +411,7 @@ class SharedRecording(Recording):
         record: Recorder,
         blueprint: Blueprint,
     ) -> None:
-        net = copy.deepcopy(net)
+        self.net = net = copy.deepcopy(net)  # kept with what it makes when it is first called
         self.known = blueprint.known  # kept, so that nothing else gets one of these identities
         self.weights = Blueprint(net, tensors[0].device).tensors
         self.user: Callable[[], Step | None] = lambda: None

@@ -82,9 +82,11 @@ class Ranks:
             size = min(batch_size, images - step * batch_size)
             own = self.share(size, sharedness)
             with self.drawing(size, sharedness, x[0].numel() if heap else 0, generator):
-                mine = decisions(y if own.stop > own.start else y[:0])
-                alone = torch.ones((), device=x.device)
-                yield x, y, alone if self.count == 1 else mine / self.total(mine.clone()).clamp(min=1)
+                weight = torch.ones((), device=x.device)
+                if self.count > 1:
+                    mine = decisions(y if own.stop > own.start else y[:0])
+                    weight = mine / self.total(mine.clone()).clamp(min=1)
+                yield x, y, weight
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Give every rank the sum of all ranks' gradients, and rank 0's buffers: the next attack is on one model."""

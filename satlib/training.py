@@ -152,7 +152,7 @@ class Adversary(Protocol):
 
     `draw` is for what is random in a mini-batch, the rest for what goes on from epoch to epoch. recordable: whether
     `loss` computes with its arguments and the tensors of `state` alone, which stay in their memory: on CUDA a step is
-    then recorded once and launched whole.
+    then recorded once and launched whole. A class that has another `loss` has to say so again.
     """
 
     recordable: bool = False
@@ -190,6 +190,12 @@ class SharedAdversarialTraining(Adversary):
     recordable = True
     draw = staticmethod(heap_starts)
     loss = staticmethod(shared_adversarial_loss)
+
+
+def recordable(adversary: Adversary) -> bool:
+    """Whether the class that has the adversary's `loss` says so."""
+    owner = next((each for each in (adversary, *type(adversary).__mro__) if "loss" in vars(each)), None)
+    return bool(vars(owner).get("recordable", False))
 
 
 def training_step(
@@ -246,7 +252,7 @@ def train(
     size = min(settings.epoch_images or len(data), len(data))
     steps = math.ceil(size / settings.batch_size)
     history = ranks.broadcast_object(list(history or []))
-    whole = adversary.recordable and ranks.count == 1 and isinstance(model, OwnNetwork)
+    whole = ranks.count == 1 and isinstance(model, OwnNetwork) and recordable(adversary)
     optimizer = new_optimizer(model, settings, steps=len(history) * steps, recorded=whole)
     if state is not None:
         load_state(state, model, optimizer, adversary)
@@ -274,6 +280,7 @@ def train(
         history.append({"epoch": epoch + 1, "loss": round(mean, 6)})
         if after_epoch:
             ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), history))
+    optimizer.zero_grad(set_to_none=True)  # what a recording made of them goes with it
     model.eval()
     return history
 
@@ -298,7 +305,10 @@ def new_optimizer(model: Module, settings: Training, *, steps: int, recorded: bo
         own |= {"fused": True} if sgd else {"fused": True, "capturable": True}
     optimizer = kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, **own)
     if recorded:
-        counted_on, optimizer.param_groups[0]["lr"] = device, torch.tensor(settings.learning_rate, device=device)
+        counted_on, optimizer.param_groups[0]["lr"] = (
+            device,
+            torch.tensor(settings.learning_rate, dtype=torch.float32, device=device),
+        )
     for weight in model.parameters():
         optimizer.state[weight].update({theirs: torch.zeros_like(weight) for theirs in kept.values()})
         if not sgd:
@@ -329,7 +339,8 @@ def tensors_of(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 def changed(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> Iterator[Tensor]:
     """All tensors that a step changes, in place."""
-    yield from model.state_dict().values()
+    yield from model.parameters()
+    yield from model.buffers()
     for kept in optimizer.state.values():
         yield from kept.values()
     yield from adversary.state().values()

@@ -102,7 +102,7 @@ def adversarial_training(
 
     def run() -> None:
         for x, y in batches:
-            with autocast(x.device):
+            with autocast(x.device, cache=True):
                 adversarial = attack(x / 255, y) * 255
                 seen = torch.cat([adversarial, x]).contiguous(memory_format=torch.channels_last)
                 perturbed, clean = model(seen).float().chunk(2)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from satlib.attacks import attackable, heap_pgd, perturb, pgd_step, spend, success_rates, universal_pgd
 from satlib.bench import peers
 from satlib.bench.race import Bench, Row
+from satlib.checks import kernel
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile, workers_here
 from satlib.data.streamed import StreamedImages, StreamedSet
@@ -158,6 +159,7 @@ def training(bench: Bench) -> list[Row]:
         step = recorded(step, changes=lambda: [*changed(model, optimizer, adversary)])
         weight = torch.ones((), device=bench.device)
 
+        @kernel
         def run() -> None:
             for x, y in batches:
                 step(x, y, weight, *adversary.draw(x, settings, generator))
