@@ -34,7 +34,7 @@ from satlib.errors import SatlibError
 
 PAIRS = 9  # timed in each format
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KEPT = 8  # recordings, the least recently used goes first; each holds its own activations
+KEPT = 32  # recordings of attacks, the least recently used goes first; an ensemble's search has about a dozen shapes
 Outputs = tuple[Tensor, ...]
 Recorder = Callable[..., tuple[Callable[[], None], Outputs]]  # of a function, and on CUDA of a pool of memory
 
@@ -195,6 +195,15 @@ def recorder(device: torch.device) -> Recorder | None:
     return None if os.environ.get("SATLIB_GRAPHS") == "0" or _inside.get() else RECORDERS.get(device.type)
 
 
+def _memory(device: torch.device) -> dict[str, Any]:
+    """On CUDA a pool of memory, as an option of `on_cuda`, for recordings of which one runs at a time: all of them
+    together take what the largest takes."""
+    return {"pool": torch.cuda.graph_pool_handle()} if device.type == "cuda" else {}
+
+
+_memory_of_attacks = functools.cache(_memory)
+
+
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """In this context nothing is recorded, and nothing recorded is used."""
@@ -216,7 +225,7 @@ def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence
     seen: set[tuple] = set()
     kept: list[Tensor] = []
     places: list[int] = []
-    pools: list[Any] = []
+    memory: dict[str, Any] = {}
 
     def run(*tensors: Tensor) -> Outputs:
         device, shapes = tensors[0].device, tuple(map(_shape, tensors))
@@ -226,9 +235,8 @@ def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence
         if places != [tensor.data_ptr() for tensor in kept]:
             recordings.clear()
         if shapes not in recordings and (shapes in seen or not seen):
-            if device.type == "cuda":
-                pools[:] = pools or [torch.cuda.graph_pool_handle()]
-                record = functools.partial(record, pool=pools[0])
+            memory.update(memory or _memory(device))
+            record = functools.partial(record, **memory)
             recordings[shapes] = None  # should the next lines fail, they are not tried again
             kept[:] = changes()
             places[:] = [tensor.data_ptr() for tensor in kept]
@@ -291,6 +299,7 @@ def prepared(
         with _lock:
             if key not in _recordings:
                 _recordings[key] = None  # should the next line fail, it is not tried again
+                record = functools.partial(record, **_memory_of_attacks(device))
                 _recordings[key] = SharedRecording(
                     functools.partial(function, **options), net, tensors, record, blueprint
                 )
@@ -373,12 +382,11 @@ def _known(*_: Any) -> None:
 
 
 class Recording:
-    """A function of tensors, recorded with buffers of its own for them."""
+    """A function of tensors, recorded with buffers of its own for them. One thread at a time uses it."""
 
     def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], record: Recorder) -> None:
         self.buffers = [tensor.detach().clone() for tensor in tensors]
         self.given: list[Tensor | None] = [None] * len(tensors)
-        self.lock = threading.RLock()
 
         def call() -> Outputs:
             with unrecorded():
@@ -390,18 +398,22 @@ class Recording:
 
     def __call__(self, *tensors: Tensor) -> Outputs:
         """The outputs for `tensors`, as new tensors. What is as in the last call is not copied."""
-        with self.lock:
-            with torch.no_grad():
-                for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
-                    if tensor is not last:
-                        buffer.copy_(tensor, non_blocking=True)
-            self.given = list(tensors)
-            self.replay()
-            return tuple(output.clone() for output in self.outputs)
+        with torch.no_grad():
+            for buffer, tensor, last in zip(self.buffers, tensors, self.given, strict=True):
+                if tensor is not last:
+                    buffer.copy_(tensor, non_blocking=True)
+        self.given = list(tensors)
+        self.replay()
+        return tuple(output.clone() for output in self.outputs)
 
 
 class SharedRecording(Recording):
-    """A function of (net, *tensors), recorded with a copy of the network, whose weights are those of its last user."""
+    """A function of (net, *tensors), recorded with a copy of the network, whose weights are those of its last user.
+
+    All of them share their memory, so that only one runs at a time, to where its outputs have been copied.
+    """
+
+    lock = threading.RLock()
 
     def __init__(
         self,
