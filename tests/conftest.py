@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from satlib import device
 from satlib.data import ImageSet, Splits
 from satlib.data.imageset import IGNORE
 from satlib.device import fastest_dtype
@@ -138,3 +139,25 @@ def scenes() -> Splits:
         return ImageSet(images, labels.to(torch.uint8), BANDS, "bands", "Bands", name, frames)
 
     return Splits(split("train", 24), split("val", 12), split("test", 12))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """Records on the CPU as CUDA does, after three trial calls; the outputs are always the same memory. Returns what
+    was recorded."""
+    made: list[Callable] = []
+
+    def record(function: Callable, **_: object) -> tuple[Callable, tuple]:
+        for _ in range(3):
+            function()
+        outputs = function()
+        made.append(function)
+
+        def replay() -> None:
+            for output, new in zip(outputs, function(), strict=True):
+                output.copy_(new)
+
+        return replay, outputs
+
+    monkeypatch.setitem(device.RECORDERS, "cpu", record)
+    return made

@@ -206,25 +206,6 @@ def forgotten():
     device._recordings.clear()
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    """Records on any device as a graph would: the outputs are always the same memory. Returns the calls made."""
-    made = []
-
-    def record(function):
-        outputs = function()
-        made.append(function)
-
-        def replay():
-            for output, new in zip(outputs, function(), strict=True):
-                output.copy_(new)
-
-        return replay, outputs
-
-    monkeypatch.setitem(device.RECORDERS, "cpu", record)
-    return made
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -43,28 +43,6 @@ CASES = [("ResNet", kind) for kind in KINDS]
 CASES += [(network, kind) for network in ("bottleneck", "FCN-8s") for kind in ("shared", "Adam")]
 
 
-@pytest.fixture
-def recordings(monkeypatch):
-    """Records on the CPU as CUDA does, after three trial calls; the outputs are always the same memory. Returns what
-    was recorded."""
-    made: list[Callable] = []
-
-    def record(function):
-        for _ in range(3):
-            function()
-        outputs = function()
-        made.append(function)
-
-        def replay():
-            for output, new in zip(outputs, function(), strict=True):
-                output.copy_(new)
-
-        return replay, outputs
-
-    monkeypatch.setitem(device.RECORDERS, "cpu", record)
-    return made
-
-
 def settings_for(kind, **changes):
     given = {"epochs": 2, "batch_size": 24, "epoch_images": 60, "learning_rate": 0.02}
     return Training(**given | KINDS[kind][0] | changes)
@@ -107,14 +85,14 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(("network", "kind"), CASES)
-def test_a_recorded_step_trains_as_the_plain_one_does(network, kind, tiny, scenes, recordings, monkeypatch):
+def test_a_recorded_step_trains_as_the_plain_one_does(network, kind, tiny, scenes, recorder, monkeypatch):
     """Also in the last, smaller mini-batch, which is a recording of its own."""
     data = data_for(network, tiny, scenes)
     history, states = trained_by(network, kind, data)
-    assert len([each for each in recordings if "Recording." in each.__qualname__]) == len(recordings)
+    assert len([each for each in recorder if "Recording." in each.__qualname__]) == len(recorder)
     shapes = 1 if network == "FCN-8s" else 2
     attacked_before_an_epoch = 1 if kind in ("fictitious play", "DeepFool UAD") else 0
-    assert shapes <= len(recordings) <= shapes + attacked_before_an_epoch
+    assert shapes <= len(recorder) <= shapes + attacked_before_an_epoch
     monkeypatch.undo()
     plain, expected = trained_by(network, kind, data)
     for ours, theirs in zip(states, expected, strict=True):
@@ -123,7 +101,7 @@ def test_a_recorded_step_trains_as_the_plain_one_does(network, kind, tiny, scene
 
 
 @pytest.mark.parametrize("kind", ["shared", "Adam", "universal adversarial training"])
-def test_a_recorded_training_goes_on_where_it_stopped(kind, tiny, scenes, recordings):
+def test_a_recorded_training_goes_on_where_it_stopped(kind, tiny, scenes, recorder):
     data = data_for("ResNet", tiny, scenes)
     history, states = trained_by("ResNet", kind, data)
     _, resumed = trained_by("ResNet", kind, data, state=states[0], history=history[:1])
@@ -131,12 +109,12 @@ def test_a_recorded_training_goes_on_where_it_stopped(kind, tiny, scenes, record
     assert_same(resumed[0], states[1])
 
 
-def test_what_a_trial_call_changes_goes_back(tiny, recordings):
+def test_what_a_trial_call_changes_goes_back(tiny, recorder):
     """One epoch of one step, with a trial before it: the weights have moved by one step only."""
     few, settings = tiny.train.first(24), settings_for("shared", epochs=1, epoch_images=24)
     nets = built("ResNet"), built("ResNet")
     train(nets[0], few, settings)
-    assert len(recordings) == 1
+    assert len(recorder) == 1
     device.RECORDERS.pop("cpu")
     train(nets[1], few, settings)
     assert_same(nets[0].state_dict(), nets[1].state_dict())
@@ -170,15 +148,15 @@ class Counting(Adversary):
         return ERM().loss(model, images + self.calls, labels, settings)
 
 
-def test_what_computes_with_more_than_tensors_is_not_recorded(tiny, recordings):
+def test_what_computes_with_more_than_tensors_is_not_recorded(tiny, recorder):
     adversary = Counting()
     train(built("ResNet"), tiny.train.first(48), settings_for("ERM", epoch_images=48), adversary=adversary)
     foreign = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     train(foreign, tiny.train.first(48), settings_for("ERM", epoch_images=48))
-    assert not recordings and adversary.calls == 4
+    assert not recorder and adversary.calls == 4
 
 
-def test_another_loss_has_to_say_again_that_it_can_be_recorded(tiny, recordings):
+def test_another_loss_has_to_say_again_that_it_can_be_recorded(tiny, recorder):
     class Own(SharedAdversarialTraining):
         def loss(self, model, images, labels, settings, *drawn):
             return 2 * super().loss(model, images, labels, settings, *drawn)
@@ -193,14 +171,14 @@ def test_another_loss_has_to_say_again_that_it_can_be_recorded(tiny, recordings)
 
     found = {}
     for kind in (Own, Stated, Drawing):
-        before = len(recordings)
+        before = len(recorder)
         train(built("ResNet"), tiny.train.first(24), settings_for("shared", epoch_images=24), adversary=kind())
-        found[kind] = len(recordings) - before
-    assert found[Own] <= 1 and "Recording." in recordings[-1].__qualname__  # at most its attack's iteration
+        found[kind] = len(recorder) - before
+    assert found[Own] <= 1 and "Recording." in recorder[-1].__qualname__  # at most its attack's iteration
     assert found[Stated] == found[Drawing] == 1
 
 
-def test_a_step_is_recorded_anew_where_weights_have_moved(tiny, recordings):
+def test_a_step_is_recorded_anew_where_weights_have_moved(tiny, recorder):
     """As they do when a network visits another device between two epochs."""
     few, settings = tiny.train.first(24), settings_for("shared", epochs=3, epoch_images=24)
 
@@ -213,7 +191,7 @@ def test_a_step_is_recorded_anew_where_weights_have_moved(tiny, recordings):
 
     nets = built("ResNet"), built("ResNet")
     train(nets[0], few, settings, after_epoch=moved(nets[0]))
-    assert len(recordings) == 3
+    assert len(recorder) == 3
     device.RECORDERS.pop("cpu")
     train(nets[1], few, settings)
     assert_same(nets[0].state_dict(), nets[1].state_dict())
