@@ -415,12 +415,12 @@ def test_the_ensemble_fits_its_mini_batches_to_the_images_and_its_steps_to_the_e
     for each in (plain, aimed, margin):
         own = options(each)
         assert own["batch_size"] == 64 and own["inner"] == 4 and own["straight_through"]
-        assert (own["beta"], own["gamma"]) == ((40, 0.95) if each is aimed else (20, 0.975))
+        assert (own["beta"], own["gamma"]) == ((20, 0.975) if each is plain else (40, 0.95))
         assert own.get("loss_threshold") is None and own.get("larger", 1) == 1
     assert options(margin)["loss"] == "margin" and options(plain)["loss"] == "cross-entropy"
     assert [name_of(each) for each in ensemble(20, segmentation=True, targeted=True)] == ["SGA", "margin"]
     assert {options(each)["batch_size"] for each in ensemble(20)} == {20}
-    assert [options(each)["steps"] for each in ensemble(5000, effort=0.1)] == [5, 8, 5]
+    assert [options(each)["steps"] for each in ensemble(5000, effort=0.1)] == [5, 8, 8]
     scored = {
         effort: {options(each)["score_images"] for each in ensemble(5000, effort=effort)}
         for effort in (0.1, 0.25, 1, 2)

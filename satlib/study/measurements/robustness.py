@@ -68,7 +68,7 @@ def universal_robustness(
     return _found(find, parts, work, _paced(progress), targeted=bool(target), delta=delta, generator=_seeded(seed))[0]
 
 
-@measurement(version=2)
+@measurement(version=3)
 def strongest(
     model: Module,
     data: Splits,
