@@ -34,6 +34,7 @@ from satlib.errors import SatlibError
 
 PAIRS = 9  # timed in each format
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPILING, SAVED = 33.0, 0.2  # seconds it takes, and the share of a step that it saves: the paper's network, an H100
 KEPT = 32  # recordings of attacks, the least recently used goes first; an ensemble's search has about a dozen shapes
 Outputs = tuple[Tensor, ...]
 Recorder = Callable[..., tuple[Callable[[], None], Outputs]]  # of a function, and on CUDA of a pool of memory
@@ -184,6 +185,7 @@ def on_cuda(function: Callable[[], Outputs], pool: Any = None) -> tuple[Callable
     return graph.replay, outputs
 
 
+COMPILER = "inductor"  # of `torch.compile`
 RECORDERS: dict[str, Recorder] = {"cuda": on_cuda}  # by type of device; elsewhere nothing is recorded
 _recordings: OrderedDict[tuple, "SharedRecording | None"] = OrderedDict()  # None: recording failed before
 _lock = threading.Lock()  # of that table, and of what is being recorded
@@ -214,12 +216,53 @@ def unrecorded() -> Iterator[None]:
         _inside.reset(token)
 
 
-def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence[Tensor]]) -> Callable[..., Outputs]:
+_compiling: contextvars.ContextVar[bool] = contextvars.ContextVar("compiling", default=False)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """In this context the forward passes of our own networks, and with them the backward ones, are compiled."""
+    token = _compiling.set(True)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
+def forward_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network's forward pass; within `compiling` by the compiler, which makes one kernel of a convolution's bias,
+    its ReLU and what is added, and one of a ReLU's mask and what follows it in the backward pass."""
+    return functools.partial(_compiled(type(network)), network) if _compiling.get() else network
+
+
+@functools.cache
+def _compiled(kind: type[nn.Module]) -> Callable[..., Tensor]:
+    """Of all networks of that class: those that differ in their weights alone are compiled once. The compiler keeps its
+    kernels on disk, where later processes find them."""
+    forward = torch.compile(kind.forward, backend=COMPILER, fullgraph=True, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=64)(forward)  # for each kind of network, mini-batch and mode
+
+
+def pays(calls: int, seconds: float) -> bool:
+    """Whether compiling a step of so many seconds wins back what it takes within so many calls.
+
+    The environment variable SATLIB_COMPILE overrides it: 1 is always, 0 never; SatlibError for another value.
+    """
+    wanted = os.environ.get("SATLIB_COMPILE") or ""
+    if wanted not in ("", "0", "1"):
+        raise SatlibError(f"SATLIB_COMPILE={wanted!r}: expected 1, 0, or unset")
+    return wanted == "1" or (not wanted and calls * seconds * SAVED > COMPILING)
+
+
+def recorded(
+    function: Callable[..., Outputs], *, changes: Callable[[], Sequence[Tensor]], calls: int = 0
+) -> Callable[..., Outputs]:
     """A function of tensors, by a recording for every shape of theirs, where their device has a recorder.
 
     Whatever else it reads has to stay in its memory, and what it changes there is among the tensors that `changes`
     gives: to record it, it is called a few times, and these go back to what they were. Where they have moved, it is
-    recorded anew. A shape that comes once, such as an epoch's last mini-batch, is not worth it.
+    recorded anew. A shape that comes once, such as an epoch's last mini-batch, is not worth it. calls: how many will
+    come; where that pays (`pays`), what is recorded is compiled.
     """
     recordings: dict[tuple, Recording | None] = {}
     seen: set[tuple] = set()
@@ -244,7 +287,11 @@ def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence
             try:
                 before += [tensor.detach().clone() for tensor in kept]
                 with _lock:
-                    recordings[shapes] = Recording(function, tensors, record)
+                    recordings[shapes] = plain = Recording(function, tensors, record)
+                    if not seen and pays(calls, plain.seconds()):
+                        recordings[shapes] = _recorded_compiled(function, tensors, record) or plain
+            except SatlibError:
+                raise
             except Exception as error:
                 _warn(error, "step")
             finally:
@@ -261,6 +308,22 @@ def recorded(function: Callable[..., Outputs], *, changes: Callable[[], Sequence
     return run
 
 
+def _recorded_compiled(
+    function: Callable[..., Outputs], tensors: Sequence[Tensor], record: Recorder
+) -> "Recording | None":
+    """None, with a warning, where the compiler fails: it needs one for C++, and on CUDA Triton."""
+
+    def compiled(*given: Tensor) -> Outputs:
+        with compiling():
+            return function(*given)
+
+    try:
+        return Recording(compiled, tensors, record)
+    except Exception as error:
+        warnings.warn(f"recorded, but not compiled: {_reason(error)}", stacklevel=4)
+        return None
+
+
 def _shape(tensor: Tensor) -> tuple:
     """What a recording wants of its tensors, but for their values."""
     return tensor.shape, tensor.is_contiguous(), tensor.dtype, tensor.device
@@ -268,11 +331,14 @@ def _shape(tensor: Tensor) -> tuple:
 
 def _warn(error: Exception, what: str) -> None:
     """Say that something is not recorded: an operation that graphs do not know, too little memory, ..."""
-    first: BaseException = error
-    while first.__context__:  # a capture that breaks off says only that it did
-        first = first.__context__
-    reason = (str(first).splitlines() or [""])[0]
-    warnings.warn(f"not recorded as a graph, each {what} is launched by itself: {reason}", stacklevel=3)
+    warnings.warn(f"not recorded as a graph, each {what} is launched by itself: {_reason(error)}", stacklevel=3)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first error of a chain: a capture that breaks off says only that it did."""
+    while error.__context__:
+        error = error.__context__
+    return (str(error).splitlines() or [""])[0]
 
 
 def prepared(
@@ -392,9 +458,19 @@ class Recording:
             with unrecorded():
                 return function(*self.buffers)
 
-        device = tensors[0].device
+        self.device = device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.replay, self.outputs = record(call)
+
+    def seconds(self, replays: int = 3) -> float:
+        """What a replay takes."""
+        done = functools.partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else lambda: None
+        done()
+        start = time.perf_counter()
+        for _ in range(replays):
+            self.replay()
+        done()
+        return (time.perf_counter() - start) / replays
 
     def __call__(self, *tensors: Tensor) -> Outputs:
         """The outputs for `tensors`, as new tensors. What is as in the last call is not copied."""

@@ -1,6 +1,7 @@
 """Classifiers that take pixels in 0..255 and normalise inside themselves."""
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Mapping, Sequence
@@ -194,7 +195,7 @@ class BottleneckResNet(Normalised):
             raise SatlibError(f"layers={tuple(layers)}: expected the number of blocks of each of four stages")
         check_positive(group_width=group_width, expansion=expansion, classes=classes)
         check_known(STEMS, stem=stem)
-        block = type("Bottleneck", (resnet.Bottleneck,), {"expansion": expansion})
+        block = bottleneck(expansion)
         self.net = resnet.ResNet(block, list(layers), num_classes=classes, width_per_group=group_width)
         if stem != "large" or len(mean) != 3:
             kernel, stride = STEMS[stem]
@@ -265,6 +266,15 @@ class FCN8s(Normalised):
             mean = f"{norm}.running_mean"
             encoder[mean] = encoder[mean] - encoder.pop(f"{convolution}.bias", 0)
         return encoder
+
+
+@functools.cache
+def bottleneck(expansion: int) -> type[nn.Module]:
+    """torchvision's block, whose last convolution has `expansion` times as many maps as the others: one class for all
+    networks, so that what is recorded or compiled for one serves the next."""
+    from torchvision.models.resnet import Bottleneck
+
+    return type("Bottleneck", (Bottleneck,), {"expansion": expansion})
 
 
 ARCHITECTURES = {"resnet": ResNet, "bottleneck": BottleneckResNet, "fcn8s": FCN8s}

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from satlib.device import autocast
+from satlib.device import autocast, forward_of
 from satlib.errors import SatlibError
 
 Network: TypeAlias = Callable[[Tensor], Any]  # a module, or any function from pixels to logits
@@ -29,7 +29,7 @@ def logits_of(model: Network, images: Tensor) -> Tensor:
     """
     if isinstance(model, OwnNetwork):
         with autocast(images.device):
-            return model(images.contiguous(memory_format=model.memory_format))
+            return forward_of(model)(images.contiguous(memory_format=model.memory_format))
     weights = weights_dtype(model)
     wanted = getattr(model, "pixel_dtype", weights)
     with autocast(images.device) if weights is torch.float32 else contextlib.nullcontext():

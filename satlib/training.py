@@ -259,7 +259,8 @@ def train(
     ranks.sync(tensors_of(model, optimizer).values())
     update = training_step(model, adversary, settings, optimizer, ranks)
     if whole:
-        update = recorded(update, changes=lambda: [*changed(model, optimizer, adversary)])
+        to_go = steps * ((settings.epochs if until is None else until) - len(history))
+        update = recorded(update, changes=lambda: [*changed(model, optimizer, adversary)], calls=to_go)
 
     for epoch in range(len(history), settings.epochs if until is None else until):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)

@@ -148,6 +148,43 @@ def test_batch_size_1_is_the_published_loop(trained, tiny):
     assert found.abs().max() == 12.0
 
 
+class OneBackward(torch.autograd.Function):
+    """The identity, with a backward pass that takes one gradient at a time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(bool(gradient.isfinite().all().item()))
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_one_backward_pass_of_all_classes_finds_the_same(own_backward, trained, tiny, monkeypatch):
+    """As on CUDA; where a network's own backward pass knows no batches of gradients, they are taken one by one."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            x = trained(x)
+            return OneBackward.apply(x) if own_backward else x
+
+    net, passes, gradients = Net(), [], torch.autograd.grad
+    x = tiny.test.images[:16].float()
+    expected = deepfool(net, x, steps=3)
+
+    def counted(*args, **options):
+        passes.append(options.get("is_grads_batched", False))
+        return gradients(*args, **options)
+
+    monkeypatch.setattr("satlib.deepfool._launches_cost", lambda v: True)
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    found = deepfool(net, x, steps=3)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert passes.count(True) == 3 and passes.count(False) == (3 * 4 if own_backward else 0)
+
+
 def test_batched_fools_unseen_images_about_as_often(trained, tiny):
     """Crafted on validation images, scored on test images; random signs of the same size fool far fewer."""
     rates = {}

@@ -13,6 +13,7 @@ import satlib.network
 from satlib import device
 from satlib.checks import kernel
 from satlib.defenses import DEFENSES
+from satlib.errors import SatlibError
 from satlib.models import BottleneckResNet, FCN8s, ResNet
 from satlib.parallel import Ranks
 from satlib.training import (
@@ -242,10 +243,80 @@ def test_a_step_neither_asks_the_device_nor_copies_to_it(network, kind, tiny, sc
     assert loss.is_meta and loss.shape == () and before == [id(each) for each in optimizer.state.values()]
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """Traces as torch.compile does, and runs as it is; returns what was compiled, a graph each time."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(device, "COMPILER", backend)
+    device._compiled.cache_clear()
+    yield graphs
+    device._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("network", "kind"), [(network, "shared") for network in NETWORKS] + [("ResNet", "ERM")])
+def test_a_compiled_step_trains_as_the_plain_one_does(network, kind, tiny, scenes, recorder, compiler, monkeypatch):
+    """The attacked network and the trained one, each traced whole and once; the next network finds them."""
+    data = data_for(network, tiny, scenes)
+    monkeypatch.setenv("SATLIB_COMPILE", "1")
+    _, states = trained_by(network, kind, data)
+    assert len(compiler) == (1 if kind == "ERM" else 2)
+    trained_by(network, kind, data)
+    assert len(compiler) == (1 if kind == "ERM" else 2)
+    monkeypatch.undo()
+    _, expected = trained_by(network, kind, data)
+    for ours, theirs in zip(states, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_step_is_compiled_where_that_pays(tiny, recorder, compiler, monkeypatch):
+    data, settings = tiny.train.first(48), settings_for("shared", epoch_images=48)
+    monkeypatch.setattr(device.Recording, "seconds", lambda self: device.COMPILING / device.SAVED / 3.9)
+    train(built("ResNet"), data, settings, until=1)
+    assert not compiler, "2 steps are left of this call"
+    train(built("ResNet"), data, settings)
+    assert len(compiler) == 2
+    compiler.clear()
+    monkeypatch.setenv("SATLIB_COMPILE", "0")
+    torch.compiler.reset()
+    train(built("ResNet"), data, settings)
+    assert not compiler
+    monkeypatch.setenv("SATLIB_COMPILE", "yes")
+    with pytest.raises(SatlibError, match="SATLIB_COMPILE='yes': expected 1, 0, or unset"):
+        train(built("ResNet"), data, settings)
+
+
+def test_where_a_step_cannot_be_compiled_it_is_recorded_and_says_why(tiny, recorder, monkeypatch):
+    def fails(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(device, "COMPILER", fails)
+    monkeypatch.setenv("SATLIB_COMPILE", "1")
+    device._compiled.cache_clear()
+    few, settings = tiny.train.first(48), settings_for("shared", epoch_images=48)
+    nets = built("ResNet"), built("ResNet")
+    with pytest.warns(UserWarning, match="recorded, but not compiled: .*no compiler found"):
+        train(nets[0], few, settings)
+    assert len(recorder) == 1
+    device._compiled.cache_clear()
+    monkeypatch.undo()
+    train(nets[1], few, settings)
+    assert_same(nets[0].state_dict(), nets[1].state_dict())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", ["0", "1"])
 @pytest.mark.parametrize(("network", "kind"), CASES)
-def test_a_step_recorded_by_cuda_trains_as_the_plain_one_does(network, kind, tiny, scenes, monkeypatch, recwarn):
+def test_a_step_recorded_by_cuda_trains_as_the_plain_one_does(
+    network, kind, compiled, tiny, scenes, monkeypatch, recwarn
+):
+    monkeypatch.setenv("SATLIB_COMPILE", compiled)
     data, found = data_for(network, tiny, scenes).to("cuda"), {}
     for switch in ("1", "0"):
         monkeypatch.setenv("SATLIB_GRAPHS", switch)
@@ -253,4 +324,4 @@ def test_a_step_recorded_by_cuda_trains_as_the_plain_one_does(network, kind, tin
         history = train(net, data, settings_for(kind), adversary=adversary_for(kind, data))
         found[switch] = [each["loss"] for each in history]
     assert found["1"] == pytest.approx(found["0"], rel=1e-2)  # an update fused rounds otherwise
-    assert not [each for each in recwarn if "not recorded" in str(each.message)]
+    assert not [each for each in recwarn if "recorded" in str(each.message)]
