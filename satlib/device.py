@@ -243,15 +243,20 @@ def _compiled(kind: type[nn.Module]) -> Callable[..., Tensor]:
     return torch._dynamo.config.patch(recompile_limit=64)(forward)  # for each kind of network, mini-batch and mode
 
 
-def pays(calls: int, seconds: float) -> bool:
-    """Whether compiling a step of so many seconds wins back what it takes within so many calls.
+_to_save: dict[tuple, float] = {}  # seconds that compiled steps of these shapes would have saved this process
+
+
+def pays(shapes: tuple, calls: int, seconds: float) -> bool:
+    """Whether compiling a step of so many seconds wins back what it takes: within so many calls, or within these and
+    those of all steps of the same shapes before, whose like will come again and find the kernels.
 
     The environment variable SATLIB_COMPILE overrides it: 1 is always, 0 never; SatlibError for another value.
     """
     wanted = os.environ.get("SATLIB_COMPILE") or ""
     if wanted not in ("", "0", "1"):
         raise SatlibError(f"SATLIB_COMPILE={wanted!r}: expected 1, 0, or unset")
-    return wanted == "1" or (not wanted and calls * seconds * SAVED > COMPILING)
+    _to_save[shapes] = _to_save.get(shapes, 0.0) + calls * seconds * SAVED
+    return wanted == "1" or (not wanted and _to_save[shapes] > COMPILING)
 
 
 def recorded(
@@ -288,7 +293,7 @@ def recorded(
                 before += [tensor.detach().clone() for tensor in kept]
                 with _lock:
                     recordings[shapes] = plain = Recording(function, tensors, record)
-                    if not seen and pays(calls, plain.seconds()):
+                    if not seen and pays(shapes, calls, plain.seconds()):
                         recordings[shapes] = _recorded_compiled(function, tensors, record) or plain
             except SatlibError:
                 raise

@@ -276,11 +276,14 @@ def test_a_compiled_step_trains_as_the_plain_one_does(network, kind, tiny, scene
 
 def test_a_step_is_compiled_where_that_pays(tiny, recorder, compiler, monkeypatch):
     data, settings = tiny.train.first(48), settings_for("shared", epoch_images=48)
+    monkeypatch.setattr(device, "_to_save", {})
     monkeypatch.setattr(device.Recording, "seconds", lambda self: device.COMPILING / device.SAVED / 3.9)
     train(built("ResNet"), data, settings, until=1)
     assert not compiler, "2 steps are left of this call"
-    train(built("ResNet"), data, settings)
-    assert len(compiler) == 2
+    train(built("ResNet"), data, settings_for("ERM", epoch_images=48, epochs=1))
+    assert not compiler, "another kind of step"
+    train(built("ResNet"), data, settings, until=1)
+    assert len(compiler) == 2, "2 more: such steps come again"
     compiler.clear()
     monkeypatch.setenv("SATLIB_COMPILE", "0")
     torch.compiler.reset()
