@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from satlib import data
+from satlib import data, zoo
 from satlib.data import imagenet
 
 PACKED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny-imagenet-200"
@@ -43,3 +44,15 @@ def test_twenty_classes_of_the_real_data_set(root):
         assert len(set(torch.bincount(images.labels, minlength=20).tolist())) == 1
     assert torch.bincount(splits.test.labels).tolist() == [50] * 20
     assert all(90 < mean < 150 for mean in splits.train.mean) and all(50 < std < 90 for std in splits.train.std)
+
+
+def test_a_network_from_elsewhere_knows_the_real_images(root):
+    """EfficientNet-Lite0, which was trained on all of ImageNet, tells 20 of its classes apart at 3.5 times the side."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="comes with the extra `zoo`")
+    test = data.load("imagenet200:20", root=root, progress=False).test
+    chosen = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:64])
+    places = [imagenet.indices()[wnid] for wnid in imagenet.wnids("20")]
+    large = F.interpolate(chosen.images.float(), size=224, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        right = zoo.pretrained("EfficientNet-Lite0", places)(large).argmax(1) == chosen.labels
+    assert right.float().mean() > 0.7

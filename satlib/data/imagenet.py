@@ -123,8 +123,18 @@ def _as_shipped(
 @cache
 def names() -> dict[str, str]:
     """The 200 classes: a name for each wnid, in the order of the wnids."""
+    return {wnid: name for wnid, name, _ in _table()}
+
+
+@cache
+def indices() -> dict[str, int]:
+    """Where each of the 200 stands among the 1,000 classes of ImageNet, as networks trained on these have them."""
+    return {wnid: int(index) for wnid, _, index in _table()}
+
+
+def _table() -> list[list[str]]:
     lines = Path(__file__).with_name("imagenet200.tsv").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("\t", 1) for line in lines)
+    return [line.split("\t") for line in lines]
 
 
 def wnids(option: str = "") -> tuple[str, ...]:

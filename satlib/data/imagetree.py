@@ -88,7 +88,7 @@ class Listing:
             for entry in self.entries(place):
                 stem, suffix = os.path.splitext(entry.name)
                 kind, name = suffix.lower(), f"{place}/{entry.name}"
-                if _is_folder(entry):
+                if is_folder(entry):
                     if not {"*", entry.name} & set(nested):
                         self.left_out.append(f"{name}/")
                     elif (real := Path(entry.path).resolve()) not in seen:
@@ -114,7 +114,7 @@ class Listing:
         Raises `SatlibError` for a missing, empty or unexpected class folder, and as `images` does.
         """
         entries, place = self.entries(split, f"expected {split}/<class>/ in {self.folder}"), self.folder / split
-        found = [entry.name for entry in entries if _is_folder(entry)]
+        found = [entry.name for entry in entries if is_folder(entry)]
         for path in (place / name for name in classes if os.path.lexists(place / name)):
             if problem := folder_problem(path, UNPACK):
                 raise SatlibError(problem)
@@ -151,7 +151,7 @@ def _is_empty(folder: Path) -> bool:
         return not any(found)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
     try:
         if entry.is_symlink() and "." not in entry.name:
             entry.stat()  # a link to nothing, of a name like this, may have been a folder of images
