@@ -177,6 +177,7 @@ def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
             "accuracy (%)": _measured(m, "accuracy"),
             f"eps_uni({settings.delta:g}), ensemble": _measured(m, "strongest") if _has(m, "strongest") else None,
             f"eps_uni({settings.delta:g}), paper's attack": _measured(m, "eps_uni"),
+            "from outside": m.bound and f"{m.bound.metrics['eps_uni']:.1f} ({m.bound.config['author']})",
             deepfool: None if m.deepfool is None else _measured(m, "deepfool"),
             "entropy where fooled (bits)": None if m.entropy_bits is None else f"{m.entropy_bits:.2f}",
             "trainings, searches": f"{len(m.trainings)}, {len(m.strongest_searches)} + {len(m.searches)}",

@@ -73,6 +73,19 @@ class Records:
         """The newest record of the run's kind and settings that builds on records of its parents; None for no run."""
         return next(iter(self._all(run)), None) if run else None
 
+    def bounds(self, run: Run, search: Run) -> list[Record]:
+        """Perturbations from outside that win on a training's model what a search is after, on the images on which that
+        reports; the smallest first."""
+        ids = {record.id for record in self._all(run)}
+        every = (record for alike in self._by_settings.values() for record in alike if record.kind == "bound")
+        own = {name: search.settings[name] for name in ("delta", "images", "sets")}
+        won = [
+            each
+            for each in every
+            if each.parents.get("model") in ids and each.metrics["success"] and own.items() <= each.settings.items()
+        ]
+        return sorted(won, key=lambda record: record.metrics["eps_uni"])
+
     def found(self, runs: Iterable[Run | None]) -> list[Record]:
         """The records of those of the runs that have one."""
         return [record for run in runs if (record := self.of(run))]
@@ -134,10 +147,12 @@ class Model:
     strongest_searches: tuple[Record, ...] = ()
     deepfools: tuple[Record, ...] = ()
     predictions: Record | None = None
+    bound: Record | None = None  # the smallest perturbation from outside that wins on the first training's model
 
     @property
     def records(self) -> tuple[Record, ...]:
         evaluations = (*self.searches, *self.strongest_searches, *self.deepfools)
+        evaluations += (self.bound,) if self.bound else ()
         return (*self.trainings, *evaluations, *([self.predictions] if self.predictions else []))
 
     def seeds(self, measure: str) -> int:
@@ -197,6 +212,7 @@ def trained_models(plan: Plan, records: Records) -> list[Model]:
                 strongest_searches=tuple(itertools.chain(*strong)),
                 deepfools=tuple(deepfools),
                 predictions=records.of(plan.predictions.get(runs[0])),
+                bound=next(iter(records.bounds(runs[0], plan.robustness[runs[0]][0])), None),
             )
         )
     return models

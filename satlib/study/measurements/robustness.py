@@ -140,6 +140,11 @@ def _disjoint(data: Splits, sets: Mapping[str, str], images: Mapping[str, int]) 
     return parts
 
 
+def report_images(data: Splits, sets: Mapping[str, str], images: Mapping[str, int]) -> ImageSet:
+    """The images on which a search of these settings reports."""
+    return _disjoint(data, sets, images)["report"]
+
+
 def aims(data: Splits, part: ImageSet, target: str) -> Tensor:
     """What an attack is about on these images: their labels, or the target scene for each of them."""
     return repeated(scene_target(data, target), len(part)) if target else part.labels
