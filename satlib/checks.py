@@ -137,7 +137,7 @@ def _settled(given: dict[str, Any], any_range: bool) -> dict[str, Any]:
     """The arguments with tensors in the place of what stands for them. Raises SatlibError where none is meant."""
     if "images" in given:
         given["images"] = as_images(given["images"], any_range=any_range)
-    if "labels" in given:
+    if "labels" in given and "images" in given:
         given["labels"] = as_labels(given["labels"], given["images"], targeted=given.get("targeted", False))
     for name in [name for name in ("craft", "choose", "report") if name in given]:
         given[name] = as_labelled(given[name], name, targeted=given.get("targeted", False))

@@ -1,6 +1,8 @@
 """The command line: `python -m satlib COMMAND`. What a command needs is imported only when it runs."""
 
 import argparse
+import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -262,11 +264,132 @@ def _bench(options: argparse.Namespace) -> None:
 
     Times the kernels against torchattacks, Foolbox and ART (extra `bench`) in one process, on the same model and data.
     Rows: a image-dependent PGD, b universal perturbations, c an epoch of training, d the search for eps_uni, e the data
-    pipeline, f segmentation, g images on disk. Other work on the machine falsifies the ratios.
+    pipeline, f segmentation, g images on disk, h the ensemble. Other work on the machine falsifies the ratios.
     """
     from satlib import bench
 
     print(bench.run(only=options.only, device=options.device, repeats=options.repeats, path=options.path))
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers in `0.485,0.456,0.406`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, such as 0.485,0.456,0.406") from None
+
+
+@_command(
+    "evaluate",
+    _option("model", metavar="MODULE:FUNCTION", help="a function, importable from here, that returns the network"),
+    _option("--data", type=Path, required=True, metavar="FOLDER", help="images, in a folder for each class"),
+    _option("--classes", type=Path, metavar="FILE", help="the network's classes in order, one folder's name a line"),
+    _option("--out", type=Path, default=Path("card"), metavar="DIR", help="where the card is written (default: card)"),
+    _option("--budget", type=budget, metavar="9m", help="stop when this time is spent"),
+    _option("--images", type=int, default=2000, metavar="N", help="so many at most, at random (default: 2000)"),
+    _option("--size", type=int, metavar="N", help="scale images to NxN pixels (default: as they are)"),
+    _option("--seeds", type=int, default=3, metavar="N", help="searches by each attack (default: 3)"),
+    _option("--delta", type=float, help="the share to be fooled (default: 0.75)"),
+    _DEVICE,
+    "networks whose inputs are not pixels from 0 to 255",
+    _option("--unit", action="store_true", help="they are from 0 to 1"),
+    _option("--mean", type=_numbers, metavar="R,G,B", help="from 0 to 1, then minus this mean ..."),
+    _option("--std", type=_numbers, metavar="R,G,B", help="... and divided by this standard deviation"),
+)
+def _evaluate(options: argparse.Namespace) -> None:
+    """Measure the universal robustness of a network of yours.
+
+    Writes a card: index.html, card.json, card.png and the perturbation. Exit status: 0, or 2 for a request that cannot
+    be met.
+    """
+    import torch
+
+    from satlib.data.folder import load_folder
+    from satlib.evaluation import evaluate
+    from satlib.files import writing
+    from satlib.models import UnitInputs
+    from satlib.network import logits_of
+
+    network = imported(options.model)
+    if options.unit or options.mean or options.std:
+        if not isinstance(network, torch.nn.Module):
+            raise SatlibError(f"--unit, --mean, --std: {options.model} returns a {type(network).__name__}, no Module")
+        network = UnitInputs(network, mean=options.mean or 0.0, std=options.std or 1.0)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SatlibError("--device cuda: PyTorch sees none here; use --device cpu")
+    if isinstance(network, torch.nn.Module):
+        network = network.to(device).eval()
+    try:
+        classes = options.classes.read_text(encoding="utf-8").split("\n") if options.classes else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise SatlibError(f"--classes: cannot read {options.classes}: {error}") from None
+    names = [name.strip() for name in classes if name.strip()]
+    data = load_folder(options.data, classes=names, size=options.size, most=options.images).to(device)
+    with torch.no_grad():
+        known = logits_of(network, data.images[:1].float()).shape[1]
+    if known != len(data.classes):
+        more = "" if names else "; --classes FILE names them in their order, as its folders are called"
+        raise SatlibError(f"{options.model} tells {known} classes apart, {options.data} has {len(data.classes)}{more}")
+    with writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)  # now, not after hours
+    given = {"seeds": options.seeds, "budget": options.budget, "class_names": data.classes}
+    given |= {"delta": options.delta} if options.delta is not None else {}
+    try:
+        card = evaluate(network, data.images, data.labels, name=options.model.partition(":")[2], **given)
+    except (SatlibError, KeyboardInterrupt) as error:
+        with contextlib.suppress(OSError):  # of which it is not empty
+            options.out.rmdir()
+        raise error if isinstance(error, SatlibError) else SatlibError("stopped; nothing was written") from None
+    print(f"\n{card}\n")
+    print(card.save(options.out))
+
+
+def imported(name: str) -> Any:
+    """What the function MODULE:FUNCTION returns. Raises SatlibError where it cannot be imported, or fails."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise SatlibError(f"{name}: expected MODULE:FUNCTION, such as mynets:resnet for resnet() in mynets.py")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # for good: a network may import more when it is called
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise SatlibError(f"{name} cannot be called: {type(error).__name__}: {said}") from error
+    if not callable(made):
+        raise SatlibError(f"{name} returns a {type(made).__name__}: expected a network")
+    return made
+
+
+@_command(
+    "bound",
+    _option("model", metavar="MODEL", help="the title of a published model, such as 's=64, eps=26, sigma=0.5'"),
+    _option("file", type=Path, metavar="XI.npy", help="a perturbation (C, H, W) in pixel units, written by numpy.save"),
+    _option("--author", required=True, metavar="NAME", help="whose it is"),
+    _option("--profile", default="laptop", help="whose model it is (default: laptop)"),
+    _option("--section", default="6.1", choices=("6.1", "6.2"), help="of the paper (default: 6.1)"),
+    _DEVICE,
+)
+def _bound(options: argparse.Namespace) -> int:
+    """Check a perturbation of yours against a published model.
+
+    Measured on the images on which its searches report, in float32. If it wins the share that they are after at a
+    smaller size than all that is known, it is recorded under the author's name, and the tables show it. Exit status: 0
+    if so, 1 if not, 2 for a request that cannot be met.
+    """
+    from satlib.study import bounds
+
+    won, told = bounds.offered(
+        options.file,
+        options.model,
+        author=options.author,
+        profile=options.profile,
+        section=options.section,
+        device=options.device,
+    )
+    print(told)
+    return 0 if won else 1
 
 
 @_command("verify", _option("folder", type=Path, nargs="?", help="default: figures/ of the project"))

@@ -38,6 +38,18 @@ def test_the_example_runs_as_it_stands(capsys):
     assert names["xi"].shape == (1, 3, 8, 8)
 
 
+def test_the_card_is_made_as_the_readme_says(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"<!-- card -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(example.splitlines()) <= 10 and "budget=600" in example
+    torch.manual_seed(0)
+    images, labels = torch.rand(96, 3, 8, 8) * 255, torch.arange(96) % 4
+    names = {"network": nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), "images": images, "labels": labels}
+    exec(example.replace("budget=600", "budget=1"), names)
+    assert "mine: Useless rather than robust" in capsys.readouterr().out
+    assert {"index.html", "card.json", "card.png"} <= {path.name for path in (tmp_path / "card").iterdir()}
+
+
 def test_everything_that_the_readme_points_to_is_there():
     for text in TEXTS:
         for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text.read_text(encoding="utf-8")):

@@ -199,7 +199,7 @@ def test_method_plan_measures_what_the_notebooks_draw(small, tmp_path):
         import_module(each.name) for each in pkgutil.iter_modules(measurements.__path__, "satlib.study.measurements.")
     )
     known = {value.kind for file in files for value in vars(file).values() if isinstance(value, Measurement)}
-    assert kinds == known, "every measurement is carried out by a notebook's plan"
+    assert kinds == known - {"card", "bound"}, "every other measurement is carried out by a notebook's plan"
     risks = runner.record(plan.risks[plan.erm]).metrics
     assert [row["sharedness"] for row in risks["heap"]] == [16, 4, 1]
     chain = [risks["expected"]["loss"], risks["universal"]["loss"], *(row["loss"] for row in risks["heap"])]
