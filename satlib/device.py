@@ -206,27 +206,26 @@ def _memory(device: torch.device) -> dict[str, Any]:
 _memory_of_attacks = functools.cache(_memory)
 
 
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """In this context nothing is recorded, and nothing recorded is used."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
-
-
 _compiling: contextvars.ContextVar[bool] = contextvars.ContextVar("compiling", default=False)
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """In this context the forward passes of our own networks, and with them the backward ones, are compiled."""
-    token = _compiling.set(True)
+def _true(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
     try:
         yield
     finally:
-        _compiling.reset(token)
+        flag.reset(token)
+
+
+def unrecorded() -> contextlib.AbstractContextManager[None]:
+    """In this context nothing is recorded, and nothing recorded is used."""
+    return _true(_inside)
+
+
+def compiling() -> contextlib.AbstractContextManager[None]:
+    """In this context the forward passes of our own networks, and with them the backward ones, are compiled."""
+    return _true(_compiling)
 
 
 def forward_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
