@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from satlib.errors import SatlibError
 from satlib.evaluation_checks import OF_WEAKNESS, Check
 from satlib.files import replacing, write_text, writing
 from satlib.progress import aligned, duration
@@ -57,6 +59,12 @@ class Examples:
     labels: list[int]
     said_clean: list[int]
     said_perturbed: list[int]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Examples":
+        """Those whose attributes these are, as arrays."""
+        named = {each.name: arrays[each.name] for each in fields(cls)}
+        return cls(**{name: array.tolist() if array.ndim == 1 else array for name, array in named.items()})
 
 
 @dataclass
@@ -298,21 +306,39 @@ class Card:
         return cls(**given)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the card into a folder, which is made: index.html, card.json, card.png, and the perturbation as
-        perturbation.npy (pixel units) and perturbation.png (8 bits, stretched). Returns the page's path."""
+        """Write the card into a folder, which is made: index.html, card.json, card.png, the images that it shows as
+        examples.npz, and the perturbation as perturbation.npy (pixel units) and perturbation.png (8 bits, stretched).
+        Returns the page's path; `Card.load` reads it again."""
         folder, page = Path(folder), _PAGE.format(title=html.escape(self.name), body=self._repr_html_())
         write_text(folder / "card.json", json.dumps(self.numbers(), indent=1) + "\n")
         written = {"card.png": lambda file: file.write(_png(self.figure()))}
         if self.perturbation is not None:
             written["perturbation.npy"] = lambda file: np.save(file, self.perturbation)
             written["perturbation.png"] = lambda file: _image(self.stretched()).save(file, "PNG")
-        for name in {"perturbation.npy", "perturbation.png"} - written.keys():
+        if self.examples is not None:
+            written["examples.npz"] = lambda file: np.savez_compressed(file, **vars(self.examples))
+        for name in {"perturbation.npy", "perturbation.png", "examples.npz"} - written.keys():
             (folder / name).unlink(missing_ok=True)  # another network's
         for name, write in written.items():
             with writing(folder), replacing(folder / name) as new, new.open("wb") as file:
                 write(file)
         write_text(folder / "index.html", page)
         return folder / "index.html"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Card":
+        """The card that was saved into a folder. Raises SatlibError where there is none, or it is damaged."""
+        folder, pictures = Path(folder), dict[str, Any]()
+        try:
+            numbers = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            if (file := folder / "perturbation.npy").exists():
+                pictures["perturbation"] = np.load(file, allow_pickle=False)
+            if (file := folder / "examples.npz").exists():
+                with np.load(file, allow_pickle=False) as arrays:
+                    pictures["examples"] = Examples.of(arrays)
+            return cls.of_numbers(numbers, **pictures)
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+            raise SatlibError(f"{folder}: no card can be read from it ({error}); save it anew") from error
 
     def _repr_html_(self) -> str:
         """The card as Jupyter shows it."""

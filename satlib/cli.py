@@ -284,7 +284,7 @@ def _numbers(text: str) -> list[float]:
     _option("model", metavar="MODULE:FUNCTION", help="a function, importable from here, that returns the network"),
     _option("--data", type=Path, required=True, metavar="FOLDER", help="images, in a folder for each class"),
     _option("--classes", type=Path, metavar="FILE", help="the network's classes in order, one folder's name a line"),
-    _option("--out", type=Path, default=Path("card"), metavar="DIR", help="where the card is written (default: card)"),
+    _option("--out", type=Path, metavar="DIR", help="where the card is written (default: data/cards/FUNCTION)"),
     _option("--budget", type=budget, metavar="9m", help="stop when this time is spent"),
     _option("--images", type=int, default=2000, metavar="N", help="so many at most, at random (default: 2000)"),
     _option("--size", type=int, metavar="N", help="scale images to NxN pixels (default: as they are)"),
@@ -309,8 +309,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from satlib.files import writing
     from satlib.models import UnitInputs
     from satlib.network import logits_of
+    from satlib.paths import cards_root
 
     network = imported(options.model)
+    options.out = options.out or cards_root() / options.model.partition(":")[2]
     if options.unit or options.mean or options.std:
         if not isinstance(network, torch.nn.Module):
             raise SatlibError(f"--unit, --mean, --std: {options.model} returns a {type(network).__name__}, no Module")

@@ -19,6 +19,11 @@ def data_root() -> Path:
     return Path(os.environ.get("SATLIB_DATA") or project_root() / "data").resolve()
 
 
+def cards_root() -> Path:
+    """Folder of the cards that were saved: `<project>/data/cards`."""
+    return project_root() / "data" / "cards"
+
+
 def named_file(text: str) -> Path:
     """The file that a setting names: from the project's root if relative, with `~` for the user's home."""
     return project_root() / Path(text).expanduser()

@@ -95,6 +95,47 @@ def test_errors_are_shown_in_the_panel_and_mended_by_the_next_move():
     wait_for(lambda: shown(panel) == "fine")
 
 
+def test_a_button_cancels_what_is_computed_until_the_next_move():
+    started, ended = threading.Event(), threading.Event()
+
+    def answer(settings, superseded):
+        started.set()
+        while settings["value"] == 1:
+            if superseded():
+                ended.set()
+                raise Superseded
+            time.sleep(0.01)
+        yield Figure(), "fine"
+
+    panel = explorer.Panel({"value": slider(1)}, answer, lambda settings: [])
+    assert started.wait(20) and not panel.cancel.disabled and "<progress" in panel.status.value
+    panel.cancel.click()
+    assert ended.wait(20)
+    time.sleep(0.1)
+    assert "Cancelled" in shown(panel) and panel.cancel.disabled and "<progress" not in panel.status.value
+    panel.controls["value"].value = 2
+    wait_for(lambda: shown(panel) == "fine")
+    assert panel.cancel.disabled
+
+
+def test_long_work_begins_by_a_button():
+    asked = []
+
+    def answer(settings, superseded):
+        asked.append(settings["value"])
+        panel.report("half of <it>", 0.5)
+        assert 'value="0.500"' in panel.status.value and "half of &lt;it&gt;" in panel.status.value
+        yield Figure(), "fine"
+
+    panel = explorer.Panel({"value": slider(1)}, answer, lambda settings: [], begin="Begin")
+    panel.controls["value"].value = 5
+    time.sleep(0.1)
+    assert asked == [] and shown(panel) == "Begin starts it."
+    panel.begin.click()
+    wait_for(lambda: shown(panel) == "fine")
+    assert asked == [5]
+
+
 def test_a_panel_reads_as_text_where_there_are_no_widgets():
     panel = explorer.Panel({"value": slider()}, lambda *_: iter([(Figure(), "")]), lambda settings: [], start=False)
     bundle = panel._repr_mimebundle_()
@@ -102,37 +143,21 @@ def test_a_panel_reads_as_text_where_there_are_no_widgets():
     assert isinstance(panel.figure(), Figure)
 
 
-class Few:
-    """A zoo of two untrained models, one of which labels pixels."""
-
-    titles = ("classifier", "segmenter")
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.loaded = {}
-        for title, name, architecture in (
-            ("classifier", "shapes32", {"name": "resnet", "depth": 8, "width": 4}),
-            ("segmenter", "streets128x64", {"name": "fcn8s", "width": 2}),
-        ):
-            splits = data.load(name)
-            train = splits.train
-            model = build(architecture, classes=len(train.classes), mean=train.mean, std=train.std)
-            scene = train.labels[0] if name.startswith("streets") else None
-            self.loaded[title] = Target(title, model.eval(), splits, scene)
-
-    def segments(self, title):
-        return self.loaded[title].segments
-
-    def load(self, title):
-        return self.loaded[title]
-
-    def records(self, settings):
-        return []
-
-
 @pytest.fixture(scope="module")
 def zoo():
-    return Few()
+    """Two untrained models, one of which labels pixels."""
+    torch.manual_seed(0)
+    targets = []
+    for title, name, architecture in (
+        ("classifier", "shapes32", {"name": "resnet", "depth": 8, "width": 4}),
+        ("segmenter", "streets128x64", {"name": "fcn8s", "width": 2}),
+    ):
+        splits = data.load(name)
+        train = splits.train
+        model = build(architecture, classes=len(train.classes), mean=train.mean, std=train.std)
+        scene = train.labels[0] if name.startswith("streets") else None
+        targets.append(Target(title, model.eval(), splits, scene))
+    return explorer.Models(*targets)
 
 
 def text_of(figure):
@@ -201,3 +226,97 @@ def test_a_zoo_without_weights_says_what_makes_some(tmp_path, monkeypatch):
 def test_embedded_data_is_always_here(tmp_path, monkeypatch):
     monkeypatch.setenv("SATLIB_DATA", str(tmp_path))
     assert explorer.is_here("shapes32") and not explorer.is_here("cifar10") and not explorer.is_here("camvid:240x180")
+
+
+class Foreign(torch.nn.Module):
+    """A network of somebody else's, in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.BatchNorm1d(48), torch.nn.Linear(48, 4)
+        )
+
+    def forward(self, x):
+        return self.layers(x / 255)
+
+
+@pytest.fixture
+def foreign():
+    """A network of four classes, with images of which it gets all right."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (96, 3, 32, 32), dtype=torch.uint8)
+    network = Foreign()
+    network(images.float())
+    with torch.no_grad():
+        labels = network.eval()(images.float()).argmax(1)
+    return network.train(), images, labels
+
+
+def test_panels_take_networks_of_others_and_leave_them_as_they_are(foreign):
+    network = foreign[0]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    mine = explorer.Models(Target.of("mine", *foreign))
+    panel = explorer.attack_panel(mine, eps=8.0, steps=10, start=False)
+    assert [name for name, _ in panel.controls["target"].options][1:] == [f"class {number}" for number in range(4)]
+    assert "unseen images" in text_of(panel.figure()) and panel.records == []
+    assert network.training and all(weight.requires_grad for weight in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    target = mine.load("mine")
+    val, test = target.splits.val.images, target.splits.test.images
+    both = torch.cat([val, test]).flatten(1)
+    assert len(val) == len(test) == 48 and len({row.numpy().tobytes() for row in both}) == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": ["a", "b"]}, "mine: 2 class_names for 4 classes; give one each"),
+        ({"images": torch.zeros(1, 3, 32, 32), "labels": torch.tensor([0])}, "1 image: expected at least 2"),
+        ({"images": torch.zeros(4, 32, 32)}, r"expected \(d, C, H, W\)"),
+        ({"labels": torch.full((96,), 7)}, r"labels range over 7\.\.7"),
+    ],
+)
+def test_a_network_of_others_is_refused_in_one_line(foreign, change, message):
+    network, images, labels = foreign
+    given = {"model": network, "images": images, "labels": labels} | change
+    with pytest.raises(SatlibError, match=message) as refused:
+        Target.of("mine", **given)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_network_is_evaluated_while_one_watches_and_its_card_is_offered(foreign, tmp_path, monkeypatch):
+    from satlib.study.ledger import Ledger
+
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    ledger = Ledger(tmp_path / "runs")
+    with pytest.raises(SatlibError, match="no card was made yet: notebook 11 makes some"):
+        explorer.card_panel(explorer.made_cards(ledger))
+    said = []
+    whole = explorer.evaluate
+    monkeypatch.setattr(explorer, "evaluate", lambda *given, budget, **more: whole(*given, budget=budget / 15, **more))
+    panel = explorer.evaluation_panel("mine", *foreign, class_names="abcd", start=False)
+    panel.status.observe(lambda change: said.append(change["new"]), names="value")
+    panel.controls["budget"].min = 0
+    panel.controls["budget"].value = 0
+    panel.answer_once(lambda: False)
+    assert "budget" in shown(panel)  # which is no positive number
+    panel.controls["budget"].value = 1
+    panel.answer_once(lambda: False)
+    assert "satlib-card" in panel.picture.value and "Saved as" in shown(panel)
+    assert any("<progress" in text and "eps_uni by the ensemble" in text for text in said)
+    assert list(explorer.made_cards(ledger)) == ["mine"]
+    shelf = explorer.card_panel(explorer.made_cards(ledger), start=False)
+    shelf.answer_once(lambda: False)
+    assert shelf.picture.value == panel.picture.value
+    assert isinstance(shelf.figure(), Figure)
+
+
+def test_an_evaluation_is_cancelled_within_a_pass(foreign, tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    panel = explorer.evaluation_panel("mine", *foreign)
+    panel.begin.click()
+    wait_for(lambda: "eps_uni by the ensemble" in shown(panel))
+    panel.cancel.click()
+    time.sleep(0.5)
+    assert "Cancelled" in shown(panel) and not (tmp_path / "data").exists()

@@ -1,7 +1,8 @@
 """Panels to play with: move eps, sharedness or the target, and a trained network answers while you watch.
 
 A panel asks its question (`satlib.study.live`) in a thread of its own and shows each answer as soon as it is there, the
-first within a second. A newer question ends an older one: nothing queues up. What goes wrong is shown in the panel.
+first within a second. A newer question ends an older one, and so does its button: nothing queues up. What goes wrong is
+shown in the panel.
 """
 
 import base64
@@ -18,28 +19,46 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from satlib import data
+from satlib.card import Card
 from satlib.errors import SatlibError
+from satlib.evaluation import evaluate
+from satlib.network import Network, OwnNetwork
+from satlib.paths import cards_root
 from satlib.segmentation import scene_target
 from satlib.study import measurements
 from satlib.study.claims import Model, Records, trained_models
 from satlib.study.display import broken_by
 from satlib.study.figures import explorer as drawings
-from satlib.study.live import Attack, Attacked, Shared, Sharing, Superseded, Target, attack, interval, share
+from satlib.study.ledger import Ledger
+from satlib.study.live import (
+    Attack,
+    Attacked,
+    Cancellable,
+    Shared,
+    Sharing,
+    Superseded,
+    Target,
+    attack,
+    interval,
+    share,
+)
 from satlib.study.measurement import Run
+from satlib.study.measurements.cards import card_of
 from satlib.study.records import Record
 from satlib.study.runs import Runner
 from satlib.study.settings import NOTEBOOKS
 from satlib.study.settings import settings as settings_of
 
-Answers = Iterator[tuple[Figure, str]]  # each with what it shows, in words
+Answers = Iterator[tuple[Figure | Card, str]]  # each with what it shows, in words
 
 
 class Panel:
     """Controls, and the newest answer to what they say.
 
-    controls: widgets by the names of their settings. answer(settings, superseded): figures with words for them, the
-    later the better; it may raise `Superseded` as soon as superseded() is true. records(settings): what they stand on.
-    A notebook displays the panel itself; start: whether its thread starts.
+    controls: widgets by the names of their settings. answer(settings, superseded): figures or cards with words for
+    them, the later the better; it may raise `Superseded` as soon as superseded() is true. records(settings): what they
+    stand on. begin: the words on a button that asks, for long work; else every move of a control does. A notebook
+    displays the panel itself; start: whether its thread starts.
     """
 
     def __init__(
@@ -48,19 +67,28 @@ class Panel:
         answer: Callable[[dict[str, Any], Callable[[], bool]], Answers],
         records: Callable[[dict[str, Any]], list[Record]],
         *,
+        begin: str = "",
         start: bool = True,
     ):
         self.controls, self._answer, self._records = dict(controls), answer, records
         self._asked = 0  # how many questions there were: an answer to an older one is not wanted
+        self._cancelled = 0  # the last of them that nobody wants answered
         self._new = threading.Condition()
         self.status, self.picture = widgets.HTML(), widgets.HTML()
-        rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True, tooltip="stop computing")
+        self.cancel.on_click(lambda _: self.stop())
+        buttons = [self.cancel]
+        if begin:
+            self.begin = widgets.Button(description=begin, icon="play", button_style="primary")
+            self.begin.on_click(lambda _: self.ask())
+            buttons = [self.begin, self.cancel]
+        rows = widgets.Box([*self.controls.values(), *buttons], layout=widgets.Layout(flex_flow="row wrap"))
         self.widget = widgets.VBox([rows, self.status, self.picture])
-        for control in self.controls.values():
+        for control in [] if begin else self.controls.values():
             control.observe(lambda change: self.ask(), names="value")
         if start:
             threading.Thread(target=self._work, daemon=True).start()
-            self.ask()
+            self._say(f"<b>{html.escape(begin)}</b> starts it.") if begin else self.ask()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,8 +102,8 @@ class Panel:
 
     def figure(self) -> Figure:
         """The last answer to the present settings, computed here and now: what readers without widgets see."""
-        *_, (figure, _) = self._answer(self.settings, lambda: False)
-        return figure
+        *_, (shown, _) = self._answer(self.settings, lambda: False)
+        return shown.figure() if isinstance(shown, Card) else shown
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         named = ", ".join(control.description for control in self.controls.values())
@@ -87,13 +115,27 @@ class Panel:
         with self._new:
             self._asked += 1
             self._new.notify()
-        self._say("computing …", busy=True)
+        self.report("computing …")
+
+    def stop(self) -> None:
+        """Have nothing answered until the next question."""
+        with self._new:
+            self._asked += 1
+            self._cancelled = self._asked
+        self._say("Cancelled: what stands below, if anything, answers an earlier question.")
+
+    def report(self, text: str, done: float | None = None) -> None:
+        """Say what is going on, and which share of it is done, where that is known."""
+        share = "" if done is None else f' value="{done:.3f}"'
+        self._say(
+            f'<progress style="width: 7em" aria-label="progress"{share}></progress> {html.escape(text)}', busy=True
+        )
 
     def _work(self) -> None:
         answered = 0
         while True:
             with self._new:
-                self._new.wait_for(lambda seen=answered: self._asked > seen)  # type: ignore[misc]
+                self._new.wait_for(lambda seen=answered: self._asked > max(seen, self._cancelled))  # type: ignore[misc]
                 answered = mine = self._asked
             self.answer_once(lambda mine=mine: self._asked > mine)  # type: ignore[misc]
 
@@ -106,7 +148,8 @@ class Panel:
                     return
                 self.picture.value = as_html(figure, words)
                 self._say(f"{words} <em>Refining …</em>", busy=True)
-            self._say(words)
+            if not superseded():
+                self._say(words)
         except Superseded:
             pass
         except SatlibError as error:
@@ -117,18 +160,45 @@ class Panel:
 
     def _say(self, text: str, *, busy: bool = False, failed: bool = False) -> None:
         colour, sign = "#b2182b" if failed else "#0173b2" if busy else "#333", "⏳ " if busy else ""
+        self.cancel.disabled = not busy
         self.status.value = f'<div role="status" aria-live="polite" style="color: {colour}">{sign}{text}</div>'
 
 
-def as_html(figure: Figure, words: str) -> str:
-    """A figure as an image that needs no file, with what it shows for those who cannot see it."""
+def as_html(shown: Figure | Card, words: str) -> str:
+    """A figure as an image that needs no file, with what it shows for those who cannot see it; or a card."""
+    if isinstance(shown, Card):
+        return shown._repr_html_()
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90)
+    shown.savefig(file, format="png", dpi=90)
     data, alt = base64.b64encode(file.getvalue()).decode(), html.escape(words, quote=True)
     return f'<img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
 
 
-class ModelZoo:
+class Models:
+    """Networks to play with, by title. targets: those that there are, as `Target.of` makes one of yours."""
+
+    def __init__(self, *targets: Target):
+        self._loaded = {target.title: target for target in targets}
+
+    @property
+    def titles(self) -> list[str]:
+        """Of all models."""
+        return list(self._loaded)
+
+    def records(self, settings: Mapping[str, Any]) -> list[Record]:
+        """The record of the model that a panel's settings name; none of networks of yours."""
+        return []
+
+    def segments(self, title: str) -> bool:
+        """Whether a model labels every pixel."""
+        return self._loaded[title].segments
+
+    def load(self, title: str) -> Target:
+        """A model, ready to be attacked."""
+        return self._loaded[title]
+
+
+class ModelZoo(Models):
     """The trained models whose weights are here, by title; each is loaded when it is first asked for.
 
     They are those of sections 6.1 and 6.3 under `profile` and under "laptop", of the latter's real images where these
@@ -136,9 +206,9 @@ class ModelZoo:
     """
 
     def __init__(self, runner: Runner, profile: str):
-        self.runner, self.missing = runner, []
+        super().__init__()
+        self.runner, self.missing = runner, list[str]()
         self._offered: dict[str, tuple[Run, str]] = {}  # run, and the scene at which targeted attacks aim
-        self._loaded: dict[str, Target] = {}
         self._lock = threading.Lock()
         records = Records(runner.ledger)
         for name, (section, final) in itertools.product(dict.fromkeys((profile, "laptop")), (("6.1", 0), ("6.3", -1))):
@@ -159,19 +229,15 @@ class ModelZoo:
 
     @property
     def titles(self) -> list[str]:
-        """Of all models."""
         return list(self._offered)
 
     def records(self, settings: Mapping[str, Any]) -> list[Record]:
-        """The record of the model that a panel's settings name."""
         return [self.runner.record(self._offered[settings["model"]][0])]
 
     def segments(self, title: str) -> bool:
-        """Whether a model labels every pixel."""
         return bool(self._offered[title][1])
 
     def load(self, title: str) -> Target:
-        """A model, ready to be attacked."""
         with self._lock:
             if title not in self._loaded:
                 run, frame = self._offered[title]
@@ -204,7 +270,7 @@ ANY, SCENE = -2, -1  # targets beside classes; a selection's None would be none 
 
 
 def attack_panel(
-    zoo: ModelZoo, *, model: str | None = None, eps: float = 16.0, steps: int = 100, start: bool = True
+    zoo: Models, *, model: str | None = None, eps: float = 16.0, steps: int = 100, start: bool = True
 ) -> Panel:
     """Attack a model: what a perturbation looks like, what it does, and how success grows with eps."""
     anything = ("any wrong answer", ANY)
@@ -250,7 +316,7 @@ def _attack_words(answer: Attacked) -> str:
 
 
 def sharedness_panel(
-    zoo: ModelZoo, *, model: str | None = None, sharedness: int = 8, eps: float = 16.0, start: bool = True
+    zoo: Models, *, model: str | None = None, sharedness: int = 8, eps: float = 16.0, start: bool = True
 ) -> Panel:
     """Share perturbations within a mini-batch: what they look like, whom they fool, and the four risks."""
     titles = [title for title in zoo.titles if not zoo.segments(title)]
@@ -322,3 +388,64 @@ def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
         yield drawings.trade_figure(models, chosen, row, pictures, dataset=settings["runs"]), words
 
     return Panel(controls, answer, lambda settings: list(nearest(settings).records), start=start)
+
+
+def evaluation_panel(
+    name: str,
+    model: Network,
+    images: Any,
+    labels: Any,
+    *,
+    class_names: Sequence[str] = (),
+    minutes: int = 2,
+    start: bool = True,
+) -> Panel:
+    """Evaluate a network of yours by `satlib.evaluate`, while you watch: a button starts it, another one cancels it.
+
+    The card is also saved, into the folder `name` of `satlib.paths.cards_root`, from which `made_cards` offers it.
+    """
+    controls = {
+        "budget": _slider("minutes", minutes, 1, 120, 1),
+        "seeds": _slider("seeds", 1, 1, 5, 1),
+        "seed": _slider("first seed", 0, 0, 9, 1),
+    }
+
+    def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
+        def follow(text: str, done: float) -> None:
+            if superseded():
+                raise Superseded
+            panel.report(f"{done:.0%}: {text}", done)
+
+        net = model if isinstance(model, OwnNetwork) else Cancellable(model, superseded)
+        options = settings | {"budget": 60.0 * settings["budget"], "class_names": class_names, "name": name}
+        card = evaluate(net, images, labels, **options, progress=follow)
+        yield card, f"{html.escape(card.verdict)} Saved as {html.escape(str(card.save(cards_root() / name)))}"
+
+    panel = Panel(controls, answer, lambda settings: [], begin="Evaluate", start=start)
+    return panel
+
+
+def made_cards(ledger: Ledger) -> dict[str, Callable[[], Card]]:
+    """Every card that was made, by title, each to be read when it is called for: those of records, published ones among
+    them, and those saved below `satlib.paths.cards_root`."""
+    found: dict[str, Callable[[], Card]] = {}
+    for record in ledger.records():
+        if record.kind == "card" and record.has("perturbation") and record.has("examples"):
+            found[f"{record.metrics['name']} · {record.labels['dataset']}"] = partial(card_of, record)
+    root = cards_root()
+    for file in sorted(root.glob("**/card.json")):
+        found[str(file.parent.relative_to(root))] = partial(Card.load, file.parent)
+    return found
+
+
+def card_panel(cards: Mapping[str, Callable[[], Card]], *, start: bool = True) -> Panel:
+    """Look at the cards that were made. Raises SatlibError where there are none."""
+    if not cards:
+        raise SatlibError("no card was made yet: notebook 11 makes some, and python -m satlib evaluate yours")
+    controls = {"card": _choice("card", cards, next(iter(cards)))}
+
+    def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
+        card = cards[settings["card"]]()
+        yield card, f"{html.escape(card.name)}: {html.escape(card.verdict)}"
+
+    return Panel(controls, answer, lambda settings: [], start=start)

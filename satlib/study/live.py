@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from satlib import attacks
 from satlib.attacks import heap_pgd, perturb, success_rates
-from satlib.data import Splits
+from satlib.checks import as_images, as_labels
+from satlib.data import ImageSet, Splits
 from satlib.device import exact
 from satlib.errors import SatlibError
-from satlib.network import OwnNetwork, logits_of
+from satlib.network import Network, OwnNetwork, evaluated, logits_of
 from satlib.risks import adversarial_risk, expected_risk, universal_risk
 from satlib.segmentation import repeated
 
@@ -29,14 +30,15 @@ QUICK_PASSES = 320  # forward-and-backward passes of images of 32x32 behind a fi
 UNSEEN, SHOWN, BATCH = 256, 6, 64  # images that are scored, shown, and in the mini-batch that is shared
 
 
-class Superseded(Exception):
-    """A newer question was asked: nobody waits for this answer any more."""
+class Superseded(BaseException):
+    """A newer question was asked, or this one cancelled: nobody waits for the answer any more. Not an Exception, for
+    what goes on where a part of it fails is to end, too."""
 
 
 class Cancellable(nn.Module):
-    """A network in eval mode that asks before every pass whether its answer is still wanted."""
+    """A network that asks before every pass whether its answer is still wanted."""
 
-    def __init__(self, net: nn.Module, superseded: Callable[[], bool]):
+    def __init__(self, net: Network, superseded: Callable[[], bool]):
         super().__init__()
         self.net, self._superseded = net, superseded
 
@@ -48,14 +50,37 @@ class Cancellable(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A trained model with the images that it is attacked on. scene: what targeted attacks want to see everywhere,
-    labels (H, W), for segmentation models only."""
+    """A network with the images that it is attacked on. scene: what targeted attacks want to see everywhere, labels
+    (H, W), for segmentation models only."""
 
     title: str
-    model: nn.Module
+    model: Network
     splits: Splits
     scene: Tensor | None = None
     known: dict[tuple, Any] = field(default_factory=dict)  # answers that do not change while some settings stay
+
+    @classmethod
+    def of(
+        cls, title: str, model: Network, images: Any, labels: Any, *, class_names: Sequence[str] = (), seed: int = 0
+    ) -> "Target":
+        """A network of yours, from pixels in 0..255 to logits, on images (n, C, H, W) with labels (n,) or (n, H, W): at
+        random by `seed` half of them to craft on, half to score. Raises SatlibError for what the kernels do not take,
+        for fewer than two images, and for another number of class_names than the network has classes."""
+        x, y = as_images(images)[:], as_labels(labels, images)
+        if len(x) < 2:
+            raise SatlibError(f"{title}: {len(x)} image: expected at least 2, half of them to craft on")
+        with evaluated(model), torch.no_grad():
+            count = logits_of(model, x[:1].float()).shape[1]
+        names = tuple(map(str, class_names)) or tuple(f"class {number}" for number in range(count))
+        if len(names) != count:
+            raise SatlibError(f"{title}: {len(names)} class_names for {count} classes; give one each")
+        x, y = x.float().round().to(torch.uint8), y.to(torch.uint8) if y.ndim > 1 else y
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+        craft, scored = (
+            ImageSet(x[rows], y[rows], names, title, title, split)
+            for split, rows in zip(("val", "test"), order.tensor_split(2), strict=True)
+        )
+        return cls(title, model, Splits(craft, craft, scored))
 
     @property
     def segments(self) -> bool:
@@ -63,10 +88,9 @@ class Target:
         return self.splits.test.labels.ndim > 1
 
     @cached_property
-    def net(self) -> nn.Module:
-        """The frozen model with batch norm folded, made once."""
-        model = self.model
-        return model.folded() if isinstance(model, OwnNetwork) else model.eval().requires_grad_(False)
+    def net(self) -> Network:
+        """What is attacked: of a network of ours a folded copy (`OwnNetwork.folded`), made once; others as they are."""
+        return self.model.folded() if isinstance(self.model, OwnNetwork) else self.model
 
     @property
     def batch_size(self) -> int:
@@ -261,7 +285,7 @@ def _aim(target: Target, question: Attack, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def _predicted(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Classes (n,) with the probability of each (n,), or segmentations (n, H, W) with each image's mean of those."""
-    with exact():
+    with exact(), evaluated(net):
         logits = logits_of(net, images).float()
     confidence, classes = logits.softmax(1).max(1)
     return classes, confidence.flatten(1).mean(1) if confidence.ndim > 1 else confidence

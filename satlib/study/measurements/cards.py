@@ -64,8 +64,5 @@ def card_run(network: str, dataset: str, **settings: Any) -> Run:
 
 def card_of(record: Record) -> Card:
     """The card that a record holds."""
-    examples = record.arrays("examples")
-    lists = ("labels", "said_clean", "said_perturbed")
-    shown = Examples(**{name: each.tolist() if name in lists else each for name, each in examples.items()})
-    perturbation = record.arrays("perturbation")["perturbation"]
-    return Card.of_numbers(record.metrics, perturbation=perturbation, examples=shown)
+    perturbation, examples = record.arrays("perturbation")["perturbation"], record.arrays("examples")
+    return Card.of_numbers(record.metrics, perturbation=perturbation, examples=Examples.of(examples))
