@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from satlib.attacks import heap_pgd
 from satlib.study import measurements, results
 from satlib.study.claims import Records
 
@@ -15,15 +17,33 @@ README = ROOT / "README.md"
 TEXTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(("text", "tables"), [(README, 11), (ROOT / "docs" / "scale_out.md", 1)])
+@pytest.mark.parametrize(("text", "tables"), [("README.md", 1), ("docs/results.md", 11), ("docs/scale_out.md", 1)])
 def test_tables_are_rendered_from_published_records(text, tables):
-    content = text.read_text(encoding="utf-8")
+    content = (ROOT / text).read_text(encoding="utf-8")
     assert len(results.BLOCK.findall(content)) == tables
     assert results.with_tables(content) == content, "run tools/save_outputs.py"
 
 
-def test_the_example_runs_as_it_stands(capsys):
+def test_the_readme_is_short():
     text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1800
+
+
+def test_the_idea_is_what_the_kernel_does():
+    (example,) = re.findall(r"<!-- idea -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).requires_grad_(False)
+    names = {"images": torch.rand(8, 3, 8, 8) * 255, "labels": torch.arange(8) % 4, "model": model}
+    names |= {"s": 4, "K": 3, "eps": 9.0, "alpha": 3.0, "start": torch.rand(2, 3, 8, 8) * 18 - 9, "F": F}
+    exec(example, names | {"torch": torch}, names)
+    options = {"eps": 9.0, "step_size": 3.0, "steps": 3, "start": names["start"], "straight_through": False}
+    options |= {"loss_threshold": None, "label_smoothing": 0.0}
+    kernel = heap_pgd(model, names["images"], names["labels"], sharedness=4, **options)
+    assert torch.equal(names["xi"].detach(), kernel)
+
+
+def test_the_example_runs_as_it_stands(capsys):
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(example.splitlines()) <= 12
     torch.manual_seed(0)

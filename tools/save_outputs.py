@@ -75,5 +75,5 @@ if __name__ == "__main__":
     stems = sys.argv[1:] or sorted(path.stem for path in (NOTEBOOKS / "executed" / "quick").glob("*.ipynb"))
     for stem in stems:
         save(stem)
-    for text in (ROOT / "README.md", ROOT / "docs" / "scale_out.md"):
+    for text in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text.write_text(with_tables(text.read_text(encoding="utf-8")), encoding="utf-8")

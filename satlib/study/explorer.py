@@ -216,7 +216,7 @@ class ModelZoo(Models):
             runs = [plan.erm, *(runs[final] for runs in plan.models.values())]
             trained = [run for run in runs if (record := records.of(run)) and record.has("weights")]
             if not is_here(settings.dataset):
-                self.missing.append(f"{settings.dataset}: the data is not here; the README says where to get it")
+                self.missing.append(f"{settings.dataset}: the data is not here; docs/data.md says where to get it")
             elif not trained:
                 stem = next(stem for stem, sections in NOTEBOOKS.items() if section in sections)
                 call = f"./run_all.sh --profile {name} --only {stem[:2]}"

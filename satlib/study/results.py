@@ -38,6 +38,10 @@ SCENES = {  # a reported number: whose measure it is, and which model is more ro
     "cityscapes/s5/eps_adv": ("s = 5", "eps_adv", ("s = 1", "s = 5")),
 }
 DIRECTION = {"holds": "same direction", "does not hold": "not reproduced", "not decided": "not decided"}  # of claims
+SUMMARY = (  # the reported numbers that a short table has
+    *("cifar10/erm/accuracy", "cifar10/erm/eps_uni", "cifar10/90/eps_uni", "cifar10/gain", "imagenet/good/eps_uni"),
+    *("cityscapes/erm/eps_uni_targeted", "cityscapes/s5/eps_uni_targeted", "cityscapes/s5/eps_adv"),
+)
 BY_WEIGHT = ("paper", "gpu", "laptop", "quick")  # which profile's result counts for more
 
 
@@ -217,6 +221,7 @@ TABLES: dict[str, Callable[[str, str], pd.DataFrame]] = {  # what texts can show
     "models": published_models,
     "claims": lambda section, profile: pd.DataFrame([vars(claim) for claim in published_claims(section, profile)]),
     "numbers": lambda section, profile: scoreboard(rows(published=True)),
+    "summary": lambda section, profile: summary(),
     "costs": lambda section, profile: costs.table(profile),
     "audits": lambda section, profile: published_evaluation(profile).verdicts,
     "bounds": lambda section, profile: published_evaluation(profile).bounds,
@@ -430,6 +435,16 @@ def scoreboard(rows: list[Row]) -> pd.DataFrame:
         }
         for row in rows
     )
+
+
+def summary() -> pd.DataFrame:
+    """The published numbers of SUMMARY, as text."""
+    found = dict(zip((each.key for each in REPORTED), rows(published=True), strict=True))
+    frame = scoreboard([found[key] for key in SUMMARY])
+    quantity = frame["section"] + ", " + frame["quantity"] + " (" + frame["unit"] + ")"
+    kept = frame[["paper", "ours", "by the ensemble", "verdict"]]
+    kept.insert(0, "section, quantity (unit)", quantity)
+    return kept.rename(columns={"ours": "ours, by the paper's attack"})
 
 
 def beside(section: str, profile: str) -> pd.DataFrame:
