@@ -1,24 +1,50 @@
-"""The defences that the paper compares with, and one concurrent to it, as adversaries of the one training loop."""
+"""Rivals of shared adversarial training as adversaries of the one training loop: those that the paper compares with,
+one concurrent to it, later ones, and variants of our own."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from satlib.attacks import heap_pgd, perturb, shuffled
-from satlib.checks import check, check_data, check_eps, check_whole, outside
+from satlib.attacks import attack_loss, heap_pgd, perturb, random_start, shuffled
+from satlib.checks import check, check_data, check_eps, check_whole, outside, per_heap
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
 from satlib.device import sent
-from satlib.training import Adversary, Training, clean_loss, mixed_loss
+from satlib.network import attackable, logits_of
+from satlib.training import Adversary, Training, clean_loss, mixed_loss, training_loss
 from satlib.universal import UniversalAttack, mean_of_signs, takes
 
 
 class Pool(Adversary):
-    """Universal perturbations (n, C, H, W) within eps that `attack` finds before an epoch; they go into checkpoints.
+    """Perturbations `pool` (n, C, H, W) within eps that stay from mini-batch to mini-batch, and go into checkpoints."""
+
+    recordable = True
+
+    def __init__(self, data: ImageSet, *, eps: float, count: int = 0) -> None:
+        check_eps(eps)
+        check_data(data, has="images")
+        self.data, self.eps = data, float(eps)
+        self.pool = torch.zeros(count, *data.images.shape[1:], device=data.device)
+
+    def steps(self, settings: Training) -> dict[str, Any]:
+        """What `heap_pgd` takes for the K steps of shared training within these perturbations' eps."""
+        return replace(settings, eps=self.eps).attack()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"pool": self.pool}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.pool = state["pool"].clone()
+
+
+class Crafted(Pool):
+    """Universal perturbations that `attack` finds before an epoch.
 
     Further settings go to the attack (steps or passes, batch_size, ...). progress(text) follows what it finds.
     """
@@ -32,21 +58,13 @@ class Pool(Adversary):
         progress: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> None:
-        check_eps(eps)
-        check_data(data, has="images")
-        self.data, self.progress = data, outside(progress or (lambda text: None))
+        super().__init__(data, eps=eps)
+        self.progress = outside(progress or (lambda text: None))
         through = {"straight_through": False} if takes(attack, "straight_through") else {}  # as published
         self.attack: Callable[..., Tensor] = functools.partial(attack, eps=[eps], **through | settings)
-        self.pool = torch.zeros(0, *data.images.shape[1:], device=data.device)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"pool": self.pool}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.pool = state["pool"]
 
 
-class DeepFoolUAD(Pool):
+class DeepFoolUAD(Crafted):
     """Fine-tuning on a pool of DeepFool universal perturbations, made anew every few epochs (Moosavi-Dezfooli 2017).
 
     Before the first of every `epochs_each` epochs, `pool_size` perturbations are found against the model as it is, each
@@ -91,7 +109,7 @@ class DeepFoolUAD(Pool):
         return clean_loss(model, perturb(images, drawn[0], 1), labels, settings)
 
 
-class FictitiousPlay(Pool):
+class FictitiousPlay(Crafted):
     """Training against all universal perturbations found so far (Perolat et al. 2018).
 
     Before each epoch the best response to the model as it is joins the set; in the epoch, every mini-batch meets one of
@@ -116,7 +134,7 @@ class FictitiousPlay(Pool):
         return mixed_loss(model, images, perturb(images, drawn[0]), labels, settings)
 
 
-class UniversalAdversarialTraining(Adversary):
+class UniversalAdversarialTraining(Pool):
     """One perturbation for the whole training, one ascent step on it for each descent step (Shafahi et al. 2018).
 
     Each mini-batch moves the perturbation by `relative_step_size` * eps along the sign of its gradient, each sample's
@@ -126,27 +144,173 @@ class UniversalAdversarialTraining(Adversary):
     recordable = True
 
     def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
-        check_eps(eps)
-        check_data(data, has="images")
+        super().__init__(data, eps=eps, count=1)
         check("a positive number", lambda value: value > 0, relative_step_size=relative_step_size)
         self.step = {"eps": eps, "steps": 1, "step_size": relative_step_size * eps}
-        self.xi = torch.zeros(1, *data.images.shape[1:], device=data.device)
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
         step = settings.attack() | self.step
         with torch.no_grad():
-            self.xi.copy_(heap_pgd(model, images, labels, sharedness=len(images), start=self.xi, **step))
-        return mixed_loss(model, images, perturb(images, self.xi), labels, settings)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"xi": self.xi}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.xi.copy_(state["xi"])
+            self.pool.copy_(heap_pgd(model, images, labels, sharedness=len(images), start=self.pool, **step))
+        return mixed_loss(model, images, perturb(images, self.pool), labels, settings)
 
 
-DEFENSES = {
+class ClassWiseTraining(Pool):
+    """One perturbation for each class, moved by the training pass's own gradient (Benz et al. 2021).
+
+    An image meets that of its class. The weights see perturbed and clean images (sigma and 1 - sigma), and in the same
+    backward pass each perturbation takes a step of `relative_step_size` * eps along the sign of its gradient.
+    """
+
+    recordable = True
+
+    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
+        super().__init__(data, eps=eps, count=len(getattr(data, "classes", ())))
+        check("a positive number", lambda value: value > 0, relative_step_size=relative_step_size)
+        self.step_size = relative_step_size * eps
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        shared = self.pool.clone().requires_grad_()
+        shared.register_hook(self._ascend)
+        return mixed_loss(model, images, perturb(images, shared[labels], 1), labels, settings)
+
+    @torch.no_grad()
+    def _ascend(self, gradient: Tensor) -> None:
+        self.pool.add_(self.step_size * gradient.sign()).clamp_(-self.eps, self.eps)
+
+
+class MetaAdversarialTraining(Pool):
+    """A pool of perturbations from which that for a mini-batch is made in a few steps (Metzen et al. 2021).
+
+    Of `candidates` drawn from the pool, the one with the highest loss on the mini-batch is refined by the K steps of
+    shared training with s = d, and moves by `rate` towards what comes out (Reptile). The pool starts in random corners
+    of the box, drawn from `seed`.
+    """
+
+    recordable = True
+
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        eps: float,
+        pool_size: int = 20,
+        candidates: int = 5,
+        rate: float = 0.25,
+        seed: int = 0,
+        progress: Any = None,
+    ) -> None:
+        check_whole(pool_size=pool_size, candidates=candidates)
+        check(f"at most pool_size ({pool_size})", lambda value: value <= pool_size, candidates=candidates)
+        check("a number in (0, 1]", lambda value: 0 < value <= 1, rate=rate)
+        super().__init__(data, eps=eps, count=pool_size)
+        self.candidates, self.rate = candidates, rate
+        self.pool.copy_(random_start(self.pool.shape, per_heap(eps, None, data.device), _seeded(seed)).sign() * eps)
+
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
+        return (sent(shuffled(len(self.pool), generator)[: self.candidates], images.device),)
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        tried = self.pool[drawn[0]]
+        with torch.no_grad(), attackable(model) as net:
+            losses = [attack_loss(logits_of(net, perturb(images, xi[None])), labels).mean() for xi in tried]
+        worst = drawn[0][torch.stack(losses).argmax(0, keepdim=True)]
+        start = self.pool[worst]
+        xi = heap_pgd(model, images, labels, sharedness=len(images), start=start, **self.steps(settings))
+        with torch.no_grad():
+            self.pool.index_copy_(0, worst, start + self.rate * (xi - start))
+        return mixed_loss(model, images, perturb(images, xi), labels, settings)
+
+
+class JacobianRegularisation(Adversary):
+    """No perturbation, but a penalty on the Jacobian of the logits, estimated by one random projection for each image
+    (Hoffman et al. 2019).
+
+    The penalty, weighed by sigma, is half the mean squared change of the logits under white noise of standard deviation
+    eps (pixel units) on a network that were linear: eps^2 ||J||_F^2 / 2.
+    """
+
+    recordable = True
+
+    def __init__(self, data: ImageSet, *, eps: float, progress: Any = None) -> None:
+        check_eps(eps)
+        check_data(data, has="images")
+        self.eps, self.classes = float(eps), len(data.classes)
+
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
+        return (sent(F.normalize(torch.randn(len(images), self.classes, generator=generator)), images.device),)
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        x = images.detach().requires_grad_()
+        logits = logits_of(model, x)
+        (gradients,) = torch.autograd.grad((logits.float() * drawn[0]).sum(), x, create_graph=True)
+        penalty = 0.5 * self.eps**2 * self.classes * gradients.square().sum() / len(images)
+        return training_loss(logits, labels, settings) + settings.sigma * penalty
+
+
+class PooledSharedTraining(Pool):
+    """Ours: shared adversarial training whose heaps go on from earlier perturbations, so that K steps refine a pattern
+    instead of beginning anew.
+
+    A heap of `sharedness` images starts, with probability `share`, from one of `pool_size` perturbations, and takes its
+    place in the pool afterwards; the others start at random, as in shared training. threshold: whether each sample's
+    loss is capped as there. straight_through: see `satlib.attacks.perturb_straight_through`. targeted: each heap goes
+    for a class drawn at random instead of away from its labels, without the cap.
+    """
+
+    recordable = True
+
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        eps: float,
+        sharedness: int = 64,
+        pool_size: int = 32,
+        share: float = 0.5,
+        threshold: bool = True,
+        straight_through: bool = False,
+        targeted: bool = False,
+        progress: Any = None,
+    ) -> None:
+        check_whole(sharedness=sharedness, pool_size=pool_size)
+        check("a probability", lambda value: 0 <= value <= 1, share=share)
+        super().__init__(data, eps=eps, count=pool_size)
+        self.sharedness, self.share, self.targeted = sharedness, share, targeted
+        self.changed: dict[str, Any] = {"straight_through": straight_through, "targeted": targeted}
+        self.changed |= {} if threshold and not targeted else {"loss_threshold": None}
+        self.classes = len(data.classes)
+
+    def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor, ...]:
+        heaps = -(-len(images) // min(self.sharedness, len(images)))
+        start = random_start((heaps, *images.shape[1:]), per_heap(self.eps, heaps, images.device), generator)
+        places = shuffled(len(self.pool), generator)[:heaps]  # of the first heaps, where there are more than places
+        again = torch.rand(len(places), generator=generator) < self.share
+        aims = torch.randint(self.classes, (heaps,), generator=generator)
+        return start, *(sent(each, images.device) for each in (places, again, aims))
+
+    def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
+        (start, places, again, aims), sharedness = drawn, min(self.sharedness, len(images))
+        again, count = again.view(-1, 1, 1, 1), len(places)
+        start = torch.cat([torch.where(again, self.pool[places], start[:count]), start[count:]])
+        aim = aims.repeat_interleave(sharedness)[: len(images)] if self.targeted else labels
+        options = self.steps(settings) | self.changed
+        xi = heap_pgd(model, images, aim, sharedness=sharedness, start=start, **options)
+        with torch.no_grad():
+            self.pool.index_copy_(0, places, torch.where(again, xi[:count], self.pool[places]))
+        return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
+
+
+def _seeded(seed: int) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+DEFENSES: dict[str, Callable[..., Adversary]] = {
     "DeepFool UAD": DeepFoolUAD,
     "fictitious play": FictitiousPlay,
     "universal adversarial training": UniversalAdversarialTraining,
+    "class-wise training": ClassWiseTraining,
+    "meta adversarial training": MetaAdversarialTraining,
+    "Jacobian regularisation": JacobianRegularisation,
+    "pooled shared training": PooledSharedTraining,
 }

@@ -1,6 +1,7 @@
 """The baselines: what each trains against, when it renews it, and that training with it resumes bit-equal."""
 
 import copy
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import satlib.defenses
-from satlib.attacks import success_rates
+from satlib.attacks import heap_pgd, perturb, success_rates
 from satlib.defenses import DEFENSES, DeepFoolUAD, FictitiousPlay, UniversalAdversarialTraining
 from satlib.errors import SatlibError
 from satlib.training import Training, mixed_loss, train
@@ -19,7 +20,8 @@ SETTINGS = Training(epochs=3, batch_size=32, learning_rate=0.02, schedule="one-c
 QUICK = {
     "DeepFool UAD": {"pool_size": 2, "epochs_each": 2, "images_each": 16, "passes": 1, "batch_size": 8},
     "fictitious play": {"steps": 4, "batch_size": 16},
-    "universal adversarial training": {},
+    "meta adversarial training": {"pool_size": 6, "candidates": 2},
+    "pooled shared training": {"sharedness": 8, "pool_size": 6, "share": 1.0},
 }
 
 
@@ -28,7 +30,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def build(name, data, eps=16.0):
-    return DEFENSES[name](data, eps=eps, **QUICK[name])
+    return DEFENSES[name](data, eps=eps, **QUICK.get(name, {}))
 
 
 @pytest.fixture
@@ -70,7 +72,11 @@ def test_perturbations_stay_within_eps_and_finding_them_leaves_the_model_alone(n
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     x, y = tiny.train.images[:16].float(), tiny.train.labels[:16]
     loss_of(adversary, model, x, y, seeded())
+    if not adversary.state():
+        pytest.skip("perturbs nothing")
     (found,) = adversary.state().values()
+    if name == "class-wise training":  # found in the backward pass
+        loss_of(adversary, model, x, y, seeded()).backward()
     assert 1 < found.abs().max() <= 9.0 and found.shape[1:] == x.shape[1:]
 
 
@@ -192,16 +198,100 @@ def test_the_set_grows_by_one_response_an_epoch_and_each_is_met(tiny, trained, b
 def test_one_ascent_step_a_mini_batch_on_one_perturbation_that_stays(tiny, trained, batch):
     x, y = batch
     adversary = UniversalAdversarialTraining(tiny.train, eps=8.0, relative_step_size=0.25)
-    path = [adversary.xi.clone()]
+    path = [adversary.pool.clone()]
     for epoch in (0, 0, 1, 1, 1):
         adversary.start_epoch(trained, epoch, seeded())
         loss = loss_of(adversary, trained, x, y, seeded())
-        path.append(adversary.xi.clone())
+        path.append(adversary.pool.clone())
     steps = [(after - before).abs() for before, after in pairwise(path)]
     assert all(step.max() <= 2.0 + 1e-5 for step in steps) and (steps[0] > 1.9).float().mean() > 0.9
     assert path[-1].abs().max() == 8.0
-    expected = mixed_loss(trained, x, (x + adversary.xi).clamp(0, 255), y, SETTINGS)
+    expected = mixed_loss(trained, x, (x + adversary.pool).clamp(0, 255), y, SETTINGS)
     torch.testing.assert_close(loss, expected)
+
+
+# ------------------------------------------------------------------------------------------------ later defences
+
+
+def test_each_class_has_a_perturbation_that_the_training_pass_itself_moves(tiny, trained, batch):
+    x, y = batch
+    adversary = DEFENSES["class-wise training"](tiny.train, eps=8.0)
+    start = 16 * torch.rand(adversary.pool.shape, generator=seeded()) - 8
+    adversary.pool.copy_(start)
+    seen = start.clone().requires_grad_()
+    expected = mixed_loss(trained, x, (x + seen[y]).clamp(0, 255), y, SETTINGS)
+    (gradient,) = torch.autograd.grad(expected, seen)
+    loss = loss_of(adversary, trained, x, y, seeded())
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(adversary.pool, start)
+    loss.backward()
+    assert torch.equal(adversary.pool, (start + 2 * gradient.sign()).clamp(-8, 8))
+    absent = sorted(set(range(len(tiny.train.classes))) - set(y.tolist()))
+    assert torch.equal(adversary.pool[absent], start[absent]) and not torch.equal(adversary.pool, start)
+
+
+def test_the_worst_of_the_candidates_is_refined_and_follows_by_a_share(tiny, trained, batch):
+    x, y = batch
+    adversary = DEFENSES["meta adversarial training"](tiny.train, eps=8.0, pool_size=4, candidates=4, rate=0.25)
+    before = adversary.pool.clone()
+    assert torch.equal(before.abs(), torch.full_like(before, 8.0)) and len(before.unique(dim=0)) == 4
+    losses = [F.cross_entropy(trained((x + xi).clamp(0, 255)), y) for xi in before]
+    worst = int(torch.stack(losses).argmax())
+    xi = heap_pgd(trained, x, y, sharedness=len(x), start=before[worst : worst + 1], **attack(eps=8.0))
+    settings = dataclasses.replace(SETTINGS, eps=8.0)
+    loss = adversary.loss(trained, x, y, settings, torch.tensor([2, 0, 3, 1]))
+    torch.testing.assert_close(loss, mixed_loss(trained, x, (x + xi).clamp(0, 255), y, settings))
+    others = [index for index in range(4) if index != worst]
+    assert torch.equal(adversary.pool[others], before[others])
+    torch.testing.assert_close(adversary.pool[worst], before[worst] + 0.25 * (xi[0] - before[worst]))
+
+
+def attack(**changes):
+    return dataclasses.replace(SETTINGS, **changes).attack()
+
+
+def test_the_penalty_is_the_jacobians_norm_on_average(linear, tiny, batch):
+    x, y = batch
+    weight = torch.randn(4, 192, generator=seeded()) / 255
+    model = linear(weight)
+    adversary = DEFENSES["Jacobian regularisation"](tiny.train, eps=6.0)
+    clean = F.cross_entropy(model(x), y, label_smoothing=0.1)
+    generator = seeded()
+    penalties = [(loss_of(adversary, model, x, y, generator) - clean).item() for _ in range(300)]
+    expected = SETTINGS.sigma * 0.5 * 36.0 * weight.square().sum().item()  # of a linear model J is its weights
+    assert sum(penalties) / 300 == pytest.approx(expected, rel=0.05)
+    model.requires_grad_()
+    penalty = loss_of(adversary, model, x, y, generator) - F.cross_entropy(model(x), y, label_smoothing=0.1)
+    gradients = torch.autograd.grad(penalty, model.parameters(), allow_unused=True)  # none for the bias
+    assert any(each is not None and each.abs().sum() > 0 for each in gradients)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_heaps_go_on_from_the_pool_or_begin_anew(tiny, trained, share):
+    x, y = tiny.train.images[:20].float(), tiny.train.labels[:20]
+    options = {"sharedness": 8, "pool_size": 2, "share": share}
+    adversary = DEFENSES["pooled shared training"](tiny.train, eps=8.0, **options)
+    adversary.pool.copy_(16 * torch.rand(adversary.pool.shape, generator=seeded(1)) - 8)
+    before, settings = adversary.pool.clone(), dataclasses.replace(SETTINGS, eps=8.0)
+    start, places, again, aims = adversary.draw(x, settings, seeded())
+    assert len(start) == len(aims) == 3 and sorted(places.tolist()) == [0, 1]
+    begun = torch.cat([before[places], start[2:]]) if share else start
+    xi = heap_pgd(trained, x, y, sharedness=8, start=begun, **settings.attack())
+    loss = adversary.loss(trained, x, y, settings, start, places, again, aims)
+    torch.testing.assert_close(loss, mixed_loss(trained, x, perturb(x, xi, 8), y, settings))
+    assert torch.equal(adversary.pool[places], xi[:2] if share else before[places])
+
+
+def test_heaps_may_be_as_strong_as_the_attack_that_measures(tiny, trained):
+    x, y = tiny.train.images[:16].float(), tiny.train.labels[:16]
+    options = {"sharedness": 8, "share": 0.0, "targeted": True, "straight_through": True}
+    adversary = DEFENSES["pooled shared training"](tiny.train, eps=8.0, **options)
+    settings = dataclasses.replace(SETTINGS, eps=8.0)
+    start, *drawn, aims = adversary.draw(x, settings, seeded())
+    strong = settings.attack() | {"straight_through": True, "loss_threshold": None, "targeted": True}
+    xi = heap_pgd(trained, x, aims.repeat_interleave(8), sharedness=8, start=start, **strong)
+    loss = adversary.loss(trained, x, y, settings, start, *drawn, aims)
+    torch.testing.assert_close(loss, mixed_loss(trained, x, perturb(x, xi, 8), y, settings))
 
 
 # --------------------------------------------------------------------------------------------------- errors
@@ -220,6 +310,12 @@ def test_one_ascent_step_a_mini_batch_on_one_perturbation_that_stays(tiny, train
             {"relative_step_size": 0.0},
             r"relative_step_size=0\.0: expected a positive",
         ),
+        ("class-wise training", {"relative_step_size": -1.0}, r"relative_step_size=-1\.0: expected a positive"),
+        ("meta adversarial training", {"pool_size": 3}, r"candidates=5: expected at most pool_size \(3\)"),
+        ("meta adversarial training", {"rate": 0.0}, r"rate=0\.0: expected a number in \(0, 1\]"),
+        ("Jacobian regularisation", {"eps": -1.0}, r"eps=-1\.0"),
+        ("pooled shared training", {"share": 2.0}, r"share=2\.0: expected a probability"),
+        ("pooled shared training", {"sharedness": 0}, r"sharedness=0: expected a whole number"),
     ],
 )
 def test_a_defence_names_what_is_wrong(name, changes, message, tiny):

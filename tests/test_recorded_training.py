@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import satlib.network
 from satlib import device
 from satlib.checks import kernel
-from satlib.defenses import DEFENSES
+from satlib.defenses import DEFENSES, Crafted
 from satlib.errors import SatlibError
 from satlib.models import BottleneckResNet, FCN8s, ResNet
 from satlib.parallel import Ranks
@@ -32,7 +32,7 @@ KINDS = {  # what is trained, and against which defence's perturbations
     "ERM": ({}, None),
     "shared": ({"sigma": 0.7, "eps": 8, "sharedness": 8, "nesterov": True, "weight_decay": 1e-3}, None),
     "standard": ({"sigma": 0.5, "eps": 4, "sharedness": 1}, None),
-    "Adam": ({"sigma": 0.5, "eps": 4, "sharedness": 4, "optimizer": "adam", "learning_rate": 0.003}, None),
+    "Adam": ({"sigma": 0.5, "eps": 4, "sharedness": 4, "optimizer": "adam", "learning_rate": 0.0003}, None),
     **{name: ({"sigma": 0.5, "eps": 8}, name) for name in DEFENSES},
 }
 NETWORKS: dict[str, Callable] = {
@@ -225,7 +225,7 @@ def test_a_step_neither_asks_the_device_nor_copies_to_it(network, kind, tiny, sc
 
     settings, data = settings_for(kind), data_for(network, tiny, scenes)
     adversary = adversary_for(kind, data) or (SharedAdversarialTraining() if settings.sigma else ERM())
-    if hasattr(adversary, "pool"):
+    if isinstance(adversary, Crafted):
         adversary.pool = torch.zeros(2, *data.images.shape[1:])
     x, y = data.images[:8].float(), data.labels[:8].long()
     drawn = adversary.draw(x, settings, torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ from satlib.checks import kernel
 from satlib.data.imageset import ImageSet
 from satlib.data.imagetree import ImageFile, workers_here
 from satlib.data.streamed import StreamedImages, StreamedSet
-from satlib.defenses import DEFENSES, Pool
+from satlib.defenses import DEFENSES, Crafted
 from satlib.device import autocast, recorded
 from satlib.models import BottleneckResNet, FCN8s
 from satlib.paper import CIFAR10
@@ -171,7 +171,7 @@ def training(bench: Bench) -> list[Row]:
     ways["ERM"] = steps_of(ERM())
     for name, defense in DEFENSES.items():
         adversary = defense(bench.splits.train, eps=8.0)
-        if isinstance(adversary, Pool):  # which it fills before an epoch: not part of this
+        if isinstance(adversary, Crafted):  # which it fills before an epoch: not part of this
             adversary.pool = torch.zeros_like(bench.splits.train.images[:2], dtype=torch.float32)
         ways[name] = steps_of(adversary, **attacked)
     library = peers.title("torchattacks")

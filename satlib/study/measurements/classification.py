@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from satlib.attacks import perturb
 from satlib.data import Splits
+from satlib.defenses import DEFENSES
 from satlib.device import exact
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
@@ -206,7 +207,7 @@ def baseline_options(settings: Cifar10) -> dict[str, dict[str, Any]]:
     return {
         "DeepFool UAD": pool | _deepfool_options(settings),
         "fictitious play": {"steps": settings.response_steps, "batch_size": settings.batch_size},
-        "universal adversarial training": {},
+        **{name: {} for name in DEFENSES if name not in ("DeepFool UAD", "fictitious play")},
     }
 
 
@@ -252,7 +253,8 @@ def deepfool_run(settings: Cifar10, model: Run) -> Run:
 
 def cost_run(settings: Cifar10, model: Run) -> Run:
     """Seconds that an epoch of each way of training takes (section 6.1)."""
-    defenses = {name: {"eps": 8.0} | known for name, known in baseline_options(settings).items()}
+    known = baseline_options(settings)
+    defenses = {name: {"eps": 8.0} | known[name] for name, _ in settings.baselines}
     cost = (len(settings.sharedness) + len(defenses) + 1) * settings.cost_images * (settings.steps + 3)
     training = training_settings(settings, "finetune", sharedness=1, eps=8.0, sigma=0.5).config()
     given = {"training": training, "defenses": defenses, "images": settings.cost_images}
