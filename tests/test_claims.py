@@ -7,6 +7,7 @@ import pytest
 
 from satlib import paper
 from satlib.study import results
+from satlib.study import results
 from satlib.study.claims import (
     Claim,
     Model,
@@ -39,8 +40,8 @@ def test_a_size_beyond_what_is_searched_is_told_as_such_and_counts_as_larger():
     assert worst(["holds", "not decided"]) == "not decided" and worst(["not run", "does not hold"]) == "does not hold"
 
 
-def verdict_of(found: list[Claim], start: str) -> Claim:
-    (claim,) = [claim for claim in found if claim.claim.startswith(start)]
+def verdict_of(found: list[Claim], start: str, attack: str | None = None) -> Claim:
+    (claim,) = [each for each in found if each.claim.startswith(start) and attack in (None, each.attack)]
     return claim
 
 
@@ -113,9 +114,8 @@ def test_domination_under_deepfool_looks_at_that_accuracy():
     models = [model("s = 64", 87.2, 1.0, deepfool=60.0, strongest=30.0)]
     models += [model("s = 1", 87, 99.0, deepfool=50.0, strongest=28.0)]
     evidence = "1 of 1 s = 1 models can be compared: +10.0 (at 87.0 %) points"
-    assert domination(models, "s = 64", "s = 1", "DeepFool") == Claim(
-        "s = 64 dominates s = 1 (DeepFool)", "holds", evidence
-    )
+    expected = Claim("s = 64 dominates s = 1", "holds", evidence, "DeepFool")
+    assert domination(models, "s = 64", "s = 1", "DeepFool") == expected
     assert domination(models, "s = 64", "s = 1").verdict == "does not hold"
     assert domination(models, "s = 64", "s = 1", "ensemble").verdict == "holds"
 
@@ -124,12 +124,10 @@ def test_both_attacks_are_asked_and_the_ensemble_is_told_first():
     models = [ERM, model("s = 64", 90.2, 30.0, strongest=12.0), model("s = 1", 90.1, 20.0, strongest=14.0)]
     models[0] = replace(ERM, strongest=11.0)
     found = cifar10_claims(models, None)
-    names = [claim.claim for claim in found]
-    assert names[0] == "s = 64 dominates s = 1 (ensemble)"
-    assert [found[names.index(f"s = 64 dominates s = 1 ({each})")].verdict for each in ("ensemble", "S-PGD")] == [
-        "does not hold",
-        "holds",
-    ]
+    name = "s = 64 dominates s = 1"
+    assert (found[0].claim, found[0].attack) == (name, "ensemble")
+    by_attack = [verdict_of(found, name, each).verdict for each in ("ensemble", "S-PGD")]
+    assert by_attack == ["does not hold", "holds"]
     raised = [claim for claim in found if claim.claim.startswith("s = 64 raises robustness")]
     assert ["11.0 -> 12.0" in raised[0].evidence, "15.0 -> 30.0" in raised[1].evidence] == [True, True]
 
@@ -144,21 +142,23 @@ def test_what_is_gained_without_losing_accuracy_is_clear_of_the_spread(accuracy,
 
 
 def test_alike_is_that_neither_dominates():
-    start = "s = 1 and s = 8 perform similarly: neither dominates the other (S-PGD)"
+    start = "s = 1 and s = 8 perform similarly: neither dominates the other"
     models = [
         model("s = 1", 86, 30.0),
         model("s = 1", 84, 36.0),
         model("s = 8", 86.5, 30.2),
         model("s = 8", 84.5, 35.9),
     ]
-    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "holds"
+    assert verdict_of(cifar10_claims([ERM, *models], None), start, "S-PGD").verdict == "holds"
     models[2:] = [model("s = 8", 86.5, 40.0), model("s = 8", 84.5, 45.0)]
-    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "does not hold"
+    assert verdict_of(cifar10_claims([ERM, *models], None), start, "S-PGD").verdict == "does not hold"
     models[2:] = [model("s = 8", 86.5, 40.0, spread=50.0), model("s = 8", 84.5, 45.0, spread=50.0)]
-    assert verdict_of(cifar10_claims([ERM, *models], None), start).verdict == "not decided"  # nor do they differ little
-    assert verdict_of(cifar10_claims([ERM, *models[:2]], None), start).verdict == "not run"
+    assert (
+        verdict_of(cifar10_claims([ERM, *models], None), start, "S-PGD").verdict == "not decided"
+    )  # nor do they differ little
+    assert verdict_of(cifar10_claims([ERM, *models[:2]], None), start, "S-PGD").verdict == "not run"
     once = [model("s = 1", 86, 30.0, spread=None), model("s = 8", 86.5, 30.2, spread=None)]
-    assert verdict_of(cifar10_claims([ERM, *once], None), start).verdict == "not decided"
+    assert verdict_of(cifar10_claims([ERM, *once], None), start, "S-PGD").verdict == "not decided"
 
 
 def test_adversarial_training_of_every_sharedness_is_compared_with_a_baseline():
@@ -167,7 +167,7 @@ def test_adversarial_training_of_every_sharedness_is_compared_with_a_baseline():
 
     def verdicts(name="fictitious play"):
         found = cifar10_claims(models, None)
-        return [verdict_of(found, f"s = {s} dominates {name} (S-PGD)").verdict for s in (1, 8, 64)]
+        return [verdict_of(found, f"s = {s} dominates {name}", "S-PGD").verdict for s in (1, 8, 64)]
 
     assert verdicts() == ["holds"] * 3
     models[2] = model("s = 1", 85.4, 19.0)
@@ -257,3 +257,13 @@ def test_claims_of_section_6_2():
     assert found[-1].verdict == "not decided"
     found = imagenet_claims([models[0], model("s = 32", 70.0, 30.0)])
     assert [claim.verdict for claim in found] == ["not run"] * 2 + ["does not hold"] * 3 + ["not run"]
+
+
+def test_verdicts_by_all_attacks_stand_in_one_row():
+    found = [Claim("a", "holds", "", "ensemble"), Claim("b", "not run"), Claim("a", "not decided", "", "S-PGD")]
+    assert results.verdicts(found).to_dict("records") == [
+        {"claim": "a", "by the ensemble": "holds", "by the paper's attack": "not decided", "verdict": "–"},
+        {"claim": "b", "by the ensemble": "–", "by the paper's attack": "–", "verdict": "not run"},
+    ]
+    assert list(results.claims_table(found)) == ["claim", "attack", "verdict", "evidence"]
+    assert list(results.claims_table(found[1:2])) == ["claim", "verdict", "evidence"]

@@ -48,8 +48,8 @@ def test_claims_of_section_6_3():
     def claims(*models):
         """By the paper's attack: clean, targeted, untargeted, image-dependent, beside ERM."""
         clean, *rest = cityscapes_claims(models)
-        (aimed, free, beside), image = [c for c in rest if c.claim.endswith("S-PGD)")], rest[-1]
-        assert {c.verdict for c in rest if c.claim.endswith("ensemble)")} == {"not run"} and len(rest) == 7
+        (aimed, free, beside), image = [c for c in rest if c.attack == "S-PGD"], rest[-1]
+        assert {c.verdict for c in rest if c.attack == "ensemble"} == {"not run"} and len(rest) == 7
         return clean, aimed, free, image, beside
 
     found = claims(ERM, ONE, MANY)
@@ -74,7 +74,7 @@ def test_an_order_that_no_full_attack_has_tested_is_not_decided():
     one = replace(ONE, missed={"eps_uni": 55.0})
     coarse, fine = (replace(MANY, missed={"eps_uni": missed}) for missed in (31.9, 102.0))
     claims = [cityscapes_claims([ERM, one, many]) for many in (coarse, fine)]
-    found = [next(c for c in each if "larger targeted" in c.claim and "S-PGD" in c.claim) for each in claims]
+    found = [next(c for c in each if "larger targeted" in c.claim and c.attack == "S-PGD") for each in claims]
     assert [claim.verdict for claim in found] == ["not decided", "holds"]
     assert "s = 5, 44 110.0 (missed at 31.9), s = 1, 45 60.0 (missed at 55.0)" in found[0].evidence
 
@@ -100,7 +100,7 @@ def strongest(size, *rates):
 def test_the_ensemble_decides_by_its_sizes_or_where_there_are_none_by_its_curves(one, many, verdict):
     models = [replace(ONE, untargeted_ensemble=one), replace(MANY, untargeted_ensemble=many)]
     claim = next(
-        c for c in cityscapes_claims([ERM, *models]) if "without a target" in c.claim and "ensemble" in c.claim
+        c for c in cityscapes_claims([ERM, *models]) if "without a target" in c.claim and c.attack == "ensemble"
     )
     assert claim.verdict == verdict
     curves = many is not None and one.size is many.size is None

@@ -127,6 +127,27 @@ def published_claims(section: str, profile: str) -> list[Claim]:
     return SECTIONS[section].claims(models, cost)
 
 
+def claims_table(found: Iterable[Claim]) -> pd.DataFrame:
+    """A row for each claim, with what it rests on."""
+    frame = pd.DataFrame([vars(claim) for claim in found], columns=["claim", "attack", "verdict", "evidence"])
+    return frame if frame["attack"].any() else frame.drop(columns="attack")
+
+
+def verdicts(found: Iterable[Claim]) -> pd.DataFrame:
+    """A row for each claim, with its verdict by each attack; no column for an attack by which none was evaluated."""
+    columns = {
+        "ensemble": "by the ensemble",
+        "S-PGD": "by the paper's attack",
+        "DeepFool": "under DeepFool",
+        "": "verdict",
+    }
+    rows: dict[str, dict[str, str]] = {}
+    for claim in found:
+        rows.setdefault(claim.claim, {"claim": claim.claim})[columns[claim.attack]] = claim.verdict
+    frame = pd.DataFrame(rows.values(), columns=["claim", *columns.values()])
+    return frame.dropna(axis="columns", how="all").fillna("–")
+
+
 def published_models(section: str, profile: str) -> pd.DataFrame:
     """The models of a section in a profile's published records, as text."""
     settings, models, _ = evaluated(section, profile, Records(published=True))
@@ -219,7 +240,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 TABLES: dict[str, Callable[[str, str], pd.DataFrame]] = {  # what texts can show, of a section and a profile
     "models": published_models,
-    "claims": lambda section, profile: pd.DataFrame([vars(claim) for claim in published_claims(section, profile)]),
+    "claims": lambda section, profile: claims_table(published_claims(section, profile)),
     "numbers": lambda section, profile: scoreboard(rows(published=True)),
     "summary": lambda section, profile: summary(),
     "costs": lambda section, profile: costs.table(profile),

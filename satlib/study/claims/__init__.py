@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, stdev
 
 from satlib.robustness import LARGEST, Evaluation, largest_miss
@@ -100,11 +101,15 @@ class Records:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, evaluated on records: "holds", "does not hold", "not decided" or "not run"."""
+    """A claim of the paper, evaluated on records: "holds", "does not hold", "not decided" or "not run".
+
+    attack: the one of ATTACKS by which it was evaluated, where that matters.
+    """
 
     claim: str
     verdict: str
     evidence: str = ""
+    attack: str = ""
 
 
 def verdict(holds: bool) -> str:
@@ -292,27 +297,26 @@ def domination(models: Sequence[Model], better: str, worse: str, attack: str = "
     the models compared; it does not hold if one of them is more robust by as much. Not decided are smaller differences,
     and what rests on a single training of either family under this attack, or on models with one seed each.
     """
-    claim, measure = f"{better} dominates {worse} ({attack})", ATTACKS[attack]
+    measure = ATTACKS[attack]
     weak = front(models, measure, family=worse)
+    claim = partial(Claim, f"{better} dominates {worse}", attack=attack)
     if not weak or not front(models, measure, family=better):
-        return Claim(claim, "not run")
+        return claim("not run")
     compared = at_equal_accuracy(models, better, worse, measure)
     if not compared:
-        return Claim(
-            claim, "not decided", f"no {better} model is as accurate as one of {worse}, within {NEAR:g} points"
-        )
+        return claim("not decided", f"no {better} model is as accurate as one of {worse}, within {NEAR:g} points")
     sides = [each.model for each in compared], list({id(m): m for each in compared for m in each.others}.values())
     spreads = [m.spreads[measure] for m in itertools.chain(*sides) if measure in m.spreads]
     unit = "points" if measure == "deepfool" else "pixel units"
     listed = ", ".join(f"{each.gap:+.1f} (at {each.model.accuracy:.1f} %)" for each in compared)
     evidence = f"{len(compared)} of {len(weak)} {worse} models can be compared: {listed} {unit}"
     if not spreads:
-        return Claim(claim, "not decided", f"{evidence}; {FEW[0]}")
+        return claim("not decided", f"{evidence}; {FEW[0]}")
     if any(sum(m.measured.get(measure, 1) for m in side) < 2 for side in sides):
-        return Claim(claim, "not decided", f"{evidence}; {FEW[1]}")
+        return claim("not decided", f"{evidence}; {FEW[1]}")
     gaps = [each.gap for each in compared]
     beaten, lost = min(gaps) > max(spreads), min(gaps) < -max(spreads)
-    return Claim(claim, verdict(beaten) if beaten or lost else "not decided", evidence)
+    return claim(verdict(beaten) if beaten or lost else "not decided", evidence)
 
 
 def cifar10_claims(models: Sequence[Model], cost: Record | None) -> list[Claim]:
@@ -351,9 +355,9 @@ def _alike(models: Sequence[Model], one: str, other: str, attack: str) -> Claim:
     little = all(abs(each.gap) <= ALIKE * (each.model.size(measure) or 0.0) for each in itertools.chain(*compared))
     known = all(compared) and not any(way.evidence.endswith(FEW) for way in ways)
     found = "not run" if "not run" in verdicts else "does not hold" if "holds" in verdicts else ""
-    claim = f"{one} and {other} perform similarly: neither dominates the other ({attack})"
+    claim = f"{one} and {other} perform similarly: neither dominates the other"
     evidence = "; ".join(way.evidence for way in ways if way.evidence)
-    return Claim(claim, found or ("holds" if known and little else "not decided"), evidence)
+    return Claim(claim, found or ("holds" if known and little else "not decided"), evidence, attack)
 
 
 def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterable[Gain], attack: str) -> list[Claim]:
@@ -364,12 +368,12 @@ def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterabl
         return []
     erm, base = undefended[0]
     model, value = defended[-1]
-    claim = f"{family} raises robustness without loss of accuracy, within {NEAR:g} points (paper: {free}; {attack})"
+    claim = f"{family} raises robustness without loss of accuracy, within {NEAR:g} points (paper: {free})"
     kept = [(each, size - base) for each, size in defended if each.accuracy >= erm.accuracy - NEAR]
     clear = [gap > max(m.spreads.get(measure, 0.0) for m in (erm, each)) for each, gap in kept]
     found = verdict(any(clear)) if any(clear) or all(gap <= 0 for _, gap in kept) else "not decided"
     evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.1f} points, eps_uni {base:.1f} -> {_shown(value)}"
-    claims = [Claim(claim, found, evidence)]
+    claims = [Claim(claim, found, evidence, attack)]
     for factor, points, source in gains:
         times, evidence = 0.0, f"every {family} model loses more than {points:g} points"
         near = [(value / base, model) for model, value in defended if erm.accuracy - model.accuracy < points]
@@ -378,7 +382,7 @@ def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterabl
             least = "over " if times * base > LARGEST else ""
             evidence = f"{model.title}: {least}{times:.2f} times at {erm.accuracy - model.accuracy:.1f} points"
         claim = f"{family} is about {factor:g} times as robust at under {points:g} points of accuracy"
-        claims.append(Claim(f"{claim} ({source}; {attack})", verdict(times >= 0.95 * factor), evidence))
+        claims.append(Claim(f"{claim} ({source})", verdict(times >= 0.95 * factor), evidence, attack))
     return claims
 
 

@@ -167,9 +167,9 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
     erm, one, many = chosen
     equal = abs(one.iou - many.iou) <= NEAR and erm.iou - min(one.iou, many.iou) <= LOST
 
-    def compared(claim: str, better: SceneModel, worse: SceneModel, measure: str) -> Claim:
+    def compared(claim: str, better: SceneModel, worse: SceneModel, measure: str, attack: str = "") -> Claim:
         found = larger(better, worse, measure)
-        return Claim(claim, found, "" if found == "not run" else _sizes((better, worse), measure))
+        return Claim(claim, found, "" if found == "not run" else _sizes((better, worse), measure), attack)
 
     targeted = "larger targeted universal perturbations"
     claims = [
@@ -182,12 +182,13 @@ def cityscapes_claims(models: Sequence[SceneModel], cost: None = None) -> list[C
     for attack, measures in UNIVERSAL.items():
         aimed, free = measures
         claims += [
-            compared(f"shared training withstands {targeted} (paper: 111.7, 62.5; {attack})", many, one, aimed),
-            compared(f"it does so without a target, too (paper: 47.8, 25; {attack})", many, one, free),
+            compared(f"shared training withstands {targeted} (paper: 111.7, 62.5)", many, one, aimed, attack),
+            compared("it does so without a target, too (paper: 47.8, 25)", many, one, free, attack),
             Claim(
-                f"both withstand {targeted} than ERM (paper: 19.92; {attack})",
+                f"both withstand {targeted} than ERM (paper: 19.92)",
                 both := worst(larger(m, erm, aimed) for m in (one, many)),
                 "" if both == "not run" else _sizes((one, many, erm), aimed),
+                attack,
             ),
         ]
     images = "standard training withstands larger image-dependent ones (paper: 11, 5.9)"
