@@ -7,7 +7,6 @@ import pytest
 
 from satlib import paper
 from satlib.study import results
-from satlib.study import results
 from satlib.study.claims import (
     Claim,
     Model,

@@ -57,6 +57,14 @@ def test_latex_and_markdown_outputs_are_drawn_too(tmp_path):
     assert page(tmp_path, v4.new_code_cell("x", outputs=outputs)).count("<mi>δ</mi>") == 2
 
 
+def test_hidden_code_is_folded_and_its_output_is_not(tmp_path):
+    cells = [v4.new_code_cell(f"code{n}()", outputs=[v4.new_output("stream", text=f"said{n}")]) for n in (1, 2)]
+    cells[0].metadata["jupyter"] = {"source_hidden": True}
+    html = page(tmp_path, *cells)
+    folded = re.search(r"<details><summary>code</summary>(.*?)</details>", html, flags=re.DOTALL)
+    assert html.count("<details>") == 1 and "code1" in folded[1] and "said1" not in folded[1] and "said1" in html
+
+
 def test_links_work_from_the_page(tmp_path):
     html = page(tmp_path, text("[a](02_two.ipynb#b) [c](../satlib/attacks.py) [d](#e) [f](https://example.org/)"))
     for link in ("02_two.html#b", "../../../satlib/attacks.py", "#e", "https://example.org/"):

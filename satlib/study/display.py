@@ -1,8 +1,11 @@
 """What notebooks need beside the kernels: a kernel's own code shown in place, and figures saved as they are shown."""
 
+import ast
 import inspect
 import io
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -10,38 +13,68 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
-from IPython.display import Code, Image, display
+from IPython.display import Code, Image, Markdown, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from satlib.attacks import perturb
 from satlib.data import ImageSet
 from satlib.device import exact
+from satlib.paths import project_root
 from satlib.study import figures
 from satlib.study.claims import Model
 from satlib.study.measurements.scenes import perturbation_of
 from satlib.study.records import Record
+from satlib.study.results import BY_WEIGHT
 from satlib.study.runs import Run, Runner
 
 
-def show_source(*functions: object) -> None:
-    """Display the code of satlib functions as it stands in the module: never a copy that could go stale."""
-    display(Code("\n\n".join(inspect.getsource(function).rstrip() for function in functions), language="python"))
+def show_source(*functions: Callable) -> None:
+    """Display the code of satlib functions as it stands in the module, never a copy that could go stale: of each its
+    name and arguments, and its body without the docstring. Classes are shown whole."""
+    display(Code("\n\n\n".join(map(core, functions)), language="python"))
 
 
-def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable[Record]) -> None:
-    """Save the figure under figures/<profile>/ with its provenance, and display a copy of it.
+def core(function: Callable) -> str:
+    """The source of a function without docstring, decorators, types and defaults; of a class all of it."""
+    source = textwrap.dedent(inspect.getsource(function)).rstrip()
+    node = ast.parse(source).body[0]
+    if not isinstance(node, ast.FunctionDef):
+        return source
+    told = ast.get_docstring(node) is not None and len(node.body) > 1
+    first = node.body[0].end_lineno if told else node.body[0].lineno - 1  # so that comments at the top stay
+    given = ", ".join(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    given += f", **{node.args.kwarg.arg}" if node.args.kwarg else ""
+    name = f"def {node.name}({given}):"
+    return "\n".join([name, *source.splitlines()[first:]])
 
-    The copy has 256 colours, so that notebooks stay small. alt: what the picture shows, in words, for readers who
-    cannot see it.
+
+def show(figure: Figure, name: str, *, alt: str, profile: str, records: Iterable[Record], caption: str = "") -> None:
+    """Save the figure under figures/<profile>/ with its provenance, and display a copy of it, with a caption below.
+
+    alt: what the picture shows, in words, for readers who cannot see it; caption: what it says, in Markdown.
     """
     path = figures.save(figure, name, profile=profile, records=records, alt=alt)
     plt.close(figure)
+    _display_picture(path, int(figure.get_size_inches()[0] * 96), caption)
+
+
+def show_best(name: str, *, caption: str, width: int = 1000) -> None:
+    """Display the figure of that name from the best published records that there are, with a caption that also says
+    which: those of the weightiest profile that has one."""
+    folders = (project_root() / "figures" / profile for profile in BY_WEIGHT)
+    if path := next((file for folder in folders if (file := folder / f"{name}.png").is_file()), None):
+        _display_picture(path, width, f"{caption} (Published records, profile `{path.parent.name}`.)")
+
+
+def _display_picture(path: Path, width: int, caption: str) -> None:
+    """A copy in 256 colours, so that notebooks stay small."""
     copy = io.BytesIO()
     with PIL.Image.open(path) as picture:
         picture.convert("RGB").quantize(256).save(copy, "PNG", optimize=True)
-    width = int(figure.get_size_inches()[0] * 96)
-    display(Image(data=copy.getvalue(), format="png", width=width, alt=alt))
+    display(Image(data=copy.getvalue(), format="png", width=width, alt=figures.alt_text(path)))
+    if caption:
+        display(Markdown(f"*{caption}*"))
 
 
 def broken_by(runner: Runner, models: Iterable[Model], pictures: ImageSet) -> list[dict]:

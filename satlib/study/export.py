@@ -35,6 +35,7 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
   body.jp-Notebook main { max-width: 1060px; margin: 0 auto; }
   body.jp-Notebook nav { padding: 0 0 1em 80px; }
   math { font-size: 110%; }
+  details > summary { color: #888; cursor: pointer; font-size: 12px; margin-left: 80px; }
   .jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); line-height: 1.35;
     font-size: var(--jp-code-font-size, 13px); }
   mtd[columnalign="left"] { text-align: left; }
@@ -44,6 +45,11 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block body_header -%}
 {{ super() }}
 {%- if resources.metadata.contents %}<nav><a href="{{ resources.metadata.contents }}">Contents</a></nav>{% endif -%}
+{%- endblock -%}
+{%- block input_group scoped -%}
+{%- if (cell.metadata.get("jupyter") or {}).get("source_hidden") -%}
+<details><summary>code</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
 {%- endblock -%}
 {%- block data_png scoped -%}
 {%- set alt = output | get_metadata('alt', 'image/png') -%}
