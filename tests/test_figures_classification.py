@@ -1,12 +1,14 @@
 """Figures of sections 6.1 and 6.2: every model is there, fronts are steps, spectra are what Fourier says."""
 
+import itertools
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from test_claims import model
 
-from satlib.study.figures import classification
+from satlib.study.figures import classification, name_points
 
 matplotlib.use("agg")
 
@@ -60,7 +62,10 @@ def test_the_ensemble_has_a_panel_of_its_own_on_the_same_scale():
     ]
     figure = classification.figure3(models, [(93.25, 14.9, "ERM")], delta=0.75, eps=20.0, dataset="made up")
     figure.canvas.draw()
-    ensemble, paper, _ = figure.axes
+    ensemble, paper, deepfool, legend = figure.axes
+    assert ensemble.get_xlim() == paper.get_xlim() == deepfool.get_xlim()
+    names = {text.get_text() for text in legend.get_legend().get_texts()}
+    assert names == {"ERM (undefended)", "s = 64", "the paper's own numbers"}
     assert ensemble.get_ylim() == paper.get_ylim() and "ensemble" in ensemble.get_title()
     steps = {line.get_label(): line for line in ensemble.lines if line.get_drawstyle() == "steps-pre"}
     assert list(steps["s = 64"].get_ydata()) == [18] and not any(line.get_marker() == "x" for line in ensemble.lines)
@@ -140,3 +145,18 @@ def test_dominant_labels_are_named_with_their_shares_and_the_rest_is_one_bar():
     assert [bar.get_width() for bar in left.patches] == [12.5, 12.5, 75.0]
     assert "1.06 of 2.00 bits" in left.get_title() and "%" in left.get_xlabel()
     assert "nothing is fooled" in right.get_title()
+
+
+def test_names_of_points_cover_neither_points_nor_each_other():
+    figure, axis = plt.subplots()
+    spots = [(1.0, 1.0), (1.01, 1.02), (1.02, 1.0), (1.0, 0.98)]
+    axis.plot(*zip(*spots, strict=True), "o", markersize=7)
+    axis.set(xlim=(0.9, 1.1), ylim=(0.9, 1.1))
+    name_points(axis, [(x, y, f"26, 0.{k}", "black") for k, (x, y) in enumerate(spots)])
+    name_points(axis, [(1.0995, 1.0995, "in the corner", "black")])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axis.transData.transform(spot)) for box in boxes for spot in spots)
+    frame = axis.get_window_extent()
+    assert boxes[-1].x1 <= frame.x1 + 2 and boxes[-1].y1 <= frame.y1 + 2

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from satlib.errors import SatlibError
@@ -44,6 +45,8 @@ BY_FAMILY = {
 }
 OTHER = {"color": "tab:brown", "marker": "h"}  # a sharedness that the paper does not use
 REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x", "markeredgewidth": 2}  # the paper's own numbers
+
+Named = tuple[float, float, str, str]  # where a point is, what is written beside it, and in which colour
 
 ACCURACY = "accuracy on clean test images (%)"
 EPS = "eps (pixel units of 255)"
@@ -84,6 +87,40 @@ def plain_ticks(scale: Axis, ticks: Sequence[float] | Locator) -> None:
     scale.set_major_locator(ticks if isinstance(ticks, Locator) else FixedLocator(ticks))
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     scale.set_minor_locator(NullLocator())
+
+
+def name_points(axis: Axes, texts: Sequence[Named], *, fontsize: float = 8.5) -> None:
+    """Write a text beside each point, where it covers least of the points, of other texts, and of what is outside.
+
+    The axis has its limits already, and all points that are to stay visible.
+    """
+    figure, points = axis.get_figure(), [xy for line in axis.lines for xy in line.get_xydata()]
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # so that the axis has its place
+    scale, frame = figure.dpi / 72, axis.get_window_extent()
+    centres = axis.transData.transform(np.array(points)) if points else np.zeros((0, 2))
+    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in centres]
+    for x, y, text, color in texts:
+        lines = text.replace(", ", ",\n", 1).splitlines() if len(text) > 12 else [text]
+        width, height = 0.56 * fontsize * max(map(len, lines)), 1.25 * fontsize * len(lines)  # in points, about
+        left, middle, low = -width - 6, -width / 2, -height - 4
+        places = [(6, 3), (6, low), (left, 3), (left, low), (middle, 7), (middle, low - 3), (12, 9), (left - 6, 9)]
+        centre = axis.transData.transform((x, y))
+        boxes = [Bbox.from_bounds(*(centre + np.multiply(p, scale)), width * scale, height * scale) for p in places]
+        best = min(range(len(places)), key=[_covered(box, taken, frame) for box in boxes].__getitem__)
+        taken.append(boxes[best])
+        style = {"fontsize": fontsize, "color": color, "va": "bottom", "ha": "left", "linespacing": 1.1}
+        axis.annotate("\n".join(lines), (x, y), places[best], textcoords="offset points", **style)
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+    """How much of a box lies outside of a frame or covers what is taken."""
+
+    def common(other: Bbox) -> float:
+        shared = Bbox.intersection(box, other)
+        return shared.width * shared.height if shared else 0.0
+
+    return box.width * box.height - common(frame) + sum(map(common, taken))
 
 
 def finish(

@@ -23,20 +23,27 @@ def figure3(models: Sequence[Model], reported: Reported, *, delta: float, eps: f
     A step for each family's Pareto front, dominated models faint, seeds as error bars; the reported points are crosses
     beside the paper's attack. Models that no search could break are named there.
     """
-    given = {"paper": "the paper, CIFAR10", "margins": (0.08, 0.12), "panels": 1}
-    figure, (*_, own, right) = _draw_universal(models, reported, delta=delta, **given)
-    _draw_fronts(right, models, "deepfool")
+    figure, (*_, own, right), free = _draw_universal(models, reported, delta=delta, panels=1)
+    named = _draw_fronts(right, models, "deepfool")
     right.set_title("DeepFool universal perturbations")
     right.set(xlabel=ACCURACY, ylabel=f"accuracy under attack (%), $\\varepsilon$ = {eps:g} pixel units")
-    title = f"Universal robustness against accuracy · {dataset}\nlabels: $\\varepsilon$, $\\sigma$ of training"
-    return finish(figure, title, legend=own, fontsize=10)
+    figures.name_points(right, named)
+    return _finished(figure, own, free, dataset)
 
 
 def figure4(models: Sequence[Model], reported: Reported, *, delta: float, dataset: str) -> Figure:
     """Figure 4: robustness against clean accuracy, as eps_uni in Figure 3."""
-    given = {"paper": "the paper, ImageNet with 200 classes", "margins": (0.12, 0.2)}
-    figure, (*_, own) = _draw_universal(models, reported, delta=delta, **given)
-    return finish(figure, f"Universal robustness against accuracy · {dataset}", legend=own, fontsize=10)
+    figure, (*_, own), free = _draw_universal(models, reported, delta=delta)
+    return _finished(figure, own, free, dataset)
+
+
+def _finished(figure: Figure, own: Axes, free: Axes | None, dataset: str) -> Figure:
+    """With a legend of what `own` shows: in a free panel if there is one, else below."""
+    title = f"Universal robustness against accuracy · {dataset}\nnumbers: $\\varepsilon$, $\\sigma$ of training"
+    if free is None:
+        return finish(figure, title, legend=own, ncols=2)
+    free.legend(*own.get_legend_handles_labels(), loc="center", frameon=False, labelspacing=0.9)
+    return finish(figure, title)
 
 
 def success_curves(
@@ -64,45 +71,56 @@ def _draw_universal(
     reported: Reported,
     *,
     delta: float,
-    paper: str,
-    margins: tuple[float, float],
     panels: int = 0,
-) -> tuple[Figure, list[Axes]]:
-    """eps_uni by the ensemble, where some model has it, and by the paper's attack, on one scale; then free `panels`."""
+) -> tuple[Figure, list[Axes], Axes | None]:
+    """eps_uni by the ensemble, where some model has it, and by the paper's attack, on one scale; then free `panels`.
+
+    All of them are over the same accuracies, in a row or two; with them a panel that stays empty, if any.
+    """
     both = any(m.strongest_searches for m in models)
     count = 1 + both + panels
-    figure, drawn = plt.subplots(1, count, figsize=(5.0 * count + 2.2, 5.6), squeeze=False)
-    axes = list(drawn[0])
+    rows, across = (2, 2) if count == 3 else (1, count)
+    size = (max(5.2 * across, 6.4), 4.3 * rows + 1.2)
+    figure, drawn = plt.subplots(rows, across, figsize=size, squeeze=False, sharex=True)
+    axes, free = list(drawn.flat[:count]), drawn[1, 1] if count == 3 else None
+    if free:
+        free.axis("off")
     own = axes[both]
+    named = {}
     if both:
-        _draw_eps_uni(axes[0], [m for m in models if m.strongest_searches], "strongest", delta=delta)
+        asked = [m for m in models if m.strongest_searches]
+        named[axes[0]] = _draw_eps_uni(axes[0], asked, "strongest", delta=delta)
         axes[0].set_title("the strongest attack found (ensemble)")
-    _draw_eps_uni(own, models, "eps_uni", delta=delta)
+    named[own] = _draw_eps_uni(own, models, "eps_uni", delta=delta)
     own.set_title("the paper's attack (S-PGD)")
-    beside = {"xytext": (14, 7), "textcoords": "offset points", "ha": "right", "fontsize": 8, "color": "0.35"}
     for accuracy, eps_uni, what in reported:
         own.plot(accuracy, eps_uni, **REFERENCE)
-        own.annotate(what.replace(", ", ",\n"), (accuracy, eps_uni), **beside)
+        named[own].append((accuracy, eps_uni, what, "0.35"))
     if reported:
-        own.plot([], [], label=paper, **REFERENCE)
+        own.plot([], [], label="the paper's own numbers", **REFERENCE)
     for axis in axes:
-        axis.margins(*margins)
-    limits = 0, 1.08 * max(axis.get_ylim()[1] for axis in axes[: 1 + both])  # room for what is written beside crosses
+        axis.margins(0.08, 0.12)
+        axis.tick_params(labelbottom=True)  # although they share it
+    limits = 0, 1.04 * max(axis.get_ylim()[1] for axis in axes[: 1 + both])
     for axis in axes[: 1 + both]:
         axis.set_ylim(*limits)
-    return figure, axes
+    for axis, texts in named.items():
+        figures.name_points(axis, texts)
+    return figure, axes, free
 
 
-def _draw_eps_uni(axis: Axes, models: Sequence[Model], measure: str, *, delta: float) -> None:
+def _draw_eps_uni(axis: Axes, models: Sequence[Model], measure: str, *, delta: float) -> list[figures.Named]:
     """eps_uni against accuracy, and who needs more than was searched."""
-    _draw_fronts(axis, models, measure)
+    named = _draw_fronts(axis, models, measure)
     axis.set(xlabel=ACCURACY, ylabel=figures.robustness_label("uni", delta))
     if unbroken := [model.title for model in models if getattr(model, measure) is None]:
         axis.text(0.02, 0.02, f"{size_text(None)}: {'; '.join(unbroken)}", transform=axis.transAxes, fontsize=8)
+    return named
 
 
-def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
-    """Each family's models and its front; the front's models are named by eps and sigma."""
+def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> list[figures.Named]:
+    """Each family's models and its front. Returns what is to be written beside the front's models: eps and sigma."""
+    named = []
     for family in dict.fromkeys(m.family for m in models):
         style, sizes = look(family), (15, 12) if family == "ERM" else (8, 7)
         members = [m for m in models if m.family == family and getattr(m, measure) is not None]
@@ -115,13 +133,13 @@ def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> None:
             axis.errorbar(x, y, **spreads, **faint, **style)
             if place is not None and model.eps is not None:
                 text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
-                beside = (6, -12 if place % 2 else 5)  # neighbours on a front get out of each other's way
-                axis.annotate(text, (x, y), beside, textcoords="offset points", fontsize=7.5, color=style["color"])
+                named.append((x, y, text, style["color"]))
         if best:
             steps = {"drawstyle": "steps-pre", "linewidth": 1.4, "markersize": sizes[1]}
             accuracies, values = [m.accuracy for m, _ in best], [value for _, value in best]
             label = "ERM (undefended)" if family == "ERM" else family
             axis.plot(accuracies, values, label=label, **steps, **style)
+    return named
 
 
 def perturbation_gallery(rows: Sequence[dict], clean: np.ndarray, *, dataset: str) -> Figure:

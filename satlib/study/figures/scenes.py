@@ -1,5 +1,6 @@
 """Figures of sections 6.3 and 6.4, and Figure 1: segmentations, and the perturbations that change them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,8 +70,10 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
             else:
                 style = look(m.family) | {"capsize": 3, "linewidth": 1.5, "markersize": 6}
                 spread = [each.error or 0.0 for each in m.curve] if name == "eps_adv" else None
-                xs, ys = [each.epoch for each in m.curve], [height_of(getattr(each, name)) for each in m.curve]
-                axis.errorbar(xs, ys, yerr=spread, label=m.title, **style)
+                xs, ys = [each.epoch for each in m.curve], [getattr(each, name) for each in m.curve]
+                axis.errorbar(xs, [math.nan if y is None else y for y in ys], yerr=spread, label=m.title, **style)
+                beyond = [x for x, y in zip(xs, ys, strict=True) if y is None]  # joined to nothing: nobody knows where
+                axis.plot(beyond, [LARGEST] * len(beyond), **look(m.family), linestyle="none", markersize=6)
             if untargeted:
                 drawn.append(getattr(m, untargeted))
                 place = 1.06 * last if m.family != "ERM" else 1.11 * last
@@ -197,7 +200,8 @@ def figure1(
     figure, axes = figures.picture_panels(2, columns, 2.6 * columns, 5.4)
     for line, rows, dataset in zip(axes, (classified, segmented), datasets, strict=True):
         free = iter(line)
-        figures.show_picture(next(free), as_picture(rows[0].clean), f"clean\n{dataset}", fontsize=8, labelpad=4)
+        line[0].set_ylabel(dataset, fontsize=9)
+        figures.show_picture(next(free), as_picture(rows[0].clean), "clean", labelpad=4)
         for row in rows:
             axis, named = next(free), isinstance(row.seen, str)
             axis.set_title(f"{row.title}\n{row.words}", fontsize=8)
@@ -208,6 +212,4 @@ def figure1(
                 figures.show_picture(next(free), colour(row.seen, classes), "what is seen", labelpad=4)
         for axis in free:
             axis.set_visible(False)
-    axes[0, 0].set_ylabel("classification", fontsize=10)
-    axes[1, 0].set_ylabel("segmentation", fontsize=10)
     return finish(figure, "The universal perturbations that it takes: undefended against defended", size=11)
