@@ -25,14 +25,36 @@ from satlib.progress import aligned, duration
 from satlib.robustness import LARGEST, Robustness
 
 BY = {"ensemble": "the ensemble", "paper": "the paper's attack (S-PGD)"}
+SHOWN = 5  # examples
+WORDS = """
+eps_uni(delta): the largest absolute value (pixel units, 0 to 255) of the smallest single pattern found that, added to
+every image, leaves the network wrong on a share delta of the images that decide. Images that it gets wrong without any
+pattern count. An upper bound: smaller patterns may exist.
+
+craft, decide, report: three sets without a common image. Patterns are made on the first, the search decides on the
+second, and the third, which neither saw, gives the rates. ± of a rate is its binomial standard error; of eps_uni, the
+standard deviation over searches from other seeds.
+
+the ensemble, S-PGD: a fixed sequence of universal attacks (stochastic gradient aggregation, aiming at each class in
+turn, margin), of which the smallest size counts; and the paper's own attack, stochastic PGD. Effort is the number of
+their steps in units of the usual ones; passes are images passed forward and backward.
+
+fell short at: the largest size below the bound at which one whole attack did not reach delta. It says how fine the
+search is, and is no lower bound.
+
+random signs: a pattern of values +eps and -eps drawn at random, which has not seen the network.
+
+eps_adv(delta): the same size where every image may have a pattern of its own, which is what the usual attacks measure.
+"""  # what a card says, for those who have only that
 BELIEVED = 0.5  # share of images with a usable gradient, below which no bound is to be believed
 
 
 @dataclass(frozen=True)
 class Found:
     """One search: eps_uni in pixel units, None beyond 255; success on the images that decide, that report and that the
-    perturbation was crafted on; which attack found it; the largest size below at which an attack missed; gradients:
-    share of images with a usable one; spent: images passed forward and backward."""
+    perturbation was crafted on; which attack found it; missed: the largest size below at which a whole attack did not
+    reach delta; gradients: share of images with a finite gradient other than zero; spent: images passed forward and
+    backward."""
 
     eps_uni: float | None
     rate: float | None
@@ -72,6 +94,8 @@ class Card:
     """What was measured on a network. Sizes are in pixel units, 0 to 255; errors are shares of decisions: images, or in
     segmentation labelled pixels.
 
+    network: its class, the number of its parameters and a digest of its weights. precision: the number format that
+    attacks compute in; who is fooled is decided in float32. fingerprints: of each set of images, whatever its order.
     searches: by "ensemble" and "paper", one for each seed. errors: by eps, of the ensemble, on images that report;
     noise: by eps, of random signs; transfer: by the name of another network, its perturbation's size and error here.
     checks: None where they were not made. skipped: what the budget left out. perturbation: the smallest that was found,
@@ -92,6 +116,8 @@ class Card:
     effort: float
     seed: int
     device: str
+    precision: str
+    network: dict[str, str]
     versions: dict[str, str]
     searches: dict[str, list[Found]] = field(default_factory=dict)
     errors: dict[float, float] = field(default_factory=dict)
@@ -133,7 +159,7 @@ class Card:
 
     @property
     def useless(self) -> bool:
-        """Whether the network is no better, by a standard error, than one that always says the most frequent class."""
+        """Whether the network is at best a standard error better than one that always says the most frequent class."""
         error = math.sqrt(self.clean_error * (1 - self.clean_error) / self.images["report"])
         return self.chance_error > 0 and self.clean_error >= self.chance_error - error
 
@@ -165,12 +191,15 @@ class Card:
             return f"Not to be believed: {few}, so that attacks by gradients say nothing of the network ({right})."
         if self.epsilon == 0:
             return f"{right}: without any perturbation {self.delta:.0%} of the {self.unit} that decide are wrong."
-        bound = (
-            f"one pattern of size {self.epsilon:.1f} of 255 fools"
-            if self.epsilon
-            else "no pattern was found that fools"
-        )
-        said = f"{right}; {bound} {self.delta:.0%} of the {self.unit} that decide."
+        said = f"{right}; no pattern was found that makes it wrong on {self.delta:.0%} of the {self.unit} that decide."
+        if self.epsilon:
+            best = next(each for each in self.every if each.eps_uni == self.epsilon)
+            rate = best.rate if best.report_rate is None else best.report_rate
+            error = f"{_share(rate or 0.0, self.images['report'])} of unseen {self.unit}"
+            said = f"{right}; one pattern of size {self.epsilon:.1f} of 255 makes it wrong on {error}"
+            said += f": eps_uni({self.delta:g}) is at most {self.epsilon:.1f}."
+        if self.effort < 1:
+            said = f"A quick look (effort {self.effort:.2g}): {said}"
         if grave := [check for check in self.failed if not check.check.startswith(OF_WEAKNESS)]:
             return f"With reservations, for a check fails where gradients are hidden ({grave[0].check}): {said}"
         return said
@@ -178,7 +207,7 @@ class Card:
     def rows(self) -> list[tuple[str, str, str]]:
         """What was measured, its value, and what it says; for tables."""
         count = self.images["report"]
-        rows = [(f"error on clean {self.unit}", _share(self.clean_error, count), f"{count} images that report")]
+        rows = [(f"error on clean {self.unit}", _share(self.clean_error, count), f"{count} report images")]
         for attack, searches in self.searches.items():
             sizes = [each.eps_uni for each in searches]
             known = [size for size in sizes if size is not None]
@@ -186,11 +215,14 @@ class Card:
             text = ", ".join(f"> {LARGEST:g}" if size is None else f"{size:.1f}" for size in sizes)
             if len(known) == len(sizes) > 1:
                 text = f"{statistics.mean(known):.1f} ± {statistics.stdev(known):.1f} (smallest {min(known):.1f})"
-            more = f"{len(sizes)} {'searches' if len(sizes) > 1 else 'search'}"
+            more = f"{len(sizes)} searches" if len(sizes) > 1 else "1 search, spread unknown"
             if smallest.eps_uni is not None:
                 found = f"found by {smallest.attack}; " if smallest.attack and attack == "ensemble" else ""
-                rate = "" if smallest.report_rate is None else f"{smallest.report_rate:.1%} of those that report; "
-                more += f"; {found}{rate}missed at {smallest.missed:.1f}"
+                rate = (
+                    "" if smallest.report_rate is None else f"{smallest.report_rate:.1%} wrong of those that report; "
+                )
+                more += f"; {found}{rate}a whole attack fell short at {smallest.missed:.1f}"
+            more += f"; {statistics.mean(each.spent for each in searches):,.0f} passes each"
             rows.append((f"eps_uni({self.delta:g}) by {BY[attack]}", text, more))
         rows += [
             (f"error at eps = {eps:g}", _share(rate, count), f"the ensemble; random signs: {self._noise_at(eps)}")
@@ -198,7 +230,11 @@ class Card:
         ]
         if self.epsilon is not None and (noise := self.noise.get(self.epsilon)) is not None:
             rows.append(
-                (f"random signs of size {self.epsilon:.1f}", _share(noise, count), "knows nothing of the network")
+                (
+                    f"random signs of size {self.epsilon:.1f}",
+                    _share(noise, count),
+                    "control: noise, blind to the network",
+                )
             )
         rows += [
             (f"transferred from {name}", _share(each["error"], count), f"of size {each['eps']:.1f}")
@@ -211,7 +247,7 @@ class Card:
         if self.checks is not None:
             passed = len(self.checks) - len(self.failed)
             weak = [check for check in self.failed if check.check.startswith(OF_WEAKNESS)]
-            more = f"{len(weak)} fail where an attack is weak: give it more steps" if weak else "see below"
+            more = f"{len(weak)} suggest that the attack was too short: raise effort" if weak else "see below"
             rows.append(("checks of the evaluation", f"{passed} of {len(self.checks)} pass", more))
         return rows
 
@@ -235,18 +271,26 @@ class Card:
         points = {0.0: self.clean_error, **self.errors}
         if self.epsilon:
             points[self.epsilon] = next(e.report_rate or 0.0 for e in self.every if e.eps_uni == self.epsilon)
-            axis.axvline(self.epsilon, color="0.6", linewidth=1)
+            axis.axvline(self.epsilon, color="#b2182b", linewidth=1, linestyle="--")
             beyond = self.epsilon > 0.6 * max(points)  # then the words stand to the left of the line
             where = {"xytext": (-4 if beyond else 4, 0), "ha": "right" if beyond else "left", "fontsize": "small"}
+            where["color"] = "#b2182b"
             words = f"eps_uni({self.delta:g}) = {self.epsilon:.1f}"
             axis.annotate(words, (self.epsilon, 0.96), textcoords="offset points", **where)
-        axis.axhline(self.delta, color="0.6", linewidth=1, linestyle=":", label=f"delta = {self.delta:.0%}")
-        axis.plot(*zip(*sorted(points.items()), strict=True), "o-", color="#0173b2", label="the strongest found")
+        axis.axhline(self.delta, color="0.3", linewidth=1, linestyle=":", label=f"delta = {self.delta:.0%}")
+        sizes = sorted(points)
+        rates = [points[eps] for eps in sizes]
+        errors = [_standard_error(rate, self.images["report"]) for rate in rates]
+        style: Any = {"fmt": "o-", "color": "#0173b2", "capsize": 3, "label": "the strongest found"}
+        axis.errorbar(sizes, rates, yerr=errors, **style)
         if self.noise:
             noise = sorted({0.0: self.clean_error, **self.noise}.items())
             axis.plot(*zip(*noise, strict=True), "s--", color="0.4", label="random signs")
         axis.set(
-            xlabel="eps (pixel units of 255)", ylabel=f"error on unseen {self.unit}", ylim=(-0.02, 1.02), xlim=(0, None)
+            xlabel="largest value of the pattern (pixel units, 0 to 255)",
+            ylabel=f"error on unseen {self.unit}",
+            ylim=(-0.02, 1.02),
+            xlim=(0, None),
         )
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.legend(loc="upper left", bbox_to_anchor=(0.0, 0.72), fontsize="x-small", frameon=True)
@@ -254,17 +298,17 @@ class Card:
 
     def _draw_pictures(self, place: Any) -> None:
         shown = self.examples
-        count = min(4, len(shown.labels)) if shown else 0
+        count = min(SHOWN, len(shown.labels)) if shown else 0
         panels = place.subplots(2 if count else 1, 1 + count, squeeze=False)
         for axis in panels.flat:
             axis.axis("off")
         size = np.abs(self.perturbation).max()
         panels[0, 0].imshow(_picture(self.stretched()), interpolation="nearest")
-        panels[0, 0].set_title(f"pattern\n(±{size:.1f})", fontsize="x-small")
+        panels[0, 0].set_title(f"the pattern,\n±{size:.1f} of 255,\nstretched", fontsize="x-small")
         if shown is None:
             return
-        words = "above: clean\nimages, and what\nit says of them;\nhere: with\nthe pattern"
-        panels[1, 0].text(0.5, 0.5, words, ha="center", va="center", fontsize="xx-small")
+        fooled = sum(said != label for said, label in zip(shown.said_perturbed, shown.labels, strict=True))
+        place.suptitle(f"clean, and with the pattern: {fooled} of these {count} are fooled (red)", fontsize="small")
         for row, (images, said) in enumerate(
             ((shown.clean, shown.said_clean), (shown.perturbed, shown.said_perturbed))
         ):
@@ -355,21 +399,34 @@ class Card:
         parts.append(table(self.rows(), ("what", "value", "how")))
         if self.checks is not None:
             rows = [(check.verdict, check.check, check.evidence) for check in self.checks]
-            parts.append("<h3>Checks of the evaluation</h3>" + table(rows, ("", "check", "evidence")))
+            steps = max(10, round(100 * self.effort))
+            about = f"By S-PGD of {steps} steps, on up to 64 of the report images: not the ensemble's rates above."
+            parts.append(f"<h3>Checks of the evaluation</h3><p>{about}</p>" + table(rows, ("", "check", "evidence")))
         for what, each in (("Left out", self.skipped), ("Notes", self.notes)):
             if each:
                 parts.append(f"<h3>{what}</h3><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in each)}</ul>")
         how = ", ".join(f"{count} to {role}" for role, count in self.images.items())
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         told = f"{self.splits}: {how}. Images {'x'.join(map(str, self.size))}; effort {self.effort:.2g}; "
-        told += f"seed {self.seed}; {duration(self.seconds)} on {self.device}; {versions}."
+        told += f"seed {self.seed}; attacks in {self.precision}, decisions in float32; "
+        told += f"{duration(self.seconds)} on {self.device}; {versions}. "
+        told += f"Network: {', '.join(f'{name} {value}' for name, value in self.network.items())}. "
+        told += f"Fingerprints: {', '.join(f'{role} {value}' for role, value in self.fingerprints.items())}."
+        named = (paragraph.split(": ", 1) for paragraph in WORDS.strip().split("\n\n"))
+        words = "".join(f"<dt><b>{name}</b></dt><dd>{text}</dd>" for name, text in named)
+        parts.append(f"<details><summary>What the words mean</summary><dl>{words}</dl></details>")
         parts.append(f"<p><small>{html.escape(told)}</small></p>")
         return f'<div class="satlib-card">{"".join(parts)}</div>'
 
 
+def _standard_error(rate: float, count: int) -> float:
+    """Of a share of so many decisions; of none and of all, as if half a decision were otherwise."""
+    return math.sqrt(max(rate * (1 - rate), 0.25 / count) / count)
+
+
 def _share(rate: float, count: int) -> str:
     """A share in %, with its standard error over so many decisions."""
-    return f"{rate:.1%} ± {math.sqrt(max(rate * (1 - rate), 0.25 / count) / count):.1%}"
+    return f"{rate:.1%} ± {_standard_error(rate, count):.1%}"
 
 
 def _shortened(text: str, length: int = 14) -> str:

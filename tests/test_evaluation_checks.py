@@ -52,7 +52,7 @@ def test_a_sound_evaluation_passes_every_check():
         ({"image-dependent, one step": 0.99}, "many steps"),
         ({"universal, one step": 0.64}, "many steps"),
         ({"image-dependent": 0.07}, "many steps"),
-        ({"curve": [{"eps": 4.0, "rate": 0.8}, {"eps": 255.0, "rate": 0.75}]}, "success rises"),
+        ({"curve": [{"eps": 4.0, "rate": 0.8}, {"eps": 255.0, "rate": 0.75}]}, "success never falls"),
         ({"curve": [{"eps": 4.0, "rate": 0.1}, {"eps": 255.0, "rate": 0.5}]}, "at the largest eps"),
         ({"image-dependent, largest eps": 0.9}, "at the largest eps"),
         ({"stronger": {"three times the steps": 0.66}}, "more steps"),

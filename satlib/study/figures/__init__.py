@@ -106,7 +106,7 @@ def name_points(axis: Axes, texts: Sequence[Named], *, fontsize: float = 8.5) ->
         left, middle, low = -width - 6, -width / 2, -height - 4
         places = [(6, 3), (6, low), (left, 3), (left, low), (middle, 7), (middle, low - 3), (12, 9), (left - 6, 9)]
         centre = axis.transData.transform((x, y))
-        boxes = [Bbox.from_bounds(*(centre + np.multiply(p, scale)), width * scale, height * scale) for p in places]
+        boxes = [Bbox.from_bounds(*(*(centre + np.multiply(p, scale)), width * scale, height * scale)) for p in places]
         best = min(range(len(places)), key=[_covered(box, taken, frame) for box in boxes].__getitem__)
         taken.append(boxes[best])
         style = {"fontsize": fontsize, "color": color, "va": "bottom", "ha": "left", "linespacing": 1.1}
