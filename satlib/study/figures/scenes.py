@@ -172,7 +172,7 @@ def hiding(scores: Sequence[tuple[SceneModel, Sequence[Mapping[str, Any]]]], *, 
             shares = [np.nan if score[measure] is None else 100 * score[measure] for score in by_eps]
             axis.plot([score["eps"] for score in by_eps], shares, label=model.title, **look(model.family))
         axis.set(ylim=(0, 102), xlabel=EPS, ylabel=label)
-    return finish(figure, f"One perturbation that hides every {hide} · {dataset}", legend=axes[0])
+    return finish(figure, f"One perturbation that is to hide every {hide} · {dataset}", legend=axes[0])
 
 
 @dataclass(frozen=True)
