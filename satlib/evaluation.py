@@ -1,18 +1,20 @@
 """How robust is a network to universal perturbations? One call, which returns a `Card` of everything that it found."""
 
+import contextlib
 import hashlib
 import math
 import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from satlib import __version__, checks
+from satlib import checks
 from satlib.attacks import heap_gradients, perturb, success_rates
 from satlib.card import BY, SHOWN, Card, Examples
 from satlib.checks import check_model, kernel
@@ -175,7 +177,7 @@ def evaluate(
             device=device_name(),
             precision=_precision(model, sets["report"][0].device),
             network=_described(model),
-            versions={"satlib": __version__, "python": platform.python_version(), "torch": str(torch.__version__)},
+            versions=_versions(),
         )
         notes = []
         if delta > reach > 0:
@@ -321,6 +323,13 @@ def _precision(model: Network, device: torch.device) -> str:
     """The number format that attacks on a model compute in."""
     weights = weights_dtype(model)
     return str(fastest_dtype(device.type) if weights is torch.float32 else weights).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # in a checkout that is not installed
+        found["satlib"] = metadata.version("satlib")
+    return found
 
 
 def _described(model: Network) -> dict[str, str]:
