@@ -240,6 +240,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 TABLES: dict[str, Callable[[str, str], pd.DataFrame]] = {  # what texts can show, of a section and a profile
     "models": published_models,
+    "verdicts": lambda section, profile: verdicts(published_claims(section, profile)),
     "claims": lambda section, profile: claims_table(published_claims(section, profile)),
     "numbers": lambda section, profile: scoreboard(rows(published=True)),
     "summary": lambda section, profile: summary(),
