@@ -39,7 +39,7 @@ def figure4(models: Sequence[Model], reported: Reported, *, delta: float, datase
 
 def _finished(figure: Figure, own: Axes, free: Axes | None, dataset: str) -> Figure:
     """With a legend of what `own` shows: in a free panel if there is one, else below."""
-    title = f"Universal robustness against accuracy · {dataset}\nnumbers: $\\varepsilon$, $\\sigma$ of training"
+    title = f"Universal robustness against accuracy\n{dataset} · numbers: $\\varepsilon$, $\\sigma$ of training"
     if free is None:
         return finish(figure, title, legend=own, ncols=2)
     free.legend(*own.get_legend_handles_labels(), loc="center", frameon=False, labelspacing=0.9)
