@@ -42,6 +42,10 @@ BY_FAMILY = {
     "DeepFool UAD": {"color": GREEN, "marker": "^"},
     "fictitious play": {"color": PURPLE, "marker": "v"},
     "universal adversarial training": {"color": "#949494", "marker": "P"},
+    "class-wise training": {"color": "#ca9161", "marker": "<"},
+    "meta adversarial training": {"color": "#fbafe4", "marker": ">"},
+    "Jacobian regularisation": {"color": "#ece133", "marker": "p"},
+    "pooled shared training": {"color": "#56b4e9", "marker": "d"},
 }
 OTHER = {"color": "tab:brown", "marker": "h"}  # a sharedness that the paper does not use
 REFERENCE = {"color": "0.45", "linestyle": "none", "marker": "x", "markeredgewidth": 2}  # the paper's own numbers
