@@ -24,6 +24,11 @@ def cards_root() -> Path:
     return project_root() / "data" / "cards"
 
 
+def views_root() -> Path:
+    """Folder of the explorer's views that were kept: `<project>/data/views`."""
+    return project_root() / "data" / "views"
+
+
 def named_file(text: str) -> Path:
     """The file that a setting names: from the project's root if relative, with `~` for the user's home."""
     return project_root() / Path(text).expanduser()

@@ -1,5 +1,6 @@
 """The explorer's panels without a browser: what they ask, what they show, and that only the newest question counts."""
 
+import json
 import re
 import threading
 import time
@@ -8,6 +9,7 @@ import ipywidgets as widgets
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from satlib import data
 from satlib.errors import SatlibError
@@ -116,6 +118,26 @@ def test_a_button_cancels_what_is_computed_until_the_next_move():
     panel.controls["value"].value = 2
     wait_for(lambda: shown(panel) == "fine")
     assert panel.cancel.disabled
+
+
+def test_a_view_is_saved_with_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("SATLIB_HOME", str(tmp_path))
+    choice = widgets.Dropdown(options=[("all of <them>", 7)], value=7, description="whom")
+
+    def answer(settings, superseded):
+        yield Figure(figsize=(2, 1)), "fine"
+
+    panel = explorer.Panel({"value": slider(5), "choice": choice}, answer, lambda settings: [], start=False)
+    assert panel.keep.disabled
+    with pytest.raises(SatlibError, match="no figure is shown yet"):
+        panel.save_view()
+    panel.answer_once(lambda: False)
+    assert not panel.keep.disabled
+    panel.keep.click()
+    (file,) = (tmp_path / "data" / "views").glob("*.png")
+    assert file.name in shown(panel)
+    with Image.open(file) as picture:
+        assert json.loads(picture.info["Description"]) == {"value": 5, "whom": "all of <them>"}
 
 
 def test_long_work_begins_by_a_button():

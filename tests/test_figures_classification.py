@@ -42,7 +42,7 @@ def test_figure_3_draws_both_attacks_the_fronts_as_steps_and_the_rest_faint():
     assert "fictitious play" not in [line.get_label() for line in right.lines]
     faint = [bars.lines[0] for bars in left.containers if bars.lines[0].get_alpha() == 0.3]
     assert [line.get_xdata()[0] for line in faint] == [85.0]
-    assert {"14, 0.5", "22, 0.5", "8, 0.5", "ERM"} == set(labels_of(left))
+    assert {"14, 0.5", "22, 0.5", "99, 0.5", "8, 0.5", "ERM"} == set(labels_of(left))
     assert "pixel units" in left.get_ylabel() and "%" in right.get_ylabel() and "%" in right.get_xlabel()
     cross = next(line for line in left.lines if line.get_marker() == "x")
     assert cross.get_markeredgewidth() > 0

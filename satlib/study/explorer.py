@@ -9,10 +9,13 @@ import base64
 import html
 import io
 import itertools
+import json
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -23,7 +26,7 @@ from satlib.card import Card
 from satlib.errors import SatlibError
 from satlib.evaluation import evaluate
 from satlib.network import Network, OwnNetwork
-from satlib.paths import cards_root
+from satlib.paths import cards_root, views_root
 from satlib.segmentation import scene_target
 from satlib.study import measurements
 from satlib.study.claims import Model, Records, trained_models
@@ -77,11 +80,14 @@ class Panel:
         self.status, self.picture = widgets.HTML(), widgets.HTML()
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True, tooltip="stop computing")
         self.cancel.on_click(lambda _: self.stop())
-        buttons = [self.cancel]
+        self._view: tuple[Figure, dict[str, Any]] | None = None  # what is shown, and what it answers
+        self.keep = widgets.Button(description="Save as PNG", icon="camera", disabled=True, tooltip="with its settings")
+        self.keep.on_click(lambda _: self._say(f"Saved as {html.escape(str(self.save_view()))}"))
+        buttons = [self.cancel, self.keep]
         if begin:
             self.begin = widgets.Button(description=begin, icon="play", button_style="primary")
             self.begin.on_click(lambda _: self.ask())
-            buttons = [self.begin, self.cancel]
+            buttons = [self.begin, self.cancel]  # of cards, which are saved anyway
         rows = widgets.Box([*self.controls.values(), *buttons], layout=widgets.Layout(flex_flow="row wrap"))
         self.widget = widgets.VBox([rows, self.status, self.picture])
         for control in [] if begin else self.controls.values():
@@ -104,6 +110,20 @@ class Panel:
         """The last answer to the present settings, computed here and now: what readers without widgets see."""
         *_, (shown, _) = self._answer(self.settings, lambda: False)
         return shown.figure() if isinstance(shown, Card) else shown
+
+    def save_view(self) -> Path:
+        """Write what is shown as a PNG below `satlib.paths.views_root`, its settings in a line below and as JSON in its
+        description. Raises SatlibError while no figure is shown."""
+        if self._view is None:
+            raise SatlibError("no figure is shown yet that could be saved")
+        figure, settings = self._view
+        line = figure.text(0.005, 0.005, ", ".join(f"{name} {value}" for name, value in settings.items()), fontsize=8)
+        file = views_root() / f"{time.strftime('%Y-%m-%d %H.%M.%S')}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        described = {"Description": json.dumps(settings), "Software": None}
+        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=described)
+        line.remove()
+        return file
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         named = ", ".join(control.description for control in self.controls.values())
@@ -142,11 +162,13 @@ class Panel:
     def answer_once(self, superseded: Callable[[], bool]) -> None:
         """Answer the present settings, unless superseded() becomes true; what goes wrong is said in the panel."""
         try:
-            words = ""
+            words, settings = "", {control.description: shown_value(control) for control in self.controls.values()}
             for figure, words in self._answer(self.settings, superseded):
                 if superseded():
                     return
                 self.picture.value = as_html(figure, words)
+                self._view = (figure, settings) if isinstance(figure, Figure) else None
+                self.keep.disabled = self._view is None
                 self._say(f"{words} <em>Refining …</em>", busy=True)
             if not superseded():
                 self._say(words)
@@ -162,6 +184,11 @@ class Panel:
         colour, sign = "#b2182b" if failed else "#0173b2" if busy else "#333", "⏳ " if busy else ""
         self.cancel.disabled = not busy
         self.status.value = f'<div role="status" aria-live="polite" style="color: {colour}">{sign}{text}</div>'
+
+
+def shown_value(control: widgets.Widget) -> Any:
+    """What a control says, as its reader sees it: the name of a choice, the number of a slider."""
+    return getattr(control, "label", None) or control.value
 
 
 def as_html(shown: Figure | Card, words: str) -> str:

@@ -127,7 +127,9 @@ def order_claim(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, S
     ours = {name: [comparable(r.metrics["eps_uni"]) for r in strongest[name]] for name in both}
     theirs = {name: [comparable(size) for size in paper[name]] for name in both}
     if len(both) < 2:
-        return Claim(claim, "not decided" if sum(map(bool, strongest.values())) > 1 else "not run")
+        if sum(map(bool, strongest.values())) < 2:
+            return Claim(claim, "not run")
+        return Claim(claim, "not decided", "two models need two searches each, by both attacks")
 
     def below(sizes: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
         return max(sizes[one]) < min(sizes[other])

@@ -39,7 +39,10 @@ def figure4(models: Sequence[Model], reported: Reported, *, delta: float, datase
 
 def _finished(figure: Figure, own: Axes, free: Axes | None, dataset: str) -> Figure:
     """With a legend of what `own` shows: in a free panel if there is one, else below."""
-    title = f"Universal robustness against accuracy\n{dataset} · numbers: $\\varepsilon$, $\\sigma$ of training"
+    title = f"Universal robustness against accuracy · {dataset}\n"
+    title += (
+        "numbers: $\\varepsilon$, $\\sigma$ of training · pale: behind its kind's front · bars: standard deviations"
+    )
     if free is None:
         return finish(figure, title, legend=own, ncols=2)
     free.legend(*own.get_legend_handles_labels(), loc="center", frameon=False, labelspacing=0.9)
@@ -119,7 +122,7 @@ def _draw_eps_uni(axis: Axes, models: Sequence[Model], measure: str, *, delta: f
 
 
 def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> list[figures.Named]:
-    """Each family's models and its front. Returns what is to be written beside the front's models: eps and sigma."""
+    """Each family's models and its front. Returns what is to be written beside the models: eps and sigma."""
     named = []
     for family in dict.fromkeys(m.family for m in models):
         style, sizes = look(family), (15, 12) if family == "ERM" else (8, 7)
@@ -131,7 +134,7 @@ def _draw_fronts(axis: Axes, models: Sequence[Model], measure: str) -> list[figu
             spreads = {"xerr": model.spreads.get("accuracy"), "yerr": model.spreads.get(measure), "capsize": 3}
             faint = {"linestyle": "none", "markersize": sizes[0], "alpha": 0.3 if place is None else 1.0}
             axis.errorbar(x, y, **spreads, **faint, **style)
-            if place is not None and model.eps is not None:
+            if model.eps is not None:
                 text = f"{model.eps:g}" + (f", {model.sigma:g}" if model.sigma is not None else "")
                 named.append((x, y, text, style["color"]))
         if best:

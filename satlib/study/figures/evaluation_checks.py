@@ -91,7 +91,7 @@ def lowered(
     common = {"color": "0.3", "marker": "o", "linestyle": "none", "markersize": 8, "markeredgewidth": 1.3}
     named = (("the ensemble", {}), ("the paper's attack", {"markerfacecolor": "none"}))
     legend = [plt.Line2D([], [], label=label, **common | filled) for label, filled in named]
-    return finish(figure, f"What the paper's attack overstates · {dataset}", legend=legend)
+    return finish(figure, f"The smallest pattern that each search found · {dataset}", legend=legend)
 
 
 def transfer(metrics: Mapping[str, Any], *, dataset: str) -> Figure:

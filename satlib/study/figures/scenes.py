@@ -94,11 +94,11 @@ def figure5(models: Sequence[SceneModel], reported: Mapping[str, float], *, delt
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(bottom=0)
     lines, _ = axes[2].get_legend_handles_labels()
-    hollow = plt.Line2D([], [], color="0.3", marker="o", label="untargeted", **HOLLOW)
+    hollow = plt.Line2D([], [], color="0.3", marker="o", label="without a target, at the end", **HOLLOW)
     pluses = plt.Line2D([], [], color="0.3", label="ensemble (hollow: untargeted)", **PLUS)
     crosses = plt.Line2D([], [], label="the paper (Cityscapes, delta = 0.95)", **REFERENCE)
     both = [hollow, pluses] if any(m.ensemble for m in models) else [hollow]
-    title = f"Robustness along the training, lines: for the target scene · {dataset}"
+    title = f"Robustness along the training; filled marks and lines: towards the target scene · {dataset}"
     return finish(figure, title, legend=[*lines, *both, crosses], ncols=5)
 
 
