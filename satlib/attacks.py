@@ -186,10 +186,7 @@ def heap_pgd(
         return torch.where(won.view(-1, 1, 1, 1), xi, best), torch.where(won, means, best_loss)
 
     with attackable(model) as net:
-        if not getattr(
-            model, "training", False
-        ):  # a training that attacks its own model at every step has no time for it
-            check_model(net, images, labels)
+        check_model(net, images, labels)
         options = {"sharedness": sharedness, "targeted": targeted, "straight_through": straight_through} | loss
         step = prepared(pgd_step, net, images, labels, xi, bound, alphas[0], **options)
         for alpha in alphas:

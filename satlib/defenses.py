@@ -2,8 +2,8 @@
 one concurrent to it, later ones, and variants of our own."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +12,20 @@ from torch import Generator, Tensor
 from torch.nn import Module
 
 from satlib.attacks import attack_loss, heap_pgd, perturb, random_start, shuffled
-from satlib.checks import check, check_data, check_eps, check_whole, outside, per_heap
+from satlib.checks import check, check_arguments, check_data, check_eps, check_whole, outside, per_heap
 from satlib.data.imageset import ImageSet
 from satlib.deepfool import universal_deepfool
-from satlib.device import sent
+from satlib.device import interpreted, sent
+from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
 from satlib.training import Adversary, Training, clean_loss, mixed_loss, training_loss
-from satlib.universal import UniversalAttack, mean_of_signs, takes
+from satlib.universal import UniversalAttack, mean_of_signs, name_of, takes
 
 
 class Pool(Adversary):
     """Perturbations `pool` (n, C, H, W) within eps that stay from mini-batch to mini-batch, and go into checkpoints."""
 
-    recordable = True
+    weighed = True
 
     def __init__(self, data: ImageSet, *, eps: float, count: int = 0) -> None:
         check_eps(eps)
@@ -34,12 +35,15 @@ class Pool(Adversary):
 
     def steps(self, settings: Training) -> dict[str, Any]:
         """What `heap_pgd` takes for the K steps of shared training within these perturbations' eps."""
-        return replace(settings, eps=self.eps).attack()
+        return settings.attack() | {"eps": self.eps, "step_size": settings.relative_step_size * self.eps}
 
     def state(self) -> dict[str, Tensor]:
         return {"pool": self.pool}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        check(
+            f"a pool of shape {tuple(self.pool.shape)}", lambda pool: pool.shape == self.pool.shape, state=state["pool"]
+        )
         self.pool = state["pool"].clone()
 
 
@@ -60,18 +64,27 @@ class Crafted(Pool):
     ) -> None:
         super().__init__(data, eps=eps)
         self.progress = outside(progress or (lambda text: None))
+        further = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attack).parameters.values())
+        for name in settings:
+            if not (further or takes(attack, name)):
+                raise SatlibError(f"{name}={settings[name]!r}: attack {name_of(attack)!r} has no such setting")
+        check_arguments(**settings)
         through = {"straight_through": False} if takes(attack, "straight_through") else {}  # as published
         self.attack: Callable[..., Tensor] = functools.partial(attack, eps=[eps], **through | settings)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.pool = state["pool"].clone()  # however large it has grown
 
 
 class DeepFoolUAD(Crafted):
     """Fine-tuning on a pool of DeepFool universal perturbations, made anew every few epochs (Moosavi-Dezfooli 2017).
 
     Before the first of every `epochs_each` epochs, `pool_size` perturbations are found against the model as it is, each
-    on `images_each` training images drawn anew. Every training sample then gets a random one with probability `share`.
+    on at most `images_each` training images drawn anew. Every training sample then gets a random one with probability
+    `share`, which stands in for sigma.
     """
 
-    recordable = True
+    recordable, weighed = True, False
 
     def __init__(
         self,
@@ -139,13 +152,14 @@ class UniversalAdversarialTraining(Pool):
 
     Each mini-batch moves the perturbation by `relative_step_size` * eps along the sign of its gradient, each sample's
     loss capped as in section 4.3, and then the weights on the perturbed and the clean images (sigma and 1 - sigma).
+    Theirs moves the weights first, and sees perturbed images alone.
     """
 
     recordable = True
 
-    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
+    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25) -> None:
         super().__init__(data, eps=eps, count=1)
-        check("a positive number", lambda value: value > 0, relative_step_size=relative_step_size)
+        check_arguments(relative_step_size=relative_step_size)
         self.step = {"eps": eps, "steps": 1, "step_size": relative_step_size * eps}
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
@@ -164,9 +178,10 @@ class ClassWiseTraining(Pool):
 
     recordable = True
 
-    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25, progress: Any = None) -> None:
-        super().__init__(data, eps=eps, count=len(getattr(data, "classes", ())))
-        check("a positive number", lambda value: value > 0, relative_step_size=relative_step_size)
+    def __init__(self, data: ImageSet, *, eps: float, relative_step_size: float = 0.25) -> None:
+        _check_classes(data)
+        super().__init__(data, eps=eps, count=len(data.classes))
+        check_arguments(relative_step_size=relative_step_size)
         self.step_size = relative_step_size * eps
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
@@ -180,11 +195,12 @@ class ClassWiseTraining(Pool):
 
 
 class MetaAdversarialTraining(Pool):
-    """A pool of perturbations from which that for a mini-batch is made in a few steps (Metzen et al. 2021).
+    """A pool of perturbations from which each image's own is made in a few steps (Metzen et al. 2021).
 
-    Of `candidates` drawn from the pool, the one with the highest loss on the mini-batch is refined by the K steps of
-    shared training with s = d, and moves by `rate` towards what comes out (Reptile). The pool starts in random corners
-    of the box, drawn from `seed`.
+    Of `candidates` drawn from the pool for an image, the one with the highest loss on it is refined by K steps with
+    s = 1, and each that was refined moves by `rate` towards the mean of what came out (Reptile). The pool starts in
+    random corners of the box, drawn from `seed`. Theirs has 1,000 perturbations with step sizes and, on request,
+    targets of their own, and trains on perturbed images alone; here clean ones are seen, too (sigma and 1 - sigma).
     """
 
     recordable = True
@@ -198,28 +214,32 @@ class MetaAdversarialTraining(Pool):
         candidates: int = 5,
         rate: float = 0.25,
         seed: int = 0,
-        progress: Any = None,
     ) -> None:
         check_whole(pool_size=pool_size, candidates=candidates)
-        check(f"at most pool_size ({pool_size})", lambda value: value <= pool_size, candidates=candidates)
+        check_whole(least=0, seed=seed)
         check("a number in (0, 1]", lambda value: 0 < value <= 1, rate=rate)
         super().__init__(data, eps=eps, count=pool_size)
         self.candidates, self.rate = candidates, rate
-        self.pool.copy_(random_start(self.pool.shape, per_heap(eps, None, data.device), _seeded(seed)).sign() * eps)
+        drawn = random_start(self.pool.shape, per_heap(eps, None, data.device), Generator().manual_seed(seed))
+        self.pool.copy_(drawn.sign() * eps)
 
     def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
-        return (sent(shuffled(len(self.pool), generator)[: self.candidates], images.device),)
+        tried = torch.randint(len(self.pool), (self.candidates, len(images)), generator=generator)
+        return (sent(tried, images.device),)
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
-        tried = self.pool[drawn[0]]
+        (tried,) = drawn
         with torch.no_grad(), attackable(model) as net:
-            losses = [attack_loss(logits_of(net, perturb(images, xi[None])), labels).mean() for xi in tried]
-        worst = drawn[0][torch.stack(losses).argmax(0, keepdim=True)]
+            losses = [attack_loss(logits_of(net, perturb(images, self.pool[each], 1)), labels) for each in tried]
+        means = torch.stack([each.flatten(1).mean(1) if each.ndim > 1 else each for each in losses])
+        worst = tried.gather(0, means.argmax(0, keepdim=True))[0]
         start = self.pool[worst]
-        xi = heap_pgd(model, images, labels, sharedness=len(images), start=start, **self.steps(settings))
+        xi = heap_pgd(model, images, labels, sharedness=1, start=start, **self.steps(settings))
         with torch.no_grad():
-            self.pool.index_copy_(0, worst, start + self.rate * (xi - start))
-        return mixed_loss(model, images, perturb(images, xi), labels, settings)
+            moves = torch.zeros_like(self.pool).index_add_(0, worst, xi - start)
+            times = moves.new_zeros(len(self.pool)).index_add_(0, worst, moves.new_ones(len(worst)))
+            self.pool.add_(self.rate * moves / times.clamp(min=1).view(-1, 1, 1, 1))
+        return mixed_loss(model, images, perturb(images, xi, 1), labels, settings)
 
 
 class JacobianRegularisation(Adversary):
@@ -230,11 +250,11 @@ class JacobianRegularisation(Adversary):
     eps (pixel units) on a network that were linear: eps^2 ||J||_F^2 / 2.
     """
 
-    recordable = True
+    recordable, weighed = True, True
 
-    def __init__(self, data: ImageSet, *, eps: float, progress: Any = None) -> None:
+    def __init__(self, data: ImageSet, *, eps: float) -> None:
         check_eps(eps)
-        check_data(data, has="images")
+        _check_classes(data)
         self.eps, self.classes = float(eps), len(data.classes)
 
     def draw(self, images: Tensor, settings: Training, generator: Generator) -> tuple[Tensor]:
@@ -242,7 +262,10 @@ class JacobianRegularisation(Adversary):
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
         x = images.detach().requires_grad_()
-        logits = logits_of(model, x)
+        with interpreted():  # the compiler knows no second derivatives
+            logits = logits_of(model, x)
+        if logits.shape != drawn[0].shape:
+            raise SatlibError(f"the model returns {tuple(logits.shape)}: expected {tuple(drawn[0].shape)}, one a class")
         (gradients,) = torch.autograd.grad((logits.float() * drawn[0]).sum(), x, create_graph=True)
         penalty = 0.5 * self.eps**2 * self.classes * gradients.square().sum() / len(images)
         return training_loss(logits, labels, settings) + settings.sigma * penalty
@@ -252,10 +275,11 @@ class PooledSharedTraining(Pool):
     """Ours: shared adversarial training whose heaps go on from earlier perturbations, so that K steps refine a pattern
     instead of beginning anew.
 
-    A heap of `sharedness` images starts, with probability `share`, from one of `pool_size` perturbations, and takes its
-    place in the pool afterwards; the others start at random, as in shared training. threshold: whether each sample's
-    loss is capped as there. straight_through: see `satlib.attacks.perturb_straight_through`. targeted: each heap goes
-    for a class drawn at random instead of away from its labels, without the cap.
+    Each of the first `pool_size` heaps of `sharedness` images (at most a mini-batch) starts, with probability `share`,
+    from one of `pool_size` perturbations, and takes its place in the pool afterwards; the others start at random, as in
+    shared training. threshold: whether each sample's loss is capped as there. straight_through: see
+    `satlib.attacks.perturb_straight_through`. targeted: each heap goes for a class drawn at random instead of away from
+    its labels, without the cap.
     """
 
     recordable = True
@@ -271,10 +295,12 @@ class PooledSharedTraining(Pool):
         threshold: bool = True,
         straight_through: bool = False,
         targeted: bool = False,
-        progress: Any = None,
     ) -> None:
         check_whole(sharedness=sharedness, pool_size=pool_size)
         check("a probability", lambda value: 0 <= value <= 1, share=share)
+        check_arguments(straight_through=straight_through, targeted=targeted)
+        check("True or False", lambda value: isinstance(value, bool), threshold=threshold)
+        _check_classes(data) if targeted else check_data(data, has="images")
         super().__init__(data, eps=eps, count=pool_size)
         self.sharedness, self.share, self.targeted = sharedness, share, targeted
         self.changed: dict[str, Any] = {"straight_through": straight_through, "targeted": targeted}
@@ -301,11 +327,12 @@ class PooledSharedTraining(Pool):
         return mixed_loss(model, images, perturb(images, xi, sharedness), labels, settings)
 
 
-def _seeded(seed: int) -> Generator:
-    return torch.Generator().manual_seed(seed)
+def _check_classes(data: ImageSet) -> None:
+    check_data(data, has="images")
+    check("one for each image: this defence is for classification", lambda value: value.ndim == 1, labels=data.labels)
 
 
-DEFENSES: dict[str, Callable[..., Adversary]] = {
+DEFENSES: dict[str, type[Adversary]] = {
     "DeepFool UAD": DeepFoolUAD,
     "fictitious play": FictitiousPlay,
     "universal adversarial training": UniversalAdversarialTraining,

@@ -210,8 +210,8 @@ _compiling: contextvars.ContextVar[bool] = contextvars.ContextVar("compiling", d
 
 
 @contextlib.contextmanager
-def _true(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
-    token = flag.set(True)
+def _set(flag: contextvars.ContextVar[bool], value: bool = True) -> Iterator[None]:
+    token = flag.set(value)
     try:
         yield
     finally:
@@ -220,12 +220,17 @@ def _true(flag: contextvars.ContextVar[bool]) -> Iterator[None]:
 
 def unrecorded() -> contextlib.AbstractContextManager[None]:
     """In this context nothing is recorded, and nothing recorded is used."""
-    return _true(_inside)
+    return _set(_inside)
 
 
 def compiling() -> contextlib.AbstractContextManager[None]:
     """In this context the forward passes of our own networks, and with them the backward ones, are compiled."""
-    return _true(_compiling)
+    return _set(_compiling)
+
+
+def interpreted() -> contextlib.AbstractContextManager[None]:
+    """In this context nothing is compiled."""
+    return _set(_compiling, False)
 
 
 def forward_of(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -142,6 +142,8 @@ def joined(device: str | None = None) -> Iterator[str | None]:
 
     device: "cpu", "cuda" or None for CUDA where there is one. A process that torchrun did not start is on its own.
     """
+    if device not in (None, "cpu", "cuda"):
+        raise SatlibError(f"device={device!r}: expected 'cpu', 'cuda' or None")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch.nn import Module
 
 from satlib import checks
 from satlib.attacks import heap_pgd, images_at_once, perturb, random_start
-from satlib.checks import check_data, kernel, outside, per_heap
+from satlib.checks import check_data, kernel, outside, per_heap, trusted
 from satlib.data.imageset import IGNORE
 from satlib.device import exact, recorded, recorder
 from satlib.errors import SatlibError
@@ -64,10 +65,11 @@ class Training:
 
         checks.check_eps(self.eps)
         checks.check_known(OPTIMIZERS, optimizer=self.optimizer)
-        checks.check_whole(least=0, epochs=self.epochs)
+        checks.check_whole(least=0, epochs=self.epochs, epoch_images=self.epoch_images)
         checks.check_arguments(**vars(self))
         checks.check_whole(sharedness=self.sharedness)
-        check("a whole number of at least 0 (0: all images)", lambda n: isinstance(n, int) and n >= 0, "epoch_images")
+        check("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool), "seed")
+        check("a tuple of epochs", lambda value: all(each >= 0 for each in value), "milestones")
         check(f"at most batch_size ({self.batch_size})", lambda value: value <= self.batch_size, "sharedness")
         check("a positive number", lambda value: 0 < value < math.inf, "learning_rate")
         check("a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay")
@@ -96,7 +98,7 @@ class Training:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(config) - known):
             raise SatlibError(f"unknown training setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
-        return cls(**config | {"milestones": tuple(config.get("milestones", ()))})
+        return cls(**config | {"milestones": tuple(config.get("milestones") or ())})
 
 
 def learning_rate_at(settings: Training, epoch: float) -> float:
@@ -147,15 +149,17 @@ def training_loss(logits: Tensor, labels: Tensor, settings: Training) -> Tensor:
     return losses / decisions(labels).clamp(min=1)
 
 
-class Adversary(Protocol):
-    """What a training trains against. Only `loss` has to be there.
+class Adversary:
+    """What a training trains against: the base of all of them. Only `loss` has to be defined.
 
     `draw` is for what is random in a mini-batch, the rest for what goes on from epoch to epoch. recordable: whether
     `loss` computes with its arguments and the tensors of `state` alone, which stay in their memory: on CUDA a step is
-    then recorded once and launched whole. A class that has another `loss` has to say so again.
+    then recorded once and launched whole. A class that has another `loss` has to say so again. weighed: whether sigma
+    weighs what the loss has beside that of clean images; a training with sigma = 0 is then an error.
     """
 
     recordable: bool = False
+    weighed: bool = False
 
     def start_epoch(self, model: Module, epoch: int, generator: Generator) -> None:
         """Called before each epoch; what it finds now is what `loss` trains against."""
@@ -167,6 +171,7 @@ class Adversary(Protocol):
 
     def loss(self, model: Module, images: Tensor, labels: Tensor, settings: Training, *drawn: Tensor) -> Tensor:
         """The training loss of a mini-batch; arguments as for `shared_adversarial_loss`, then what `draw` drew."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs to go on after an epoch."""
@@ -187,14 +192,14 @@ class ERM(Adversary):
 class SharedAdversarialTraining(Adversary):
     """Perturbations that the heap adversary finds for each mini-batch (section 4.2)."""
 
-    recordable = True
+    recordable, weighed = True, True
     draw = staticmethod(heap_starts)
     loss = staticmethod(shared_adversarial_loss)
 
 
 def recordable(adversary: Adversary) -> bool:
     """Whether the class that has the adversary's `loss` says so."""
-    owner = next((each for each in (adversary, *type(adversary).__mro__) if "loss" in vars(each)), None)
+    owner = next(each for each in (adversary, *type(adversary).__mro__) if "loss" in vars(each))
     return bool(vars(owner).get("recordable", False))
 
 
@@ -205,7 +210,8 @@ def training_step(
     weighs, and what the adversary drew; it returns the loss. On CUDA it is recorded whole."""
 
     def step(images: Tensor, labels: Tensor, weight: Tensor, *drawn: Tensor) -> tuple[Tensor]:
-        loss = weight * adversary.loss(model, images, labels, settings, *drawn)
+        with trusted():
+            loss = weight * adversary.loss(model, images, labels, settings, *drawn)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         ranks.sum_gradients(model)
@@ -232,7 +238,8 @@ def train(
 
     adversary: by default SharedAdversarialTraining where sigma > 0, else ERM. until: stop after so many of the epochs.
     after_epoch(state, history) is called with everything that resuming needs; handed back as `state` and
-    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone.
+    `history` it continues as if never stopped: each epoch draws its randomness from (seed, epoch) alone. The tensors
+    are the training's own: clone them to keep them.
     progress(text, done) is called after every mini-batch with the share of all iterations done, in [0, 1].
 
     Under `torchrun` every rank calls this alike, on the same data: each takes its heaps of every mini-batch, gradients
@@ -248,9 +255,22 @@ def train(
     heap = settings.sharedness if settings.sigma > 0 else None
     ranks = current_ranks()
     ranks.check(settings.batch_size, heap, adversary)
+    checks.check(
+        "an Adversary, or None", lambda value: value is None or isinstance(value, Adversary), adversary=adversary
+    )
+    if heap and adversary is None:
+        checks.check("more than 0, the size of perturbations", lambda value: value > 0, eps=settings.eps)
     adversary = adversary or (SharedAdversarialTraining() if heap else ERM())
+    if adversary.weighed:
+        checks.check("more than 0, the weight of this defence", lambda value: value > 0, sigma=settings.sigma)
+    if until is not None:
+        checks.check_whole(least=0, until=until)
+        checks.check(f"at most epochs ({settings.epochs})", lambda value: value <= settings.epochs, until=until)
+    last = settings.epochs if until is None else until
     size = min(settings.epoch_images or len(data), len(data))
     steps = math.ceil(size / settings.batch_size)
+    if ranks.rank == 0 and (state is None) != (not history):
+        raise SatlibError("state and history: expected both of them, or neither")
     history = ranks.broadcast_object(list(history or []))
     whole = ranks.count == 1 and isinstance(model, OwnNetwork) and recordable(adversary)
     optimizer = new_optimizer(model, settings, steps=len(history) * steps, recorded=whole)
@@ -259,10 +279,10 @@ def train(
     ranks.sync(tensors_of(model, optimizer).values())
     update = training_step(model, adversary, settings, optimizer, ranks)
     if whole:
-        to_go = steps * ((settings.epochs if until is None else until) - len(history))
+        to_go = steps * (last - len(history))
         update = recorded(update, changes=lambda: [*changed(model, optimizer, adversary)], calls=to_go)
 
-    for epoch in range(len(history), settings.epochs if until is None else until):
+    for epoch in range(len(history), last):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
         adversary.start_epoch(model, epoch, generator)
         _train_mode(model)
@@ -280,7 +300,7 @@ def train(
             raise SatlibError(f"the loss is {mean} in epoch {epoch + 1}: training diverged; {lower}")
         history.append({"epoch": epoch + 1, "loss": round(mean, 6)})
         if after_epoch:
-            ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), history))
+            ranks.on_first(lambda: after_epoch(state_of(model, optimizer, adversary), list(history)))
     optimizer.zero_grad(set_to_none=True)  # what a recording made of them goes with it
     model.eval()
     return history
@@ -354,11 +374,17 @@ def state_of(model: Module, optimizer: torch.optim.Optimizer, adversary: Adversa
 
 @torch.no_grad()
 def load_state(state: dict[str, Tensor], model: Module, optimizer: torch.optim.Optimizer, adversary: Adversary) -> None:
-    """Go on from what `state_of` gave. Each tensor stays in its memory format, as on other ranks."""
-    for name, tensor in tensors_of(model, optimizer).items():
+    """Go on from what `state_of` gave. Each tensor stays in its memory format, as on other ranks.
+
+    Raises SatlibError where it is the state of a training with other settings."""
+    kept = {name: value for name, value in state.items() if name.startswith("adversary.")}
+    own = tensors_of(model, optimizer)
+    for name in sorted(own.keys() | {f"adversary.{each}" for each in adversary.state()} ^ kept.keys()):
+        if name not in own or name not in state or state[name].shape != own[name].shape:
+            raise SatlibError(f"state: {name} does not fit; go on with the settings that it was made with")
+    for name, tensor in own.items():
         tensor.copy_(state[name])
     device = next(model.parameters()).device
-    kept = {name: value for name, value in state.items() if name.startswith("adversary.")}
     adversary.load({name.removeprefix("adversary."): value.to(device) for name, value in kept.items()})
 
 

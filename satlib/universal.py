@@ -520,6 +520,13 @@ class _Silent(nn.Module):
 
 
 def check_attack(attack: UniversalAttack, model: nn.Module, images: Tensor, labels: Tensor, **given: Any) -> None:
-    """Let an attack check its arguments, up to where it first asks the model. Raises what it raises."""
+    """Let an attack check its arguments, up to where it first asks the model. Raises what it raises, and SatlibError
+    where it takes other ones."""
+    arguments = (_Silent(model), images, labels), {"generator": torch.Generator()} | given
+    try:
+        inspect.signature(attack).bind(*arguments[0], **arguments[1])
+    except TypeError as error:
+        named = ", ".join(arguments[1])
+        raise SatlibError(f"attack {name_of(attack)!r}: {error}; it gets model, images, labels, {named}") from None
     with contextlib.suppress(_Asked):
-        attack(_Silent(model), images, labels, generator=torch.Generator(), **given)
+        attack(*arguments[0], **arguments[1])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -230,20 +231,25 @@ def test_each_class_has_a_perturbation_that_the_training_pass_itself_moves(tiny,
     assert torch.equal(adversary.pool[absent], start[absent]) and not torch.equal(adversary.pool, start)
 
 
-def test_the_worst_of_the_candidates_is_refined_and_follows_by_a_share(tiny, trained, batch):
+def test_each_image_refines_its_worst_candidate_which_follows_by_a_share(tiny, trained, batch):
     x, y = batch
-    adversary = DEFENSES["meta adversarial training"](tiny.train, eps=8.0, pool_size=4, candidates=4, rate=0.25)
+    adversary = DEFENSES["meta adversarial training"](tiny.train, eps=8.0, pool_size=4, rate=0.25)
     before = adversary.pool.clone()
     assert torch.equal(before.abs(), torch.full_like(before, 8.0)) and len(before.unique(dim=0)) == 4
-    losses = [F.cross_entropy(trained((x + xi).clamp(0, 255)), y) for xi in before]
-    worst = int(torch.stack(losses).argmax())
-    xi = heap_pgd(trained, x, y, sharedness=len(x), start=before[worst : worst + 1], **attack(eps=8.0))
+    tried = torch.tensor([[2, 0, 2, 1, 0, 0, 1, 2], [0, 1, 1, 2, 2, 1, 0, 1]])  # two for each image; never the last
+    losses = [F.cross_entropy(trained((x + before[each]).clamp(0, 255)), y, reduction="none") for each in tried]
+    worst = torch.where(losses[0] > losses[1], *tried)
+    assert len(set(worst.tolist())) > 1 and set(worst.tolist()) <= {0, 1, 2}
+    xi = heap_pgd(trained, x, y, sharedness=1, start=before[worst], **attack(eps=8.0))
     settings = dataclasses.replace(SETTINGS, eps=8.0)
-    loss = adversary.loss(trained, x, y, settings, torch.tensor([2, 0, 3, 1]))
+    loss = adversary.loss(trained, x, y, settings, tried)
     torch.testing.assert_close(loss, mixed_loss(trained, x, (x + xi).clamp(0, 255), y, settings))
-    others = [index for index in range(4) if index != worst]
-    assert torch.equal(adversary.pool[others], before[others])
-    torch.testing.assert_close(adversary.pool[worst], before[worst] + 0.25 * (xi[0] - before[worst]))
+    for place, moved in enumerate(adversary.pool):
+        mine = xi[worst == place]
+        towards = mine.mean(0) if len(mine) else before[place]
+        torch.testing.assert_close(moved, before[place] + 0.25 * (towards - before[place]))
+    shape = adversary.draw(x, settings, seeded())[0].shape
+    assert shape == (5, 8)
 
 
 def attack(**changes):
@@ -311,7 +317,12 @@ def test_heaps_may_be_as_strong_as_the_attack_that_measures(tiny, trained):
             r"relative_step_size=0\.0: expected a positive",
         ),
         ("class-wise training", {"relative_step_size": -1.0}, r"relative_step_size=-1\.0: expected a positive"),
-        ("meta adversarial training", {"pool_size": 3}, r"candidates=5: expected at most pool_size \(3\)"),
+        ("class-wise training", {"relative_step_size": math.inf}, r"relative_step_size=inf: expected a positive"),
+        ("meta adversarial training", {"seed": -1}, r"seed=-1: expected a whole number"),
+        ("fictitious play", {"step": 3}, r"step=3: attack 'mean_of_signs' has no such setting"),
+        ("fictitious play", {"steps": 0}, r"steps=0: expected a whole number"),
+        ("pooled shared training", {"targeted": "no"}, r"targeted='no': expected True or False"),
+        ("pooled shared training", {"threshold": "no"}, r"threshold='no': expected True or False"),
         ("meta adversarial training", {"rate": 0.0}, r"rate=0\.0: expected a number in \(0, 1\]"),
         ("Jacobian regularisation", {"eps": -1.0}, r"eps=-1\.0"),
         ("pooled shared training", {"share": 2.0}, r"share=2\.0: expected a probability"),
@@ -323,3 +334,47 @@ def test_a_defence_names_what_is_wrong(name, changes, message, tiny):
         DEFENSES[name](tiny.train, **({"eps": 8.0} | changes))
     with pytest.raises(SatlibError, match="steps=0: expected a whole number"):
         mean_of_signs(None, tiny.train.images, tiny.train.labels, eps=8.0, steps=0)
+
+
+@pytest.mark.parametrize("name", ["class-wise training", "Jacobian regularisation", "pooled shared training"])
+def test_a_defence_of_classes_takes_no_scenes(name, scenes):
+    options = {"targeted": True} if name == "pooled shared training" else {}
+    with pytest.raises(SatlibError, match=r"labels=Tensor of shape .*: expected one for each image"):
+        DEFENSES[name](scenes.train, eps=8.0, **options)
+
+
+def test_a_head_with_other_classes_is_named(tiny, trained):
+    adversary = DEFENSES["Jacobian regularisation"](tiny.train, eps=8.0)
+    x, y = tiny.train.images[:3].float(), tiny.train.labels[:3]
+    with pytest.raises(SatlibError, match=r"the model returns \(3, 9\): expected \(3, 4\), one a class"):
+        loss_of(adversary, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 9)), x, y, seeded())
+
+
+def test_a_training_goes_on_only_from_its_own_state(tiny, trained):
+    kept, settings = [], dataclasses.replace(SETTINGS, eps=8.0)
+    options = {"adversary": build("meta adversarial training", tiny.train)}
+    train(copy.deepcopy(trained), tiny.train, settings, **options, after_epoch=lambda *each: kept.append(each), until=1)
+    ((state, history),) = kept
+    for adversary in (None, DEFENSES["meta adversarial training"](tiny.train, eps=16.0, pool_size=7)):
+        with pytest.raises(SatlibError, match="state"):
+            train(copy.deepcopy(trained), tiny.train, settings, adversary=adversary, state=state, history=history)
+    adam = dataclasses.replace(settings, optimizer="adam")
+    with pytest.raises(SatlibError, match=r"state: mean.* does not fit"):
+        train(copy.deepcopy(trained), tiny.train, adam, **options, state=state, history=history)
+    for part in ({"state": state}, {"history": history}):
+        with pytest.raises(SatlibError, match="state and history: expected both"):
+            train(copy.deepcopy(trained), tiny.train, settings, **options, **part)
+
+
+def test_what_would_not_defend_is_an_error(tiny, trained):
+    for name in sorted(DEFENSES.keys() - {"DeepFool UAD"}):
+        with pytest.raises(SatlibError, match=r"sigma=0.0: expected more than 0"):
+            train(trained, tiny.train, Training(epochs=1), adversary=build(name, tiny.train))
+    with pytest.raises(SatlibError, match=r"eps=0.0: expected more than 0"):
+        train(trained, tiny.train, Training(epochs=1, sigma=0.5))
+    settings = dataclasses.replace(SETTINGS, eps=8.0)
+    for until in (-1, 4, 1.5):
+        with pytest.raises(SatlibError, match=f"until={until}: expected"):
+            train(trained, tiny.train, settings, until=until)
+    with pytest.raises(SatlibError, match="adversary='fictitious play': expected an Adversary"):
+        train(trained, tiny.train, settings, adversary="fictitious play")

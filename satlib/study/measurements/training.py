@@ -11,7 +11,7 @@ import torch
 from torch.nn import Module
 
 from satlib.data import Splits, training_images
-from satlib.defenses import DEFENSES
+from satlib.defenses import DEFENSES, Crafted
 from satlib.errors import SatlibError
 from satlib.models import Fitted, build, load_matching, load_pretrained
 from satlib.parallel import current_ranks
@@ -89,9 +89,10 @@ def train(
 
     adversary = None
     if defense:
-        options = {name: value for name, value in defense.items() if name != "name"}
-        options["progress"] = lambda text: report(text, fresh / settings.epochs)
-        adversary = DEFENSES[defense["name"]](data.train, **options)
+        kind, options = DEFENSES[defense["name"]], {name: value for name, value in defense.items() if name != "name"}
+        if issubclass(kind, Crafted):
+            options["progress"] = lambda text: report(text, fresh / settings.epochs)
+        adversary = kind(data.train, **options)
     given = {"adversary": adversary, "state": state or None, "history": history, "until": last_epoch}
     history = fit(model, data.train, settings, after_epoch=after_epoch, progress=report, **given)
     work.save_tensors("weights", {name: value.cpu() for name, value in model.state_dict().items()})
