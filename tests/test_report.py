@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_project import text, write_notebook, write_project
 
 from satlib.paper import REPORTED
@@ -65,3 +67,14 @@ def test_first_page_shows_both_scoreboards_and_figure_1(written):
     (image,) = re.findall(r"<img[^>]*>", page)
     assert 'src="data:image/png;base64,' in image
     assert 'alt="two rows, &#34;clean&#34; and fooled"' in image
+
+
+def test_a_large_gallery_gets_a_palette_and_keeps_its_texts(tmp_path):
+    figure, axis = plt.subplots(figsize=(6, 6))
+    axis.imshow(np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8), interpolation="nearest")
+    path = figures.save(figure, "noise", profile="quick", records=[], alt="noise – of 256 colours", root=tmp_path)
+    plt.close("all")
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and "dpi" in picture.info
+    assert figures.alt_text(path) == "noise – of 256 colours"
+    assert figures.verify(tmp_path) == (1, [])

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from satlib.errors import SatlibError
 from satlib.files import replacing, writing
@@ -54,6 +55,7 @@ Named = tuple[float, float, str, str]  # where a point is, what is written besid
 
 ACCURACY = "accuracy on clean test images (%)"
 EPS = "eps (pixel units of 255)"
+LARGE = 300_000  # bytes of a PNG, beyond which it gets a palette
 
 
 def use_style() -> None:
@@ -193,10 +195,22 @@ def save(
         png.parent.mkdir(parents=True, exist_ok=True)
         with replacing(png) as new:
             figure.savefig(new, format="png", metadata={"satlib": provenance, "Description": alt, "Software": None})
+            if new.stat().st_size > LARGE:
+                to_palette(new)
         with replacing(png.with_suffix(".pdf")) as new:
             words = {"Keywords": provenance, "Subject": alt, "CreationDate": None, "Producer": None}
             figure.savefig(new, format="pdf", metadata=words)
     return png
+
+
+def to_palette(png: Path) -> None:
+    """Write a PNG anew in its 256 best colours, which makes galleries half as large; its texts stay."""
+    with Image.open(png) as image:
+        texts = PngInfo()
+        for name in ("satlib", "Description"):
+            texts.add_itxt(name, image.info[name])
+        few, dpi = image.convert("RGB").quantize(256), image.info.get("dpi")
+    few.save(png, format="PNG", optimize=True, pnginfo=texts, dpi=dpi)
 
 
 def alt_text(picture: Path) -> str:
