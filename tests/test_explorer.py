@@ -138,6 +138,11 @@ def test_a_view_is_saved_with_its_settings(tmp_path, monkeypatch):
     assert file.name in shown(panel)
     with Image.open(file) as picture:
         assert json.loads(picture.info["Description"]) == {"value": 5, "whom": "all of <them>"}
+    panel.keep.click()
+    assert len(list((tmp_path / "data" / "views").glob("*.png"))) == 2  # none replaces another
+    monkeypatch.setenv("SATLIB_HOME", str(file))
+    panel.keep.click()
+    assert "Saved" not in shown(panel) and "data/views" in shown(panel)
 
 
 def test_long_work_begins_by_a_button():

@@ -25,6 +25,7 @@ from satlib import data
 from satlib.card import Card
 from satlib.errors import SatlibError
 from satlib.evaluation import evaluate
+from satlib.files import writing
 from satlib.network import Network, OwnNetwork
 from satlib.paths import cards_root, views_root
 from satlib.segmentation import scene_target
@@ -82,7 +83,7 @@ class Panel:
         self.cancel.on_click(lambda _: self.stop())
         self._view: tuple[Figure, dict[str, Any]] | None = None  # what is shown, and what it answers
         self.keep = widgets.Button(description="Save as PNG", icon="camera", disabled=True, tooltip="with its settings")
-        self.keep.on_click(lambda _: self._say(f"Saved as {html.escape(str(self.save_view()))}"))
+        self.keep.on_click(lambda _: self._keep())
         buttons = [self.cancel, self.keep]
         if begin:
             self.begin = widgets.Button(description=begin, icon="play", button_style="primary")
@@ -116,14 +117,25 @@ class Panel:
         description. Raises SatlibError while no figure is shown."""
         if self._view is None:
             raise SatlibError("no figure is shown yet that could be saved")
-        figure, settings = self._view
+        (figure, settings), stamp = self._view, time.strftime("%Y-%m-%d %H.%M.%S")
+        names = (f"{stamp}{f' {number}' if number else ''}.png" for number in itertools.count())
+        file = next(path for name in names if not (path := views_root() / name).exists())
         line = figure.text(0.005, 0.005, ", ".join(f"{name} {value}" for name, value in settings.items()), fontsize=8)
-        file = views_root() / f"{time.strftime('%Y-%m-%d %H.%M.%S')}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
         described = {"Description": json.dumps(settings), "Software": None}
-        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=described)
-        line.remove()
+        try:
+            with writing(file.parent):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(file, dpi=150, bbox_inches="tight", metadata=described)
+        finally:
+            line.remove()
         return file
+
+    def _keep(self) -> None:
+        busy = not self.cancel.disabled
+        try:
+            self._say(f"Saved as {html.escape(str(self.save_view()))}", busy=busy)
+        except SatlibError as error:
+            self._say(html.escape(str(error)), busy=busy, failed=not busy)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         named = ", ".join(control.description for control in self.controls.values())
@@ -134,15 +146,15 @@ class Panel:
         """Have the present settings answered, instead of whatever is being answered."""
         with self._new:
             self._asked += 1
+            self.report("computing …")
             self._new.notify()
-        self.report("computing …")
 
     def stop(self) -> None:
         """Have nothing answered until the next question."""
         with self._new:
             self._asked += 1
             self._cancelled = self._asked
-        self._say("Cancelled: what stands below, if anything, answers an earlier question.")
+            self._say("Cancelled: what stands below, if anything, answers an earlier question.")
 
     def report(self, text: str, done: float | None = None) -> None:
         """Say what is going on, and which share of it is done, where that is known."""
@@ -166,19 +178,28 @@ class Panel:
             for figure, words in self._answer(self.settings, superseded):
                 if superseded():
                     return
-                self.picture.value = as_html(figure, words)
-                self._view = (figure, settings) if isinstance(figure, Figure) else None
-                self.keep.disabled = self._view is None
-                self._say(f"{words} <em>Refining …</em>", busy=True)
-            if not superseded():
-                self._say(words)
+                drawn = as_html(figure, words)
+                with self._new:  # no newer question and no cancelling comes between
+                    if superseded():
+                        return
+                    self.picture.value = drawn
+                    self._view = (figure, settings) if isinstance(figure, Figure) else None
+                    self.keep.disabled = self._view is None
+                    self._say(f"{html.escape(words)} <em>Refining …</em>", busy=True)
+            self._finish(superseded, html.escape(words))
         except Superseded:
             pass
         except SatlibError as error:
-            self._say(f"<b>That does not work:</b> {html.escape(str(error))}", failed=True)
+            self._finish(superseded, f"<b>That does not work:</b> {html.escape(str(error))}", failed=True)
         except Exception as error:
             text, where = f"{type(error).__name__}: {error}", traceback.format_exc(limit=-2)
-            self._say(f"<b>This is a bug:</b> {html.escape(text)}<pre>{html.escape(where)}</pre>", failed=True)
+            text = f"<b>This is a bug:</b> {html.escape(text)}<pre>{html.escape(where)}</pre>"
+            self._finish(superseded, text, failed=True)
+
+    def _finish(self, superseded: Callable[[], bool], text: str, *, failed: bool = False) -> None:
+        with self._new:
+            if not superseded():
+                self._say(text, failed=failed)
 
     def _say(self, text: str, *, busy: bool = False, failed: bool = False) -> None:
         colour, sign = "#b2182b" if failed else "#0173b2" if busy else "#333", "⏳ " if busy else ""
@@ -338,7 +359,7 @@ def _attack_words(answer: Attacked) -> str:
     return (
         f"{answer.target.title}, eps = {answer.question.eps:g}: on {len(answer.won)} unseen images"
         f" {100 * answer.won.mean().item():.0f} % of the {what} {won} (95 % interval over images: {low} to {high} %)."
-        f" {answer.steps} of {answer.question.steps} steps, {answer.seconds:.1f} s."
+        f" {answer.steps} steps, {answer.seconds:.1f} s."
     )
 
 
@@ -411,7 +432,7 @@ def tradeoff_panel(zoo: ModelZoo, profile: str, *, start: bool = True) -> Panel:
             (row,) = broken_by(zoo.runner, [chosen], test)
             pictures = test.images.float().cpu().numpy()
         words = f"You asked for {settings['family']}, eps = {settings['eps']:g}, sigma = {settings['sigma']:.1f};"
-        words += f" the nearest model that was run is <b>{html.escape(chosen.title)}</b>."
+        words += f" the nearest model that was run is {chosen.title}."
         yield drawings.trade_figure(models, chosen, row, pictures, dataset=settings["runs"]), words
 
     return Panel(controls, answer, lambda settings: list(nearest(settings).records), start=start)
@@ -446,7 +467,7 @@ def evaluation_panel(
         net = model if isinstance(model, OwnNetwork) else Cancellable(model, superseded)
         options = settings | {"budget": 60.0 * settings["budget"], "class_names": class_names, "name": name}
         card = evaluate(net, images, labels, **options, progress=follow)
-        yield card, f"{html.escape(card.verdict)} Saved as {html.escape(str(card.save(cards_root() / name)))}"
+        yield card, f"{card.verdict} Saved as {card.save(cards_root() / name)}"
 
     panel = Panel(controls, answer, lambda settings: [], begin="Evaluate", start=start)
     return panel
@@ -473,6 +494,6 @@ def card_panel(cards: Mapping[str, Callable[[], Card]], *, start: bool = True) -
 
     def answer(settings: dict[str, Any], superseded: Callable[[], bool]) -> Answers:
         card = cards[settings["card"]]()
-        yield card, f"{html.escape(card.name)}: {html.escape(card.verdict)}"
+        yield card, f"{card.name}: {card.verdict}"
 
     return Panel(controls, answer, lambda settings: [], start=start)
