@@ -332,7 +332,7 @@ def _check_classes(data: ImageSet) -> None:
     check("one for each image: this defence is for classification", lambda value: value.ndim == 1, labels=data.labels)
 
 
-DEFENSES: dict[str, type[Adversary]] = {
+DEFENSES: dict[str, Callable[..., Adversary]] = {
     "DeepFool UAD": DeepFoolUAD,
     "fictitious play": FictitiousPlay,
     "universal adversarial training": UniversalAdversarialTraining,

@@ -90,7 +90,7 @@ def train(
     adversary = None
     if defense:
         kind, options = DEFENSES[defense["name"]], {name: value for name, value in defense.items() if name != "name"}
-        if issubclass(kind, Crafted):
+        if isinstance(kind, type) and issubclass(kind, Crafted):
             options["progress"] = lambda text: report(text, fresh / settings.epochs)
         adversary = kind(data.train, **options)
     given = {"adversary": adversary, "state": state or None, "history": history, "until": last_epoch}
