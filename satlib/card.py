@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -159,8 +158,10 @@ class Card:
 
     @property
     def useless(self) -> bool:
-        """Whether the network is at best a standard error better than one that always says the most frequent class."""
-        error = math.sqrt(self.clean_error * (1 - self.clean_error) / self.images["report"])
+        """Whether the network is no better than one that always says the most frequent class; of images also where it
+        is, but by no more than a standard error."""
+        spread = 0.0 if self.segmentation else self.clean_error * (1 - self.clean_error) / self.images["report"]
+        error = math.sqrt(spread)
         return self.chance_error > 0 and self.clean_error >= self.chance_error - error
 
     @property
@@ -294,7 +295,7 @@ class Card:
         )
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.legend(loc="upper left", bbox_to_anchor=(0.0, 0.72), fontsize="x-small", frameon=True)
-        axis.set_title(self.name, fontsize="medium")
+        axis.set_title(self.name, fontsize="medium", parse_math=False)
 
     def _draw_pictures(self, place: Any) -> None:
         shown = self.examples
@@ -316,7 +317,7 @@ class Card:
                 axis, wrong = panels[row, 1 + column], said[column] != shown.labels[column]
                 axis.imshow(_picture(images[column]), interpolation="nearest")
                 title, color = _shortened(self._class(said[column])), "#b2182b" if wrong else "black"
-                axis.set_title(title, fontsize="x-small", color=color)
+                axis.set_title(title, fontsize="x-small", color=color, parse_math=False)
 
     def stretched(self) -> np.ndarray:
         """The perturbation as a picture, uint8 (C, H, W): around mid-grey, its largest value to 0 and 255."""
@@ -380,9 +381,12 @@ class Card:
             if (file := folder / "examples.npz").exists():
                 with np.load(file, allow_pickle=False) as arrays:
                     pictures["examples"] = Examples.of(arrays)
-            return cls.of_numbers(numbers, **pictures)
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise SatlibError(f"{folder}: no card can be read from it ({error}); save it anew") from error
+            card = cls.of_numbers(numbers, **pictures)
+            card._repr_html_()  # that it can be shown says that nothing of it is missing or of another kind
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise SatlibError(f"{folder}: no card can be read from it ({said}); save it anew") from error
+        return card
 
     def _repr_html_(self) -> str:
         """The card as Jupyter shows it."""
@@ -434,8 +438,8 @@ def _shortened(text: str, length: int = 14) -> str:
 
 
 def _picture(image: np.ndarray) -> np.ndarray:
-    """(C, H, W) as imshow takes it."""
-    return np.repeat(image, 3, 0).transpose(1, 2, 0) if len(image) == 1 else image[:3].transpose(1, 2, 0)
+    """(C, H, W) as imshow takes it: the first three channels as colours; where there are fewer, the first as grey."""
+    return (image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, 0)).transpose(1, 2, 0)
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -322,11 +322,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise SatlibError("--device cuda: PyTorch sees none here; use --device cpu")
     if isinstance(network, torch.nn.Module):
         network = network.to(device).eval()
-    try:
-        classes = options.classes.read_text(encoding="utf-8").split("\n") if options.classes else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise SatlibError(f"--classes: cannot read {options.classes}: {error}") from None
-    names = [name.strip() for name in classes if name.strip()]
+    names = options.classes or ""
     data = load_folder(options.data, classes=names, size=options.size, most=options.images).to(device)
     with torch.no_grad():
         known = logits_of(network, data.images[:1].float()).shape[1]

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import math
 import platform
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -59,12 +60,19 @@ class _Clock:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
-    def part(self, title: str, work: Callable[[Callable[[str, float], None]], R], *, needed: bool = False) -> R | None:
+    def part(
+        self,
+        title: str,
+        work: Callable[[Callable[[str, float], None]], R],
+        *,
+        needed: bool = False,
+        short: bool = False,
+    ) -> R | None:
         """What the work returns, which is given a function to tell how far it is; None where the budget ends it, or it
-        fails and is not `needed`, for then the other parts count."""
+        fails and is not `needed`, for then the other parts count. short: so little work that no budget ends it."""
 
         def tell(text: str, share: float) -> None:
-            if self.budget is not None and self.seconds > self.budget and share < 1:
+            if self.budget is not None and self.seconds > self.budget and share < 1 and not short:
                 raise _Spent
             self.progress(f"{title}: {text}" if text else title, (self.done + share) / self.parts)
 
@@ -146,19 +154,22 @@ def evaluate(
             raise SatlibError(f"{len(x)} images to {role}: expected at least {LEAST[role]}, or 16 that are split")
     shape = (1, *sets["report"][0].shape[1:])
     others = {other: _carried(other, xi, shape) for other, xi in (transfer or {}).items()}
-    segmentation, reach = sets["craft"][1].ndim > 1, 1 - _shares(sets["choose"][1]).min().item()
-    if delta is None:
-        delta = DELTA[segmentation]
-        delta = delta if delta < reach or not reach else round(REACHED * reach, 2)
+    segmentation = sets["craft"][1].ndim > 1
     printed = _Printed(name or "network") if progress is None else None
-    clock = _Clock(budget, printed or progress or print, parts=4 + 2 * seeds)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    clock = _Clock(budget, printed or progress or print, parts=5 + 2 * seeds)
+    with _warned() as said:
         with attackable(model) as net:
             for role, (x, y) in sets.items():
                 check_model(net, x, y, name=f"{role} labels")
+            with torch.no_grad():
+                classes = logits_of(net, sets["choose"][0][:1].float()).shape[1]
+        reach = 1 - _shares(sets["choose"][1], classes).min().item()
+        if delta is None:
+            delta = DELTA[segmentation]
+            delta = delta if delta < reach or not reach else round(REACHED * reach, 2)
         if effort is None:
-            wanted = 1.0 if budget is None else budget * _passes_per_second(model, sets["craft"]) / PASSES
+            passes = PASSES * (1 + seeds) / 4  # a quarter of them are what is done once
+            wanted = 1.0 if budget is None else budget * _passes_per_second(model, sets["craft"]) / passes
             effort = min(max(wanted, EFFORTS[0]), EFFORTS[1])
         card = Card(
             name=str(name or type(model).__name__),
@@ -170,13 +181,13 @@ def evaluate(
             splits=made,
             size=shape[1:],
             clean_error=_rate(model, sets["report"], torch.zeros(shape)),
-            chance_error=1 - _shares(sets["report"][1]).max().item(),
+            chance_error=1 - _shares(sets["report"][1], classes).max().item(),
             epsilons=tuple(sizes),
             effort=float(effort),
             seed=int(seed),
             device=device_name(),
             precision=_precision(model, sets["report"][0].device),
-            network=_described(model),
+            network=described(model),
             versions=_versions(),
         )
         notes = []
@@ -247,7 +258,7 @@ def _measure_all(
 
     def one_by_one(tell: Callable) -> None:
         own = {"steps": max(10, round(50 * card.effort)), "iterations": 12, "generator": generator()}
-        found = adversarial_robustness(model, *few, delta=card.delta, **own)
+        found = adversarial_robustness(model, *few, delta=card.delta, progress=tell, **own)
         card.eps_adv = {"eps": found.epsilon, "images": len(found.epsilons)}
 
     def audit(tell: Callable) -> None:
@@ -269,9 +280,45 @@ def _measure_all(
     for number in range(1, 1 if card.masked else seeds):
         search("ensemble", number)
         search("paper", number)
-    if card.epsilon:
-        signs(card.epsilon)
-    card.examples = _examples(model, report, card)
+
+    def shown(tell: Callable) -> None:
+        if card.epsilon:
+            signs(card.epsilon)
+        card.examples = _examples(model, report, card)
+
+    clock.part("images that are shown", shown, short=True)
+
+
+_heard: dict[int, list[warnings.WarningMessage]] = {}  # by the thread that evaluates
+_hearing, _lock = contextlib.ExitStack(), threading.Lock()
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings of this thread, which are not shown. How warnings are shown is a matter of the whole process: of
+    several threads in this context the first one changes it, and the last one changes it back."""
+    me = threading.get_ident()
+    with _lock:
+        if not _heard:
+            _hearing.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("always")
+            usual = warnings.showwarning
+
+            def note(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+                if (heard := _heard.get(threading.get_ident())) is None:
+                    usual(message, category, filename, lineno, *more)
+                else:
+                    heard.append(warnings.WarningMessage(message, category, filename, lineno))
+
+            warnings.showwarning = note
+        heard = _heard[me] = []
+    try:
+        yield heard
+    finally:
+        with _lock:
+            del _heard[me]
+            if not _heard:
+                _hearing.close()
 
 
 def _split(images: Tensor, labels: Tensor, seed: int) -> dict[str, Labelled]:
@@ -332,7 +379,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _described(model: Network) -> dict[str, str]:
+def described(model: Network) -> dict[str, str]:
     """What tells a network from another."""
     if not isinstance(model, torch.nn.Module):
         return {"class": getattr(model, "__name__", type(model).__name__)}
@@ -371,10 +418,10 @@ def _rate(model: Network, pair: Labelled, xi: Tensor) -> float:
         return success_rates(net, *pair, xi.to(pair[1].device)).item()
 
 
-def _shares(labels: Tensor) -> Tensor:
-    """Share of each class that there is among the decisions."""
+def _shares(labels: Tensor, classes: int) -> Tensor:
+    """Share of each class among the decisions."""
     known = labels[labels != IGNORE] if labels.ndim > 1 else labels
-    counts = known.unique(return_counts=True)[1].double()
+    counts = known.flatten().long().bincount(minlength=classes).double()
     return counts / counts.sum()
 
 

@@ -138,7 +138,8 @@ def measure(
                 report(name)
         numbers["half the crafting images"] = rate(crafted((craft[0][:half], craft[1][:half])))
         gradients, _ = heap_gradients(net, few, y, torch.zeros_like(few), sharedness=1)
-        numbers["without gradient"] = (gradients.flatten(1).abs().amax(1) == 0).float().mean().item()
+        largest = gradients.flatten(1).abs().amax(1)  # NaN where one of them is
+        numbers["without gradient"] = (~((largest > 0) & largest.isfinite())).float().mean().item()
         with device.exact():
             numbers["crafted in float32"] = rate(crafted())
         numbers["noise"] = {name: rate(noise) for name, noise in noises(xi, eps, seed).items()}

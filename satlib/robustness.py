@@ -487,6 +487,7 @@ def adversarial_robustness(
     label_smoothing: float = 0.0,
     straight_through: bool = True,
     generator: torch.Generator | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> ImageRobustness:
     """eps_adv(delta) of section 5.1 by the same binary search, every image with an interval of its own.
 
@@ -494,7 +495,7 @@ def adversarial_robustness(
     question for every image. eps_adv(delta) is then the smallest eps within which a share delta of the images
     has been fooled: never above what one common interval would find. images (n, C, H, W), labels (n,). In segmentation,
     labels (n, H, W), an image is fooled when a share delta of its labelled pixels is won, and eps_adv is the mean over
-    the images (section 6.3).
+    the images (section 6.3). progress(text, done) follows every question.
 
     Raises SatlibError on delta outside (0, 1) or iterations < 1, and what `heap_pgd` raises.
     """
@@ -513,7 +514,10 @@ def adversarial_robustness(
             low = torch.zeros(len(x), device=x.device)
             high = torch.full_like(low, LARGEST)
             best = torch.where(_fooled(net, x, y, targeted, delta), 0.0, math.inf)
-            for _ in range(iterations):
+            for asked in range(iterations):
+                if progress:
+                    done = (batch_size * len(smallest) + len(x) * asked / iterations) / len(images)
+                    outside(progress)(f"a perturbation for each of {len(images)} images, question {asked + 1}", done)
                 eps = (low + high) / 2
                 xi = heap_pgd(net, x, y, eps=eps, step_size=relative * eps.cpu(), **attack)
                 won = _fooled(net, perturb(x, xi, 1), y, targeted, delta)

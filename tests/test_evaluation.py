@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +12,9 @@ import torch
 from PIL import Image
 
 import satlib
-from satlib import zoo
+from satlib import evaluation, zoo
 from satlib.attacks import success_rates
-from satlib.card import Card
+from satlib.card import Card, Examples
 from satlib.cli import main
 from satlib.data import Splits, imagenet
 from satlib.data.folder import load_folder
@@ -94,8 +96,19 @@ def test_it_leaves_a_page_numbers_and_the_perturbation(card, tmp_path):
         Card.load(page.parent)
     with pytest.raises(SatlibError, match="no card can be read from it"):
         Card.load(tmp_path)
+    for damaged in ([], numbers | {"errors": {"8.0": "much"}}, numbers | {"searches": {"ensemble": 3}}):
+        (tmp_path / "card.json").write_text(json.dumps(damaged))
+        with pytest.raises(SatlibError, match=r"no card can be read from it \(\w+: "):
+            Card.load(tmp_path)
     pictures = {"perturbation": card.perturbation, "examples": card.examples}
     assert Card.of_numbers(numbers, **pictures) == card
+
+
+def test_any_name_and_number_of_channels_can_be_drawn(card):
+    two = Examples(*(np.zeros((2, 2, 8, 8), np.uint8) for _ in range(2)), [0, 1], [0, 1], [1, 1])
+    odd = {"name": "$5 net$ _{", "classes": ("$a_$", "b$", "c", "d"), "examples": two}
+    odd["perturbation"] = np.ones((1, 2, 8, 8), np.float32)
+    assert "$5 net$" in replace(card, **odd)._repr_html_()
 
 
 def test_a_network_at_chance_is_useless_rather_than_robust(resnet, sets):
@@ -132,6 +145,10 @@ def test_what_fails_after_the_first_search_is_named_and_the_rest_counts(trained,
     monkeypatch.setattr("satlib.evaluation.success_curve", fails)
     card = satlib.evaluate(trained, **sets, **FEW)
     assert card.skipped == ("error at fixed sizes: ValueError: no memory",) and card.checks and not card.errors
+    with monkeypatch.context() as patched:
+        patched.setattr("satlib.evaluation._examples", fails)
+        shown = satlib.evaluate(trained, **sets, **FEW)
+    assert shown.skipped[1:] == ("images that are shown: ValueError: no memory",) and shown.examples is None
     monkeypatch.setattr("satlib.evaluation.strongest", fails)
     with pytest.raises(ValueError, match="no memory"):
         satlib.evaluate(trained, **sets, **FEW)
@@ -174,6 +191,50 @@ def test_a_delta_out_of_reach_is_noted_and_none_is_chosen_by_itself():
     assert 0.3 < card.delta < 0.75 and card.epsilon and not card.useless
     wanted = satlib.evaluate(model, images, labels, **FEW, delta=0.75, budget=1e-6)
     assert "delta = 0.75 may be out of reach" in wanted.notes[0]
+
+    def of_three(x):  # a pattern that sends everything into the third class wins all
+        return torch.cat([model(x), x.new_full((len(x), 1), -9.0)], 1)
+
+    assert satlib.evaluate(of_three, images, labels, **FEW, budget=1e-6).delta == 0.75
+
+
+def test_a_budget_counts_the_seeds(trained, tiny, monkeypatch):
+    monkeypatch.setattr("satlib.evaluation._passes_per_second", lambda model, craft: 650_000.0)
+    given = {"model": trained, "images": tiny.val.images, "labels": tiny.val.labels, "budget": 1e-6}
+    monkeypatch.setattr("satlib.evaluation.EFFORTS", (1e-9, 1.0))
+    efforts = [satlib.evaluate(**given, seeds=seeds).effort for seeds in (1, 3, 7)]
+    assert efforts == pytest.approx([2e-6, 1e-6, 5e-7])
+
+
+def test_pixels_are_not_independent_decisions(card):
+    better = replace(card, clean_error=0.70, chance_error=0.71, images=card.images | {"report": 32})
+    assert better.useless and not replace(better, segmentation=True).useless
+    assert replace(better, segmentation=True, clean_error=0.71).useless
+
+
+def test_warnings_of_other_threads_are_theirs():
+    before, filters = warnings.showwarning, list(warnings.filters)
+    inside, both = threading.Event(), threading.Event()
+    heard = {}
+
+    def other():
+        with evaluation._warned() as said:
+            inside.set()
+            both.wait(10)
+            warnings.warn("of the other", stacklevel=1)
+            heard["other"] = [str(each.message) for each in said]
+
+    thread = threading.Thread(target=other)
+    with evaluation._warned() as said:
+        thread.start()
+        assert inside.wait(10)
+        warnings.warn("of this one", stacklevel=1)
+    both.set()
+    thread.join()
+    assert [str(each.message) for each in said] == ["of this one"] and heard["other"] == ["of the other"]
+    assert warnings.showwarning is before and warnings.filters == filters
+    with pytest.warns(UserWarning, match="afterwards"):
+        warnings.warn("afterwards", stacklevel=1)
 
 
 def test_few_images_all_right_are_not_useless(trained, tiny):
@@ -302,7 +363,7 @@ def test_a_network_is_evaluated_from_a_shell(folder, capsys):
         (["mynets:broken"], "mynets:broken cannot be called: ValueError: no weights"),
         (["os:getcwd"], "os:getcwd returns a str: expected a network"),
         (["mynets:net", "--mean", "a"], "'a': expected numbers, such as 0.485,0.456,0.406"),
-        (["mynets:net", "--classes", "none.txt"], "--classes: cannot read none.txt"),
+        (["mynets:net", "--classes", "none.txt"], "classes: cannot read none.txt"),
         (["mynets:net", "--data", "none"], "no folder"),
         (["mynets:net", "--classes", "other.txt"], "unexpected class folder"),
         (["mynets:net", "--images", "8"], "4 images to craft: expected at least 8"),

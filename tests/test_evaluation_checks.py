@@ -91,6 +91,18 @@ def test_a_trained_model_is_attacked_soundly_and_the_same_model_masked_is_caught
     assert any("have gradients" in check for check in saturated)
 
 
+def test_gradients_of_nan_are_none(tiny):
+    class Rooted(nn.Module):
+        """Its logits are finite, the derivative of its square root at 0 is not."""
+
+        def forward(self, x):
+            flat = x.flatten(1)
+            return flat[:, :4] + (0 * flat).square().sum(1, keepdim=True).sqrt()
+
+    numbers = measured(Rooted(), tiny)
+    assert numbers["without gradient"] == 1 and any("have gradients" in check for check in failing(numbers))
+
+
 def test_train_mode_is_train_mode_and_other_types_with_a_plain_meaning_are_taken(tiny):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 4))

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from satlib import data
+from satlib.card import Card
 from satlib.errors import SatlibError
 from satlib.models import build
 from satlib.study import explorer
@@ -213,6 +214,28 @@ def test_attack_panel_offers_the_targets_of_its_model(zoo):
     assert "hit the target" in shown(panel)
 
 
+def test_sliders_begin_where_they_are_told(zoo):
+    panel = explorer.sharedness_panel(zoo, sharedness=24, eps=100.0, start=False)
+    assert panel.settings["sharedness"] == 24 and panel.settings["eps"] == 100.0
+    assert explorer.attack_panel(zoo, steps=400, start=False).settings["steps"] == 400
+    with pytest.raises(SatlibError, match="sharedness=0: expected a whole number of at least 1"):
+        explorer.sharedness_panel(zoo, sharedness=0, start=False)
+    segmenter = explorer.Models(zoo.load("segmenter"))
+    with pytest.raises(SatlibError, match="no classifier is here"):
+        explorer.sharedness_panel(segmenter, start=False)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_the_panel(zoo):
+    class Broken(explorer.Models):
+        def load(self, title):
+            raise SatlibError(f"{title}: its weights are damaged")
+
+    panel = explorer.attack_panel(Broken(zoo.load("classifier"), zoo.load("segmenter")), start=False)
+    panel.controls["model"].value = "segmenter"
+    panel.answer_once(lambda: False)
+    assert "segmenter: its weights are damaged" in shown(panel)
+
+
 def test_sharedness_panel_offers_classifiers_alone(zoo):
     panel = explorer.sharedness_panel(zoo, sharedness=64, eps=8.0, start=False)
     panel.controls["steps"].value = 5
@@ -331,6 +354,8 @@ def test_a_network_is_evaluated_while_one_watches_and_its_card_is_offered(foreig
     panel.controls["budget"].value = 1
     panel.answer_once(lambda: False)
     assert "satlib-card" in panel.picture.value and "Saved as" in shown(panel)
+    kept = Card.load(tmp_path / "data" / "cards" / "mine")
+    assert kept.network["class"] == "Foreign" and kept.network["parameters"] == "292"
     assert any("<progress" in text and "eps_uni by the ensemble" in text for text in said)
     assert list(explorer.made_cards(ledger)) == ["mine"]
     shelf = explorer.card_panel(explorer.made_cards(ledger), start=False)

@@ -1,5 +1,7 @@
 """What the explorer computes: answers that get better, from unseen images, and that end when nobody wants them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -121,6 +123,18 @@ def test_sharing_reports_heaps_and_risks_in_their_order(classifier, streets):
         list(live.share(streets, live.Sharing()))
     with pytest.raises(SatlibError, match="sharedness=65"):
         list(live.share(classifier, live.Sharing(sharedness=65)))
+
+
+def test_few_images_share_and_the_others_of_them_are_unseen(classifier):
+    whole = classifier.splits
+    few = replace(classifier, splits=replace(whole, test=whole.test.first(20)), known={})
+    *_, last = live.share(few, live.Sharing(sharedness=5, steps=5))
+    assert last.images == 10 and last.xi.shape[0] == 2 and 0 <= last.unseen <= 1
+    with pytest.raises(SatlibError, match="sharedness=16"):
+        list(live.share(few, live.Sharing(sharedness=16)))
+    alone = replace(few, splits=replace(whole, test=whole.test.first(1)))
+    with pytest.raises(SatlibError, match="1 image to score: sharing needs two at least"):
+        list(live.share(alone, live.Sharing()))
 
 
 def test_intervals():

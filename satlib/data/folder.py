@@ -17,7 +17,7 @@ from satlib.errors import SatlibError
 def load_folder(
     folder: str | Path,
     *,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | str | Path = (),
     size: int | None = None,
     most: int | None = None,
     seed: int = 0,
@@ -25,12 +25,14 @@ def load_folder(
 ) -> ImageSet:
     """The images in `folder`/<class>/, and in folders below, as an ImageSet.
 
-    classes: the class folders in the order of the network's classes, of which some may be missing; by default those
-    that are there, by name. size: the middle of each image, its shorter side scaled to 8/7 of so many pixels; None: as
-    they are, all of one size. most: so many of them at most, drawn at random by `seed`. Raises SatlibError for a folder
-    that is no class, an image that cannot be read, and one of another size.
+    classes: the class folders in the order of the network's classes, of which some may be missing, or a file with one
+    in each line; by default (also "") those that are there, by name. size: the middle of each image, its shorter side
+    scaled to 8/7 of so many pixels; None: as they are, all of one size. most: so many of them at most, drawn at random
+    by `seed`. Raises SatlibError for a folder that is no class, a file that cannot be read, and an image of another
+    size.
     """
-    folder = Path(folder).absolute()
+    check("a folder with a folder for each class", bool, folder=str(folder))
+    folder, classes = Path(folder).absolute(), _listed(classes)
     listing = Listing(folder.parent)
     entries = listing.entries(folder.name, "expected a folder for each class, with its images")
     found = [entry.name for entry in entries if is_folder(entry)]
@@ -67,3 +69,14 @@ def load_folder(
     refuse(folder.parent, problems(read, range(len(files)), f"decoding {folder.name}", progress))
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     return ImageSet(pixels, labels_of(files), tuple(names), folder.name, folder.name, "test")
+
+
+def _listed(classes: Sequence[str] | str | Path) -> Sequence[str]:
+    """The names, or those in a file."""
+    if not isinstance(classes, str | Path) or classes == "":
+        return classes or ()
+    try:
+        lines = Path(classes).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SatlibError(f"classes: cannot read {classes}: {error}") from None
+    return [name.strip() for name in lines if name.strip()]

@@ -6,6 +6,7 @@ shown in the panel.
 """
 
 import base64
+import contextlib
 import html
 import io
 import itertools
@@ -23,8 +24,10 @@ from matplotlib.figure import Figure
 
 from satlib import data
 from satlib.card import Card
+from satlib.checks import check_whole
+from satlib.device import unrecorded
 from satlib.errors import SatlibError
-from satlib.evaluation import evaluate
+from satlib.evaluation import described, evaluate
 from satlib.files import writing
 from satlib.network import Network, OwnNetwork
 from satlib.paths import cards_root, views_root
@@ -38,6 +41,7 @@ from satlib.study.live import (
     Attack,
     Attacked,
     Cancellable,
+    CancellableOwn,
     Shared,
     Sharing,
     Superseded,
@@ -109,7 +113,8 @@ class Panel:
 
     def figure(self) -> Figure:
         """The last answer to the present settings, computed here and now: what readers without widgets see."""
-        *_, (shown, _) = self._answer(self.settings, lambda: False)
+        with unrecorded():
+            *_, (shown, _) = self._answer(self.settings, lambda: False)
         return shown.figure() if isinstance(shown, Card) else shown
 
     def save_view(self) -> Path:
@@ -175,17 +180,18 @@ class Panel:
         """Answer the present settings, unless superseded() becomes true; what goes wrong is said in the panel."""
         try:
             words, settings = "", {control.description: shown_value(control) for control in self.controls.values()}
-            for figure, words in self._answer(self.settings, superseded):
-                if superseded():
-                    return
-                drawn = as_html(figure, words)
-                with self._new:  # no newer question and no cancelling comes between
+            with unrecorded():
+                for figure, words in self._answer(self.settings, superseded):
                     if superseded():
                         return
-                    self.picture.value = drawn
-                    self._view = (figure, settings) if isinstance(figure, Figure) else None
-                    self.keep.disabled = self._view is None
-                    self._say(f"{html.escape(words)} <em>Refining …</em>", busy=True)
+                    drawn = as_html(figure, words)
+                    with self._new:  # no newer question and no cancelling comes between
+                        if superseded():
+                            return
+                        self.picture.value = drawn
+                        self._view = (figure, settings) if isinstance(figure, Figure) else None
+                        self.keep.disabled = self._view is None
+                        self._say(f"{html.escape(words)} <em>Refining …</em>", busy=True)
             self._finish(superseded, html.escape(words))
         except Superseded:
             pass
@@ -271,7 +277,10 @@ class ModelZoo(Models):
                 self.missing.append(f"{settings.dataset}: no weights are here; {call} trains them")
             else:
                 target = getattr(settings, "target", "")
-                self._offered |= {f"{run.title} · {settings.dataset}": (run, target) for run in trained}
+                for run in trained:
+                    title = f"{run.title} · {settings.dataset}"
+                    title += f" ({name})" if self._offered.get(title, (run, ""))[0] != run else ""
+                    self._offered[title] = run, target
         if not self._offered:
             raise SatlibError(f"no trained model has its weights here: {'; '.join(self.missing)}")
 
@@ -311,7 +320,7 @@ def _choice(name: str, options: Iterable[Any], value: Any) -> widgets.Widget:
 
 def _slider(name: str, value: float, low: float, high: float, step: float) -> widgets.Widget:
     kind = widgets.IntSlider if isinstance(step, int) else partial(widgets.FloatSlider, readout_format=".4g")
-    return _control(kind, name, value, min=low, max=high, step=step)
+    return _control(kind, name, value, min=min(low, value), max=max(high, value), step=step)
 
 
 ANY, SCENE = -2, -1  # targets beside classes; a selection's None would be none of its options
@@ -327,7 +336,9 @@ def attack_panel(
 
     def offer_aims(change: object = None) -> None:
         """The targets of the chosen model; the old choice stays where there is one of its name."""
-        classes, kept = zoo.load(chosen.value).splits.test.classes, aim.label
+        classes, kept = (), aim.label
+        with contextlib.suppress(SatlibError):  # the answer then says why it cannot be loaded
+            classes = zoo.load(chosen.value).splits.test.classes
         named = [("the target scene", SCENE)] if zoo.segments(chosen.value) else [(c, i) for i, c in enumerate(classes)]
         with aim.hold_trait_notifications():
             aim.options = [anything, *named]
@@ -368,9 +379,13 @@ def sharedness_panel(
 ) -> Panel:
     """Share perturbations within a mini-batch: what they look like, whom they fool, and the four risks."""
     titles = [title for title in zoo.titles if not zoo.segments(title)]
+    if not titles:
+        raise SatlibError("no classifier is here, and sharedness is explored on classifiers")
+    check_whole(sharedness=sharedness)
+    heaps = sorted({sharedness, *(2**k for k in range(7))})
     controls = {
         "model": _choice("model", titles, model or titles[0]),
-        "sharedness": _control(widgets.SelectionSlider, "s", sharedness, options=[2**k for k in range(7)]),
+        "sharedness": _control(widgets.SelectionSlider, "s", sharedness, options=heaps),
         "eps": _slider("eps", eps, 0, 64, 1.0),
         "steps": _slider("steps", 20, 5, 200, 5),
         "seed": _slider("seed", 0, 0, 9, 1),
@@ -464,9 +479,12 @@ def evaluation_panel(
                 raise Superseded
             panel.report(f"{done:.0%}: {text}", done)
 
-        net = model if isinstance(model, OwnNetwork) else Cancellable(model, superseded)
+        net = (CancellableOwn if isinstance(model, OwnNetwork) else Cancellable)(model, superseded)
         options = settings | {"budget": 60.0 * settings["budget"], "class_names": class_names, "name": name}
         card = evaluate(net, images, labels, **options, progress=follow)
+        card.network = described(model)
+        if superseded():
+            raise Superseded
         yield card, f"{card.verdict} Saved as {card.save(cards_root() / name)}"
 
     panel = Panel(controls, answer, lambda settings: [], begin="Evaluate", start=start)
@@ -479,7 +497,8 @@ def made_cards(ledger: Ledger) -> dict[str, Callable[[], Card]]:
     found: dict[str, Callable[[], Card]] = {}
     for record in ledger.records():
         if record.kind == "card" and record.has("perturbation") and record.has("examples"):
-            found[f"{record.metrics['name']} · {record.labels['dataset']}"] = partial(card_of, record)
+            title = f"{record.metrics['name']} · {record.labels['dataset']}"
+            found[f"{title} ({record.id[:8]})" if title in found else title] = partial(card_of, record)
     root = cards_root()
     for file in sorted(root.glob("**/card.json")):
         found[str(file.parent.relative_to(root))] = partial(Card.load, file.parent)

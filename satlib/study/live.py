@@ -36,7 +36,10 @@ class Superseded(BaseException):
 
 
 class Cancellable(nn.Module):
-    """A network that asks before every pass whether its answer is still wanted."""
+    """A network that asks before every pass whether its answer is still wanted. What is recorded asks but once: attack
+    it in `satlib.device.unrecorded`."""
+
+    pixel_dtype = torch.float32  # `logits_of` the network itself gives it what it wants
 
     def __init__(self, net: Network, superseded: Callable[[], bool]):
         super().__init__()
@@ -45,7 +48,14 @@ class Cancellable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._superseded():
             raise Superseded
-        return self.net(x)
+        return logits_of(self.net, x)
+
+
+class CancellableOwn(Cancellable, OwnNetwork):
+    """One of ours, which is folded where it is attacked."""
+
+    def folded(self) -> Any:
+        return Cancellable(self.net.folded(), self._superseded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +81,8 @@ class Target:
             raise SatlibError(f"{title}: {len(x)} image: expected at least 2, half of them to craft on")
         with evaluated(model), torch.no_grad():
             count = logits_of(model, x[:1].float()).shape[1]
+        if count < 2:
+            raise SatlibError(f"{title}: one logit: expected logits of two classes at least")
         names = tuple(map(str, class_names)) or tuple(f"class {number}" for number in range(count))
         if len(names) != count:
             raise SatlibError(f"{title}: {len(names)} class_names for {count} classes; give one each")
@@ -159,7 +171,8 @@ class Attacked:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shared:
-    """An answer, for a mini-batch of BATCH images. xi: the perturbations of its heaps (heaps, C, H, W), pixel units.
+    """An answer, for a mini-batch of so many images: BATCH where there are enough. xi: the perturbations of its heaps
+    (heaps, C, H, W), pixel units.
 
     own, unseen: share of images that they fool, of their own heap and of images that they never saw (a mean over some
     of them); risks: mean 0-1 loss by the risk's name, in the order of section 4.2. steps: those that were made.
@@ -167,6 +180,7 @@ class Shared:
 
     question: Sharing
     target: Target
+    images: int
     xi: Tensor
     own: float
     unseen: float
@@ -229,9 +243,12 @@ def share(target: Target, question: Sharing, superseded: Callable[[], bool] = la
     if target.segments:
         raise SatlibError(f"{target.title} labels pixels: sharedness is explored on classifiers; choose one")
     net, test, craft = Cancellable(target.net, superseded), target.splits.test, target.splits.val
-    batch, unseen = test.subset(slice(BATCH)), test.subset(slice(BATCH, BATCH + UNSEEN // 2))
+    count = min(BATCH, len(test) // 2)  # the others are those that no heap has seen
+    if not count:
+        raise SatlibError(f"{target.title}: {len(test)} image to score: sharing needs two at least")
+    batch, unseen = test.subset(slice(count)), test.subset(slice(count, count + UNSEEN // 2))
     x, y, s = batch.images.float(), batch.labels, question.sharedness
-    for steps in sorted({min(question.steps, target.steps_at_once(BATCH)), question.steps}):
+    for steps in sorted({min(question.steps, target.steps_at_once(count)), question.steps}):
         began = time.perf_counter()
         xi = heap_pgd(net, x, y, sharedness=s, keep_best=True, **_heap_settings(question, steps))
         own = _won(net, perturb(x, xi, s), y, targeted=False).mean().item()
@@ -248,7 +265,7 @@ def share(target: Target, question: Sharing, superseded: Callable[[], bool] = la
         fooled = success_rates(net, unseen.images, unseen.labels, xi[:4]).mean().item()
         seconds = time.perf_counter() - began
         answer = {"xi": xi, "own": own, "unseen": fooled, "risks": risks, "steps": steps, "seconds": seconds}
-        yield Shared(question=question, target=target, **answer)
+        yield Shared(question=question, target=target, images=count, **answer)
 
 
 def _heap_settings(question: Attack | Sharing, steps: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from satlib.study.claims import Model, front, size_text
-from satlib.study.figures import EPS, PALETTE, RED, as_picture, finish, look, perturbation_picture
+from satlib.study.figures import EPS, PALETTE, RED, as_picture, look, perturbation_picture
 from satlib.study.figures.scenes import colour
-from satlib.study.live import BATCH, Attacked, Shared, interval
+from satlib.study.live import Attacked, Shared, interval
 
 GREY = "0.35"
 Box = tuple[float, float, float, float]  # left, bottom, width and height, in shares of the figure
@@ -22,6 +22,12 @@ def _figure(height: float) -> Figure:
     """A figure whose axes are placed by hand: to lay them out takes longer than to draw them."""
     figure = Figure(figsize=(11.5, height), dpi=90)
     figure.set_layout_engine("none")  # not by argument: saving as PDF would then lay it out after all
+    return figure
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    """With a title that may hold anybody's name: it is no formula."""
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -49,7 +55,7 @@ def _strip(figure: Figure, box: Box, pictures: Sequence[np.ndarray], captions: S
     below = {"xytext": (0, -3), "textcoords": "offset points", "va": "top", "ha": "center", "annotation_clip": False}
     for place, (text, color) in enumerate(captions):
         middle = place * (width + max(2, width // 12)) + width / 2
-        axis.annotate(text, (middle, height), fontsize=8, color=color, **below)
+        axis.annotate(text, (middle, height), fontsize=8, color=color, parse_math=False, **below)
 
 
 def _bars(figure: Figure, box: Box, shares: dict[str, float], label: str, color: Any) -> Axes:
@@ -90,10 +96,10 @@ def attack_figure(answer: Attacked) -> Figure:
     spread = [[max(0.0, rate - low)], [max(0.0, high - rate)]]
     style = {"color": RED, "marker": "o", "capsize": 4, "linestyle": "none"}
     axis.errorbar([question.eps], [rate], yerr=spread, label=f"this one: {rate:.0f} %", **style)
-    axis.set(xlabel=EPS, ylabel=f"{goal}, {what} (%)", ylim=(-3, 103), xlim=(0, 68))
+    axis.set(xlabel=EPS, ylabel=f"{goal}, {what} (%)", ylim=(-3, 103), xlim=(0, max(68.0, 1.06 * question.eps)))
     axis.grid(alpha=0.4)
     axis.legend(loc="lower right", fontsize=8)
-    return finish(figure, f"{target.title} · eps = {question.eps:g} pixel units, {answer.steps} steps", size=11)
+    return _titled(figure, f"{target.title} · eps = {question.eps:g} pixel units, {answer.steps} steps")
 
 
 def shared_figure(answer: Shared) -> Figure:
@@ -110,9 +116,9 @@ def shared_figure(answer: Shared) -> Figure:
     for place, share in enumerate(fooled.values()):
         axis.text(place, 100 * share + 1.5, f"{100 * share:.0f} %", ha="center", fontsize=9)
     axis = _bars(figure, (0.70, 0.14, 0.29, 0.63), answer.risks, "0-1 risk (%)", PALETTE[2])
-    axis.set_title(f"the four risks of these {BATCH} images", fontsize=9)
+    axis.set_title(f"the four risks of these {answer.images} images", fontsize=9)
     title = f"{answer.target.title} · s = {question.sharedness}, eps = {question.eps:g} pixel units"
-    return finish(figure, f"{title}, {answer.steps} steps", size=11)
+    return _titled(figure, f"{title}, {answer.steps} steps")
 
 
 def trade_figure(
@@ -151,7 +157,7 @@ def trade_figure(
     if chosen.strongest_searches:
         found = f"{size_text(chosen.strongest)} by the ensemble, {found}"
     title = f"{chosen.title}: accuracy {chosen.accuracy:.1f} %, eps_uni {found} · {dataset}"
-    finish(figure, title, size=11)
+    _titled(figure, title)
     if row is None or pictures is None:
         figure.text(0.74, 0.5, "neither its perturbation nor its weights\nare here: only its numbers", ha="center")
         return figure
