@@ -242,7 +242,7 @@ def forward_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
 @functools.cache
 def _compiled(kind: type[nn.Module]) -> Callable[..., Tensor]:
     """Of all networks of that class: those that differ in their weights alone are compiled once. The compiler keeps its
-    kernels on disk, where later processes find them."""
+    kernels on disk, below TORCHINDUCTOR_CACHE_DIR (environment), where later processes find them."""
     forward = torch.compile(kind.forward, backend=COMPILER, fullgraph=True, dynamic=False)
     return torch._dynamo.config.patch(recompile_limit=64)(forward)  # for each kind of network, mini-batch and mode
 
@@ -297,8 +297,9 @@ def recorded(
                 before += [tensor.detach().clone() for tensor in kept]
                 with _lock:
                     recordings[shapes] = plain = Recording(function, tensors, record)
-                    if not seen and pays(shapes, calls, plain.seconds()):
-                        recordings[shapes] = _recorded_compiled(function, tensors, record) or plain
+                    if not seen and pays(shapes, calls, taken := plain.seconds()):
+                        fused = _recorded_compiled(function, tensors, record)
+                        recordings[shapes] = fused if fused and fused.seconds() < taken else plain
             except SatlibError:
                 raise
             except Exception as error:

@@ -515,15 +515,15 @@ def adversarial_robustness(
             high = torch.full_like(low, LARGEST)
             best = torch.where(_fooled(net, x, y, targeted, delta), 0.0, math.inf)
             for asked in range(iterations):
-                if progress:
-                    done = (batch_size * len(smallest) + len(x) * asked / iterations) / len(images)
-                    outside(progress)(f"a perturbation for each of {len(images)} images, question {asked + 1}", done)
                 eps = (low + high) / 2
                 xi = heap_pgd(net, x, y, eps=eps, step_size=relative * eps.cpu(), **attack)
                 won = _fooled(net, perturb(x, xi, 1), y, targeted, delta)
                 magnitude = xi.abs().flatten(1).amax(1)
                 best = torch.where(won, torch.minimum(best, magnitude), best)
                 low, high = torch.where(won, low, eps), torch.where(won, eps, high)
+                if progress:
+                    done = (batch_size * len(smallest) + len(x) * (asked + 1) / iterations) / len(images)
+                    outside(progress)(f"a perturbation for each of {len(images)} images, question {asked + 1}", done)
             smallest.append(best)
     epsilons = torch.cat(smallest)
     if labels.ndim > 1:

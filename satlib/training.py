@@ -1,6 +1,7 @@
 """ERM, adversarial and shared adversarial training: one loop (section 4.2)."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
@@ -281,6 +282,11 @@ def train(
     if whole:
         to_go = steps * (last - len(history))
         update = recorded(update, changes=lambda: [*changed(model, optimizer, adversary)], calls=to_go)
+    elif ranks.rank == 0 and recorder(next(model.parameters()).device) is not None:
+        reason = f"{type(adversary).__name__} does not say that its loss is recordable"
+        reason = reason if isinstance(model, OwnNetwork) else f"{type(model).__name__} is no OwnNetwork"
+        reason = f"there are {ranks.count} ranks" if ranks.count > 1 else reason
+        warnings.warn(f"not recorded as a graph, each step is launched by itself: {reason}", stacklevel=3)
 
     for epoch in range(len(history), last):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)

@@ -42,6 +42,7 @@ from satlib.checks import (
 )
 from satlib.data.imageset import IGNORE
 from satlib.deepfool import universal_deepfool
+from satlib.device import prepared
 from satlib.errors import SatlibError
 from satlib.network import attackable, logits_of
 from satlib.paper import KAPPA, LABEL_SMOOTHING
@@ -397,12 +398,14 @@ def mean_of_signs(
     xi = random_start((heaps, *images.shape[1:]), bound, generator)
     with attackable(model) as net:
         check_model(net, images, labels)
+        gradients_of = None
         for _ in range(steps):
             drawn = torch.randint(len(images), (batch_size,), generator=generator, device=source(generator))
             chosen = drawn.to(images.device)
             x, y = images[chosen].float().repeat(heaps, 1, 1, 1), rows[:, chosen].flatten(0, 1)
-            each = xi.repeat_interleave(batch_size, 0)
-            gradients, _ = heap_gradients(net, x, y, each, sharedness=1, straight_through=straight_through)
+            each, how = xi.repeat_interleave(batch_size, 0), {"sharedness": 1, "straight_through": straight_through}
+            gradients_of = gradients_of or prepared(heap_gradients, net, x, y, each, **how)
+            gradients, _ = gradients_of(x, y, each)
             spend(len(x))
             votes = gradients.sign().unflatten(0, (heaps, batch_size)).mean(1)
             xi = projected_step(xi, votes, eps=bound, alpha=relative_step_size * bound, targeted=False)

@@ -25,6 +25,7 @@ from satlib.training import (
     train,
     training_step,
 )
+from satlib.universal import mean_of_signs
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -110,6 +111,17 @@ def test_a_recorded_training_goes_on_where_it_stopped(kind, tiny, scenes, record
     assert_same(resumed[0], states[1])
 
 
+def test_the_vote_of_signs_is_recorded_once(tiny, recorder, trained):
+    few = tiny.val.images[:32], tiny.val.labels[:32]
+    options = {"eps": [4.0, 8.0], "steps": 6, "batch_size": 8}
+    found = mean_of_signs(trained, *few, generator=torch.Generator().manual_seed(0), **options)
+    assert len(recorder) == 1
+    device.RECORDERS.pop("cpu")
+    torch.testing.assert_close(
+        found, mean_of_signs(trained, *few, generator=torch.Generator().manual_seed(0), **options)
+    )
+
+
 def test_what_a_trial_call_changes_goes_back(tiny, recorder):
     """One epoch of one step, with a trial before it: the weights have moved by one step only."""
     few, settings = tiny.train.first(24), settings_for("shared", epochs=1, epoch_images=24)
@@ -151,9 +163,12 @@ class Counting(Adversary):
 
 def test_what_computes_with_more_than_tensors_is_not_recorded(tiny, recorder):
     adversary = Counting()
-    train(built("ResNet"), tiny.train.first(48), settings_for("ERM", epoch_images=48), adversary=adversary)
+    by_itself = "each step is launched by itself: "
+    with pytest.warns(UserWarning, match=f"{by_itself}Counting does not say that its loss is recordable"):
+        train(built("ResNet"), tiny.train.first(48), settings_for("ERM", epoch_images=48), adversary=adversary)
     foreign = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-    train(foreign, tiny.train.first(48), settings_for("ERM", epoch_images=48))
+    with pytest.warns(UserWarning, match=f"{by_itself}Sequential is no OwnNetwork"):
+        train(foreign, tiny.train.first(48), settings_for("ERM", epoch_images=48))
     assert not recorder and adversary.calls == 4
 
 
@@ -173,7 +188,9 @@ def test_another_loss_has_to_say_again_that_it_can_be_recorded(tiny, recorder):
     found = {}
     for kind in (Own, Stated, Drawing):
         before = len(recorder)
-        train(built("ResNet"), tiny.train.first(24), settings_for("shared", epoch_images=24), adversary=kind())
+        said = pytest.warns(UserWarning, match="Own does not say") if kind is Own else contextlib.nullcontext()
+        with said:
+            train(built("ResNet"), tiny.train.first(24), settings_for("shared", epoch_images=24), adversary=kind())
         found[kind] = len(recorder) - before
     assert found[Own] <= 1 and "Recording." in recorder[-1].__qualname__  # at most its attack's iteration
     assert found[Stated] == found[Drawing] == 1

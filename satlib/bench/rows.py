@@ -156,7 +156,8 @@ def training(bench: Bench) -> list[Row]:
         model, settings = copy.deepcopy(bench.model).train(), Training(learning_rate=1e-4, steps=4, **own)
         optimizer = new_optimizer(model, settings, steps=0, recorded=True)
         step = training_step(model, adversary, settings, optimizer, Ranks())
-        step = recorded(step, changes=lambda: [*changed(model, optimizer, adversary)])
+        ten = 10 * EPOCH // size  # epochs: whether compiling pays is decided as for a training of so many
+        step = recorded(step, changes=lambda: [*changed(model, optimizer, adversary)], calls=ten)
         weight = torch.ones((), device=bench.device)
 
         @kernel

@@ -157,7 +157,8 @@ def universal_deepfool(
     """Accuracy on test images under a DeepFool universal perturbation, found on validation images (Figure 3, right)."""
     craft, test = data.val.first(min(images, len(data.val))), data.test
     generator = torch.Generator().manual_seed(seed)
-    xi = deepfool(model, craft.images, craft.labels, eps=[eps], generator=generator, progress=progress, **attack)
+    given: dict[str, Any] = {"eps": [eps], "generator": generator, "progress": _paced(progress)}
+    xi = deepfool(model, craft.images, craft.labels, **given, **attack)
     work.save_tensors("perturbation", {"perturbation": xi.cpu()})
     with torch.no_grad(), exact():
         clean = torch.cat([logits_of(model, x).argmax(1) for x, _ in test.batches(512)])
@@ -181,6 +182,7 @@ def adversarial_robustness(
     model: Module,
     data: Splits,
     work: Workspace,
+    progress: Any,
     *,
     delta: float = 0.75,
     iterations: int = 10,
@@ -192,8 +194,8 @@ def adversarial_robustness(
     """eps_adv(delta) of section 5.1 on test images, each with a search of its own; `target` as in universal ones."""
     test = data.test.first(min(images, len(data.test)))
     options = attack | {"delta": delta, "iterations": iterations, "targeted": bool(target)}
-    generator = torch.Generator().manual_seed(seed)
-    result = search_each(model, test.images, aims(data, test, target), generator=generator, **options)
+    options |= {"generator": _seeded(seed), "progress": _paced(progress)}
+    result = search_each(model, test.images, aims(data, test, target), **options)
     work.save_arrays("epsilons", {"epsilons": result.epsilons.numpy()})
     spread = {"standard_error": result.standard_error, "unreached": result.unreached}
     metrics = {"eps_adv": result.epsilon, "images": len(test), "gradients": result.gradients}
