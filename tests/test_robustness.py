@@ -22,7 +22,7 @@ from satlib.robustness import (
     success_curve,
     universal_robustness,
 )
-from satlib.universal import ATTACKS, mean_of_signs, named
+from satlib.universal import ATTACKS, ensemble, mean_of_signs, named
 
 pytestmark = pytest.mark.usefixtures("float32")
 SHAPE = (3, 4, 4)
@@ -482,6 +482,31 @@ def test_the_strongest_finds_a_known_threshold(brightness):
     assert 30 <= aimed.epsilon <= 30 + GRID
     with pytest.raises(SatlibError, match="effort=0: expected a positive number"):
         strongest(brightness, craft=four, choose=four, report=four, effort=0)
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+@pytest.mark.parametrize(("member", "targeted"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
+def test_each_member_finds_a_known_threshold(brightness, member, targeted, saturated):
+    """Saturated: a quarter of the values is white already, so that the others have to rise by a third more."""
+    images, label = grey(120, 110, 100, 90), 1 if targeted else 0
+    if saturated:
+        white = (torch.arange(math.prod(SHAPE)) % 4 == 0).view(SHAPE)
+        images = torch.where(white, 255.0, (images - 255 / 4) / 0.75)  # of the same mean
+    four = images, torch.full((4,), label)
+    attacks = ensemble(4, targeted=targeted, effort=0.5)
+    with pytest.warns(UserWarning, match="are also"):
+        found = universal_robustness(
+            attacks[member],
+            brightness,
+            craft=four,
+            choose=four,
+            report=four,
+            search="k-ary",
+            targeted=targeted,
+            generator=seeded(),
+        )
+    known = 40 if saturated else 30
+    assert known <= found.epsilon <= known + GRID and found.rate == 0.75
 
 
 @pytest.mark.parametrize("scenes", [False, True])

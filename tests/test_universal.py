@@ -39,6 +39,7 @@ from satlib.universal import (
     ensemble,
     extended_pgd,
     margin_loss,
+    mean_of_signs,
     name_of,
     named,
     options,
@@ -619,7 +620,8 @@ def slow_pgd(net, images, labels, *, eps, seed, steps=8, batch_size=4, **options
     """`extended_pgd` for one eps and one snapshot, from the words of its docstring."""
     own = {"update": "sign", "schedule": "geometric", "loss": "cross-entropy", "straight_through": True} | options
     generator = seeded(seed)
-    xi = (torch.rand((1, *images.shape[1:]), generator=generator) * 2 - 1) * eps
+    xi = own.get("start")
+    xi = (torch.rand((1, *images.shape[1:]), generator=generator) * 2 - 1) * eps if xi is None else xi
     larger, inner = own.get("larger", 1), own.get("inner", 1)
     steps, batch_size = steps // larger, batch_size * larger
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(steps)])  # whole passes
@@ -636,16 +638,16 @@ def slow_pgd(net, images, labels, *, eps, seed, steps=8, batch_size=4, **options
         for part in chosen.split(-(-batch_size // inner)):
             seen = (images[part] + at).clamp(0, 255).requires_grad_()
             logits = net(seen)
-            if aim is not None:
-                losses = -F.cross_entropy(logits, aim.expand(len(part)), reduction="none")
-            elif own["loss"] == "margin":
-                shown = F.one_hot(labels[part], logits.shape[1]).bool()
+            goal = labels[part] if aim is None else aim.expand(len(part))
+            if own["loss"] == "margin":
+                shown = F.one_hot(goal, logits.shape[1]).bool()
                 losses = logits.masked_fill(shown, -math.inf).amax(1) - logits[shown]
             else:
-                smoothing = own.get("label_smoothing", 0.0)
-                losses = F.cross_entropy(logits, labels[part], reduction="none", label_smoothing=smoothing)
+                smoothing = own.get("label_smoothing", 0.0) if aim is None else 0.0
+                losses = F.cross_entropy(logits, goal, reduction="none", label_smoothing=smoothing)
             if own.get("loss_threshold") and aim is None:
                 losses = losses.clamp(max=own["loss_threshold"])
+            losses = losses if aim is None and not own.get("targeted") else -losses
             (each,) = torch.autograd.grad(losses.sum(), seen)
             inside = (images[part] + at >= 0) & (images[part] + at <= 255)
             gradients.append((each if own["straight_through"] else each * inside).sum(0, keepdim=True))
@@ -675,6 +677,13 @@ OPTIONS = {
     "dominant": {"dominant": True},
     "dominant, the cap gone": {"dominant": True, "loss_threshold": 1.2},
     "dominant, momentum anew": {"dominant": True, "update": "momentum"},
+    "dominant, hard targets": {"dominant": True, "label_smoothing": 0.3},
+    "dominant, margin": {"dominant": True, "loss": "margin"},
+    "dominant, through the clamp": {"dominant": True, "straight_through": False},
+    "dominant, inner": {"dominant": True, "inner": 2},
+    "targeted": {"targeted": True},
+    "targeted, margin": {"targeted": True, "loss": "margin"},
+    "start": {"start": torch.full((1, 3, 8, 8), 30.0)},
     "larger": {"larger": 2},
     "inner": {"inner": 3},
     "margin, capped, inner": {"loss": "margin", "loss_threshold": 0.5, "inner": 2},
@@ -698,6 +707,65 @@ def test_every_option_changes_what_it_says(name, trained, tiny):
 
     assert apart(found, expected) < far
     assert not OPTIONS[name] or apart(expected, plain) > 2 * far
+
+
+def test_each_size_goes_on_from_its_own_start_towards_its_own_dominant_class(trained, tiny):
+    """Two sizes at once are what each is alone: their starts send images into different classes."""
+    part, given = (tiny.val.images[:64], tiny.val.labels[:64]), {"steps": 16, "batch_size": 8, "dominant": True}
+    starts = [
+        aimed_pgd(trained, *part, targets=aim, eps=[24.0], steps=20, batch_size=16, generator=seeded())
+        for aim in (0, 1)
+    ]
+    sent = [trained(perturb(part[0].float(), xi)).argmax(1).mode().values.item() for xi in starts]
+    assert sent == [0, 1]
+    both = extended_pgd(
+        trained, *part, eps=[24.0, 30.0], start=torch.cat(starts), generator=seeded(3), restarts=2, **given
+    )
+    for xi, eps, begun in zip(both.split(1), (24.0, 30.0), starts, strict=True):
+        alone = given | {"steps": 8}
+        expected = extended_pgd(trained, *part, eps=[eps], start=begun, generator=seeded(3), **alone)
+        assert ((xi - expected).abs() > 1e-3).float().mean() < 0.05
+    assert ((both[0] - both[1]).abs() > 1e-3).float().mean() > 0.2
+
+
+def test_the_dominant_class_is_that_of_as_many_images_as_are_scored(trained, tiny, monkeypatch):
+    seen, given = [], {"steps": 4, "batch_size": 8, "dominant": True, "score_images": 20}
+
+    def counted(net, images, labels, xi):
+        seen.append((len(images), len(labels)))
+        return torch.tensor(0)
+
+    monkeypatch.setattr("satlib.universal._dominant_class", counted)
+    extended_pgd(trained, tiny.val.images, tiny.val.labels, eps=[8.0, 12.0], generator=seeded(), **given)
+    assert seen == [(20, 20)] * 2
+
+
+def test_restarts_of_a_targeted_attack_are_chosen_by_what_hits_the_target(trained, tiny):
+    x, aim = tiny.val.images[:64], torch.full((64,), 2)
+    common = {"steps": 3, "batch_size": 8, "beta": 2.0, "targeted": True}
+    best = extended_pgd(trained, x, aim, eps=[9.0], restarts=3, generator=seeded(), **common | {"steps": 9})
+    each = universal_pgd(trained, x, aim, eps=[9.0] * 3, generator=seeded(), **common)
+    hits = success_rates(trained, x, aim, each, targeted=True)
+    assert hits.std() > 0 and torch.equal(best[0], each[hits.argmax()])
+
+
+def test_votes_pass_the_clamp_only_where_they_are_told(two_class):
+    """All pixels are white: where the start is above 0, nothing can be voted but straight through."""
+    white, labels = images_like(6, low=255.0, high=255.0), torch.zeros(6, dtype=torch.long)
+    start = random_start((1, *SHAPE), 40.0, seeded())
+    for through in (False, True):
+        given = {"eps": [40.0], "steps": 1, "batch_size": 3, "generator": seeded()}
+        moved = mean_of_signs(two_class, white, labels, straight_through=through, **given) != start
+        assert moved[start < 0].all() and bool(moved[start > 0].any()) == through
+
+
+def test_a_preset_goes_through_the_clamp(two_class):
+    white, start = images_like(6, low=255.0, high=255.0), torch.full((1, *SHAPE), 40.0)
+    labels, moved = two_class(white).argmax(1), {}
+    for name in ("paper", "clamped gradient"):
+        attack = named(name, steps=4, batch_size=3, snapshots=1)
+        moved[name] = not torch.equal(attack(two_class, white, labels, eps=[40.0], start=start), start)
+    assert moved == {"paper": True, "clamped gradient": False}
 
 
 def test_snapshots_are_spread_over_the_second_half_and_the_best_and_latest_returned(two_class, monkeypatch):
