@@ -177,8 +177,13 @@ def test_claims_about_bounds():
 
 
 def strongest(*sizes, curve=(), attack="aimed", missed=9.0):
+    """Searches in which another attack missed at a larger eps than the one that found the smallest perturbation."""
     points = [{"eps": eps, "rates": rates} for eps, rates in curve]
-    metrics = {"attack": attack, "missed": missed} | ({"curve": points} if curve else {})
+    asked = [
+        {"eps": eps, "magnitude": eps, "rate": 0.5, "success": False, "how": "full", "attack": by}
+        for eps, by in ((missed - 2, attack or "SGA"), (missed, attack or "SGA"), (missed + 1, "another"))
+    ]
+    metrics = {"attack": attack, "evaluations": asked, "spent": 1500} | ({"curve": points} if curve else {})
     return [types.SimpleNamespace(metrics=metrics | {"eps_uni": size}) for size in sizes]
 
 
@@ -186,8 +191,8 @@ def test_what_the_ensemble_lowers_is_told_for_each_model():
     found = {"ERM": strongest(11.0, 13.0), "s = 8": strongest(None, attack=None)}
     frame = claims.lowered(found, {"ERM": [20.0, 20.0], "s = 8": [40.0]})
     rows = {name: values for name, *values in frame.itertuples(index=False)}
-    assert rows["ERM"] == ["20.0", "12.0", "40 %", "aimed", "9.0", 2]
-    assert rows["s = 8"] == ["40.0", "> 255", "–", "–", "9.0", 1]
+    assert rows["ERM"] == ["20.0", "12.0", "40 %", "aimed", "9.0", "1,500", 2]
+    assert rows["s = 8"] == ["40.0", "> 255", "–", "–", "10.0", "1,500", 1], "where none wins, what any missed counts"
 
 
 def test_the_ablation_is_at_the_size_nearest_to_eps_uni():

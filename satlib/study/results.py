@@ -13,7 +13,7 @@ from satlib.evaluation_checks import checks
 from satlib.paper import REPORTED
 from satlib.progress import aligned
 from satlib.study import claims, costs, measurements
-from satlib.study.claims import Claim, Model, Records, evaluation_checks, scenes, size_text
+from satlib.study.claims import Claim, Model, Records, evaluation_checks, missed_at, scenes, size_text
 from satlib.study.claims.scenes import SceneModel
 from satlib.study.measurement import Run
 from satlib.study.records import Record
@@ -193,6 +193,11 @@ def _measured(model: Model | SceneModel, measure: str) -> str:
     return size_text(getattr(model, measure), model.spreads.get(measure))
 
 
+def _missed(*asked: Sequence[Record]) -> str:
+    """Where the searches by each way of searching missed, each the mean over them."""
+    return "; ".join(f"{statistics.mean(map(missed_at, searches)):.1f}" for searches in asked if searches)
+
+
 def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
     """A row of text for each model of section 6.1 or 6.2; no column for what no model has."""
     deepfool = f"accuracy under DeepFool, eps = {getattr(settings, 'deepfool_eps', 0):g} (%)"
@@ -202,6 +207,7 @@ def classifiers(settings: Any, models: list[Model]) -> pd.DataFrame:
             "accuracy (%)": _measured(m, "accuracy"),
             f"eps_uni({settings.delta:g}), ensemble": _measured(m, "strongest") if _has(m, "strongest") else None,
             f"eps_uni({settings.delta:g}), paper's attack": _measured(m, "eps_uni"),
+            "missed at": _missed(m.strongest_searches, m.searches),
             "from outside": m.bound and f"{m.bound.metrics['eps_uni']:.1f} ({m.bound.config['author']})",
             deepfool: None if m.deepfool is None else _measured(m, "deepfool"),
             "entropy where fooled (bits)": None if m.entropy_bits is None else f"{m.entropy_bits:.2f}",

@@ -49,8 +49,10 @@ def curve_of(searches: Iterable[Record]) -> dict[float, float]:
 
 
 def missed_at(search: Record) -> float:
-    """The largest eps below its eps_uni at which a search's full attack missed: in between, nobody knows."""
-    return largest_miss((Evaluation(**each) for each in search.metrics["evaluations"]), search.metrics["eps_uni"])
+    """The largest eps below its eps_uni at which the attack that found it missed at full length, of several attacks:
+    in between, nobody knows."""
+    asked, by = [Evaluation(**each) for each in search.metrics["evaluations"]], search.metrics.get("attack")
+    return largest_miss((each for each in asked if not by or each.attack in ("", by)), search.metrics["eps_uni"])
 
 
 def average(sizes: Iterable[float | None]) -> float | None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from satlib.data import Splits
 from satlib.evaluation_checks import FALLS, Check
-from satlib.study.claims import Claim, average, comparable, size_text, verdict, worst
+from satlib.study.claims import Claim, average, comparable, missed_at, size_text, verdict, worst
 from satlib.study.ledger import Record
 
 Searches = Mapping[str, Mapping[str, Record]]  # by model and attack
@@ -73,7 +73,8 @@ def bound_claims(searches: Searches, seeds: Seeds) -> list[Claim]:
 
 def lowered(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Sequence[float | None]]) -> pd.DataFrame:
     """A row for each model: eps_uni by the paper's attack and by the ensemble, each the mean over searches; by how much
-    the ensemble's is lower, which of its attacks found it, and the largest eps that it was asked below and missed."""
+    the ensemble's is lower, which of its attacks found it, the largest eps below at which that missed, and how many
+    images a search passed forward and backward."""
 
     rows = []
     for model, searches in strongest.items():
@@ -82,9 +83,10 @@ def lowered(strongest: Mapping[str, Sequence[Record]], paper: Mapping[str, Seque
         own, other = average(record.metrics["eps_uni"] for record in searches), average(paper[model])
         less = "–" if own is None or not other else f"{100 * (1 - own / other):.0f} %"
         by = ", ".join(dict.fromkeys(record.metrics["attack"] or "–" for record in searches))
-        missed = statistics.mean(record.metrics["missed"] for record in searches)
+        missed, spent = (statistics.mean(map(of, searches)) for of in (missed_at, lambda each: each.metrics["spent"]))
         row = {"model": model, "paper's attack": size_text(other), "ensemble": size_text(own), "lower by": less}
-        rows.append(row | {"found by": by, "missed at": f"{missed:.1f}", "searches": len(searches)})
+        row |= {"found by": by, "missed at": f"{missed:.1f}", "passes": f"{spent:,.0f}"}
+        rows.append(row | {"searches": len(searches)})
     return pd.DataFrame(rows)
 
 
