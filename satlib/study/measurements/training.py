@@ -162,7 +162,7 @@ def epoch_cost(
     ways = {"ERM": replace(settings, sigma=0.0)} | {f"s = {s}": replace(settings, sharedness=s) for s in sharedness}
     ways |= dict.fromkeys(defenses, settings)
     seconds: dict[str, float] = {}
-    began, ended = time.monotonic(), list[float]()  # when the epochs did
+    ended: list[float] = []  # when the epochs did
     for name, each in ways.items():
         trained, finding, adversary = copy.deepcopy(model), 0.0, None
         if options := defenses.get(name):
@@ -176,8 +176,7 @@ def epoch_cost(
         two = replace(each, epochs=2, epoch_images=some)  # the first also records the step, where there is a recorder
         fit(trained, data.train, two, adversary=adversary, after_epoch=lambda *_: ended.append(time.perf_counter()))
         seconds[name] = (ended[-1] - ended[-2]) * scale + finding  # a history of numbers has waited for the device
-        pace = (time.monotonic() - began) / len(seconds)
-        progress(name, len(seconds) / len(ways), needed=pace * (len(ways) - len(seconds)))
+        progress(name, len(seconds) / len(ways))
     return {"seconds": seconds, "images": some, "scaled_to": len(data.train)}
 
 
