@@ -374,7 +374,7 @@ def _against_erm(models: Sequence[Model], family: str, free: str, gains: Iterabl
     kept = [(each, size - base) for each, size in defended if each.accuracy >= erm.accuracy - NEAR]
     clear = [gap > max(m.spreads.get(measure, 0.0) for m in (erm, each)) for each, gap in kept]
     found = verdict(any(clear)) if any(clear) or all(gap <= 0 for _, gap in kept) else "not decided"
-    evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.1f} points, eps_uni {base:.1f} -> {_shown(value)}"
+    evidence = f"{model.title} loses {erm.accuracy - model.accuracy:.2f} points, eps_uni {base:.1f} -> {_shown(value)}"
     claims = [Claim(claim, found, evidence, attack)]
     for factor, points, source in gains:
         times, evidence = 0.0, f"every {family} model loses more than {points:g} points"
