@@ -55,7 +55,7 @@ Named = tuple[float, float, str, str]  # where a point is, what is written besid
 
 ACCURACY = "accuracy on clean test images (%)"
 EPS = "eps (pixel units of 255)"
-LARGE = 300_000  # bytes of a PNG, beyond which it gets a palette
+LARGE = 60_000  # bytes of a PNG, beyond which it gets a palette
 
 
 def use_style() -> None:
